@@ -48,6 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # BLAS threads sleep when idle, rather than spin
 import numpy as np  # 2.1 or newer; tiktoken and requests are imported where they are used
 
 
@@ -187,7 +188,7 @@ def memory_plan(config, B, T, recompute=1):
 # cache), and spread the blocks over threads, which really run side by side, since NumPy lets go of the
 # interpreter lock while it computes. The two kinds of threads never run on top of each other.
 
-BLOCK_BYTES = 384 * 1024   # of one array in a block. Less, and two threads fight over the lock; more, and
+BLOCK_BYTES = 512 * 1024   # of one array in a block. Less, and two threads fight over the lock; more, and
                            # it leaves the cache. It never depends on the number of threads: same blocks,
                            # same sums, same bits.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -206,6 +207,9 @@ def find_blas_threads_setter():
 
 
 set_blas_threads = find_blas_threads_setter()
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only: let freed temporaries be used
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)                    # again, instead of giving their pages back
+    ctypes.CDLL(None).mallopt(-1, 1 << 30)                     # and faulting them in anew each time
 
 
 def parallel(task, n):
@@ -328,18 +332,6 @@ def rows_of(x):
     return x.reshape(-1, x.shape[-1], copy=False)
 
 
-@by_rows(1)
-def add_bias(out, bias):
-    """out (B, T, OC) += bias (OC,)."""
-    out += bias
-
-
-@by_rows(1)
-def sum_rows(dout):
-    """The sum over all tokens: (B, T, OC) -> [(OC,)]."""
-    return [dout.sum(axis=0)]
-
-
 def matmul_forward(out, inp, weight, bias=None):
     """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C). Nine tenths of all time is here.
 
@@ -347,7 +339,7 @@ def matmul_forward(out, inp, weight, bias=None):
     """
     np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     if bias is not None:
-        add_bias(out, bias)
+        out += bias
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
@@ -360,7 +352,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
     np.matmul(rows_of(dout), weight, out=rows_of(dinp))
     matmul_dweight(dweight, rows_of(dout), rows_of(inp), add)
     if dbias is not None:
-        accumulate(dbias, sum_rows(dout)[0], add)
+        accumulate(dbias, np.ones(dout[..., 0].size, dout.dtype) @ rows_of(dout), add)
 
 
 def matmul_dweight(dweight, dout, inp, add):
@@ -384,7 +376,7 @@ def split_qkv(qkv, NH):
     return [heads(x, NH) for x in np.split(qkv, 3, axis=-1)]
 
 
-ATT_ROWS = 64  # attention goes by blocks of this many positions
+ATT_ROWS = 128  # attention goes by blocks of this many positions
 FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)  # -inf where key t2 > query t
 
 
@@ -405,24 +397,29 @@ def attention_forward(out, lse, qkv, NH):
     never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022).
     """
     B, T, C3 = qkv.shape
-    first, scale, group = T - out.shape[1], (C3 // 3 // NH) ** -0.5, head_group(NH, T, qkv.itemsize)
+    n, scale, group = out.shape[1], (C3 // 3 // NH) ** -0.5, head_group(NH, T, qkv.itemsize)
     q, k, v = split_qkv(qkv, NH)
-    out, lse = heads(out, NH), lse.transpose(0, 2, 1)
-    blocks = [(b, slice(h, h + group), t, min(t + ATT_ROWS, T)) for b in range(B)
-              for h in range(0, NH, group) for t in range(first, T, ATT_ROWS)]
+    out, lse = heads(out, NH), lse.transpose(0, 2, 1)[..., None]
+    groups = [(b, slice(h, h + group)) for b in range(B) for h in range(0, NH, group)]
 
     def block(i):
-        b, h, t0, t1 = blocks[i]
-        att = (q[b, h, t0:t1] * scale) @ k[b, h, :t1].swapaxes(-1, -2)     # (heads, t1 - t0, t1)
-        att[..., t0:] += FUTURE[:t1 - t0, :t1 - t0]
-        peak = att.max(axis=-1, keepdims=True)
-        att -= peak                                                        # so that exp can't overflow
-        np.exp(att, out=att)
-        total = att.sum(axis=-1, keepdims=True)
-        np.divide(att @ v[b, h, :t1], total, out=out[b, h, t0 - first:t1 - first])
-        lse[b, h, t0 - first:t1 - first] = (np.log(total) + peak)[..., 0]
+        at = groups[i]
+        q_, kT, v_ = q[at][:, T - n:] * scale, k[at].swapaxes(-1, -2), v[at]
+        if n > 1:  # they are read more than once: worth bringing their numbers together
+            kT, v_ = np.ascontiguousarray(kT), np.ascontiguousarray(v_)
+        for n0 in range(0, n, ATT_ROWS):
+            n1 = min(n0 + ATT_ROWS, n)
+            t0, t1 = T - n + n0, T - n + n1
+            att = q_[:, n0:n1] @ kT[..., :t1]                              # (heads, t1 - t0, t1)
+            att[..., t0:] += FUTURE[:t1 - t0, :t1 - t0]
+            peak = att.max(axis=-1, keepdims=True)
+            att -= peak                                                    # so that exp can't overflow
+            np.exp(att, out=att)
+            total = np.einsum("htc->ht", att)[..., None]
+            np.divide(att @ v_[:, :t1], total, out=out[at][:, n0:n1])
+            lse[at][:, n0:n1] = np.log(total) + peak
 
-    parallel(block, len(blocks))
+    parallel(block, len(groups))
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, NH):
@@ -443,21 +440,22 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 
     def block(i):
         at = groups[i]
-        q_, dout_, lse_ = q[at] * scale, np.ascontiguousarray(dout[at]), lse[at][..., None]
+        q_, k_, vT = q[at] * scale, np.ascontiguousarray(k[at]), np.ascontiguousarray(v[at].swapaxes(-1, -2))
+        dout_, lse_ = np.ascontiguousarray(dout[at]), lse[at][..., None]
         row_sum = np.einsum("htc,htc->ht", dout_, out[at])[..., None]
         for t0 in range(0, T, ATT_ROWS):
             keys, t1 = slice(t0, t0 + ATT_ROWS), min(t0 + ATT_ROWS, T)
-            p = q_[:, t0:] @ k[at][:, keys].swapaxes(-1, -2)               # att: (heads, T - t0, t1 - t0)
+            p = q_[:, t0:] @ k_[:, keys].swapaxes(-1, -2)                  # att: (heads, T - t0, t1 - t0)
             p -= lse_[:, t0:]
             p[:, :t1 - t0] += FUTURE[:t1 - t0, :t1 - t0]
             np.exp(p, out=p)                                               # p, as in the forward pass
             np.matmul(p.swapaxes(-1, -2), dout_[:, t0:], out=dv[at][:, keys])
-            datt = dout_[:, t0:] @ v[at][:, keys].swapaxes(-1, -2)         # dp
+            datt = dout_[:, t0:] @ vT[..., keys]                           # dp
             datt -= row_sum[:, t0:]
             datt *= p
             np.matmul(datt.swapaxes(-1, -2), q_[:, t0:], out=dk[at][:, keys])
             datt *= scale
-            accumulate(dq[at][:, t0:], datt @ k[at][:, keys], add=t0 > 0)
+            accumulate(dq[at][:, t0:], datt @ k_[:, keys], add=t0 > 0)
 
     parallel(block, len(groups))
 
@@ -503,7 +501,6 @@ def gelu_backward(dout, inp):
     dout *= th
 
 
-@by_rows(3)
 def residual_forward(out, inp1, inp2):
     """out = inp1 + inp2. Its backward is no code at all: dinp1 = dinp2 = dout."""
     np.add(inp1, inp2, out=out)
@@ -516,7 +513,7 @@ def crossentropy_softmax_forward(losses, logits, targets):
     logits -= logits.max(axis=-1, keepdims=True)
     np.negative(logits[own, targets], out=losses)
     probs = np.exp(logits, out=logits)
-    total = probs.sum(axis=-1)
+    total = np.einsum("nv->n", probs)
     losses += np.log(total)
     probs *= (1 / total)[:, None]
 
