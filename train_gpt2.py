@@ -676,8 +676,9 @@ def sync_folder(folder):
 def read_json(path, text=None):
     """The JSON object in a small file, or in bytes `text` that stood in it: a dict."""
     try:
-        with open(path, "rb") as f:
-            text = f.read(16 * MAX_HEADER) if text is None else text
+        if text is None:
+            with open(path, "rb") as f:
+                text = f.read(16 * MAX_HEADER)
         value = json.loads(text.decode("utf-8"))
         require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
         return value
