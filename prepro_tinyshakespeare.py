@@ -323,6 +323,29 @@ def prepare_tinyshakespeare():
     return tuple(paths)
 
 
+def tokenizer(vocab_size):
+    """How a model of that vocabulary reads and writes: (encode a text to ids, decode an id to bytes, the id that
+    starts a text). Up to 256 ids are bytes, a new text starts with a line feed; more are GPT-2's tokens."""
+    if vocab_size <= 256:
+        return lambda text: list(text.encode()), lambda i: bytes([i]), ord("\n") % vocab_size
+    encoding = get_encoding()
+    return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
+
+
+OWN_FILES = ("train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md")
+PASSAGE = 1000  # bytes
+
+
+def own_text():
+    """(training, validation) text that needs no network, as bytes in uint8 arrays: this project's own files. Every
+    tenth passage of it validates, so that both sides have some of everything."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    paths = [path for path in (os.path.join(here, name) for name in OWN_FILES) if os.path.exists(path)]
+    text = np.concatenate([np.fromfile(path, np.uint8) for path in paths])
+    passages = np.split(text, range(PASSAGE, len(text), PASSAGE))
+    return np.concatenate([p for i, p in enumerate(passages) if i % 10 != 5]), np.concatenate(passages[5::10])
+
+
 # ----------------------------------------------------------------------------------------------------
 # 4. The command line
 
