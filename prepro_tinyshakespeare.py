@@ -255,14 +255,14 @@ def encode_text(text, encoding):
     return np.frombuffer(tokens, np.uint16)
 
 
-def write_with_header(path, numbers, body):
-    """llm.c's files begin with 256 int32, little-endian, of which the first few say what follows."""
+def write_with_header(path, numbers, *parts):
+    """llm.c's files begin with 256 int32, little-endian, of which the first few say what follows: bytes or arrays."""
     header = np.zeros(256, "<i4")
     header[:len(numbers)] = numbers
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path) as f:
-        f.write(header.tobytes())
-        f.write(body)
+        for part in (header, *parts):
+            f.write(part if isinstance(part, bytes) else np.ascontiguousarray(part))
 
 
 def write_tokens(path, tokens):

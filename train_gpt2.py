@@ -12,11 +12,8 @@ PyTorch appears only in test_gpt2.py, which checks every number.
     python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"            let a model speak
 
 What it refuses to do: no tensor class, no autograd, no layer objects, no devices, no mixed precision.
-Sections 1 to 8 are the algorithm. Sections 9 to 12 make it a tool: files, data, sampling, the loop.
-
-     1 Imports         4 Rows and threads    7 Model backward    10 Data
-     2 Configuration   5 Layers              8 AdamW             11 Sampling
-     3 Memory          6 Model forward       9 Weights           12 Training and the command line
+Sections 1 to 8 are the algorithm: 2 Configuration, 3 Memory, 4 Rows and threads, 5 Layers, 6 Model forward,
+7 Model backward, 8 AdamW. Sections 9 to 12 make it a tool: 9 Weights, 10 Data, 11 Sampling, 12 Training.
 
 Throughout this program we have (with GPT-2 124M's values)
     B   batch size, sequences per batch              4
@@ -41,7 +38,7 @@ Everything is float32; the layers themselves take any float type, and the tests 
 """
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
 
-import argparse, codecs, contextlib, ctypes, functools, glob, io, json, math, os, re, shutil, signal, sys, time, zlib
+import argparse, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -111,14 +108,9 @@ def act_shapes(config, B, T, recompute):
         "ln1": (norms, B, T, C), "ln1_mean": (L, B, T), "ln1_rstd": (L, B, T),
         "qkv": (L, B, T, 3 * C),         # in generation these are the keys and values of earlier tokens
         "att_lse": (L, B, T, NH),        # log of the softmax's sum: all of attention that is stored
-        "atty": (L, B, T, C),
-        "attproj": (kept, B, T, C),
-        "residual2": (L, B, T, C),
+        "atty": (L, B, T, C), "attproj": (kept, B, T, C), "residual2": (L, B, T, C),
         "ln2": (norms, B, T, C), "ln2_mean": (L, B, T), "ln2_rstd": (L, B, T),
-        "fch": (L, B, T, 4 * C),
-        "fch_gelu": (gelus, B, T, 4 * C),
-        "fcproj": (kept, B, T, C),
-        "residual3": (L, B, T, C),
+        "fch": (L, B, T, 4 * C), "fch_gelu": (gelus, B, T, 4 * C), "fcproj": (kept, B, T, C), "residual3": (L, B, T, C),
         "lnf": (B, T, C), "lnf_mean": (B, T), "lnf_rstd": (B, T),
         "logits": (1, min(B * T, LOGITS_ROWS), V),   # a piece; then its probabilities; then its gradient
         "losses": (B, T),
@@ -512,11 +504,11 @@ class GPT2:
         inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
         shape = (self.batch_size, self.sequence_length)
         require(inputs.shape == targets.shape == shape, f"inputs {inputs.shape}, targets {targets.shape}: expected {shape}")
-        require(not (train and self.micro_batches) or self.pending is None, "two training forward passes in a row: "
-                "call backward() between them, or forward(..., train=False)")
+        require(not self.micro_batches or self.pending is None, "the last forward pass has begun to add its gradients: "
+                "call backward() first, or zero_grad() to forget them")
         self.forward_rows(inputs)
         self.classifier(targets, grad_scale / targets.size if train else None)
-        self.pending = inputs if train else None
+        self.pending = inputs.copy() if train else None
         return float(self.acts["losses"].mean())
 
     def classifier(self, targets, dloss=None):
@@ -577,7 +569,7 @@ class GPT2:
 
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next backward pass writes over them."""
-        self.micro_batches = 0
+        self.pending, self.micro_batches = None, 0
 
     # ---- 8. AdamW --------------------------------------------------------------------------------------------------
 
@@ -596,7 +588,7 @@ class GPT2:
             chunks += [(p[i:i + ADAMW_CHUNK], g[i:i + ADAMW_CHUNK], m[i:i + ADAMW_CHUNK], v[i:i + ADAMW_CHUNK], decay)
                        for i in range(0, p.size, ADAMW_CHUNK)]
         parallel(lambda i: adamw(*chunks[i], learning_rate, beta1, beta2, eps, step, grad_scale), len(chunks))
-        self.micro_batches = 0
+        self.zero_grad()
 
 ADAMW_CHUNK = 1 << 17  # elements: five arrays of 512 KiB. Smaller, and the threads fight over the lock
 
@@ -628,13 +620,11 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 
 # ---- 9. Weights: reading them and writing them ---------------------------------------------------------------------
 #
-# safetensors, Hugging Face's format:
-#     8 bytes: n, little-endian | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...}
-#     | the tensors, little-endian, without holes
-# llm.c's model file:
-#     256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels, padded_vocab_size
-#     | the 16 tensors in the order of param_shapes, as bfloat16 in version 5, otherwise as float32; wte is followed
-#     by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1)
+# safetensors, Hugging Face's format, is  8 bytes: n, little-endian
+#     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
+# llm.c's model file is  256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels,
+#     padded_vocab_size | the 16 tensors in the order of param_shapes, in version 5 as bfloat16, otherwise float32; wte
+#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1).
 # Nothing is believed before it is checked, and a file becomes real in one moment or not at all.
 
 HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
@@ -749,7 +739,7 @@ def open_huggingface(source):
         source = os.path.join(source, "model.safetensors")
         source += "" if os.path.exists(source) else ".index.json"
     files, found = [source], {}
-    if source.endswith(".json"):
+    if source.endswith(".json"):  # several files, and an index that tells which tensor is where
         parts = read_json(source).get("weight_map")
         require(isinstance(parts, dict) and all(isinstance(p, str) and p == os.path.basename(p) for p in parts.values()),
                 f"{source}: expected a weight_map from tensors to files beside it")
@@ -821,8 +811,7 @@ def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1):
 
 def save_pretrained(model, folder):
     """config.json, generation_config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them."""
-    c, end = model.config, 50256 if model.config.vocab_size == 50257 else None
-    ends = {"bos_token_id": end, "eos_token_id": end}
+    c, ends = model.config, dict.fromkeys(["bos_token_id", "eos_token_id"], 50256 if model.config.vocab_size == 50257 else None)
     description = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32", "vocab_size": c.vocab_size,
                    "n_positions": c.max_seq_len, "n_ctx": c.max_seq_len, "n_embd": c.channels, "n_layer": c.num_layers,
                    "n_head": c.num_heads, "activation_function": "gelu_new", "layer_norm_epsilon": LN_EPS,
@@ -840,28 +829,20 @@ def save_pretrained(model, folder):
 GPT2.from_pretrained, GPT2.save_pretrained = classmethod(from_pretrained), save_pretrained
 
 def write_tensors(model, inputs, targets, folder):
-    """What a port to another language checks itself against: llm.c's model file, version 3, and its debug state:
-        256 int32: 20240327, version 2, B, T | inputs, targets (B, T) int32 | logits (B, T, V) float32 | loss
-        | the 16 gradients, wte's padded like the weights
-    Returns the two paths.
-    """
-    c, V = model.config, model.config.vocab_size
-    padding, model.micro_batches = np.zeros((-V % 128, c.channels), "<f4"), 0
-    stem = os.path.join(folder, f"gpt2_{round(size(param_shapes(c)) / 1e6)}M")
-    os.makedirs(folder, exist_ok=True)
-    def write(f, header, *arrays):
-        f.write(np.array(header + [0] * (256 - len(header)), "<i4"))
-        for array in arrays:
-            f.write(np.ascontiguousarray(array))
-    def padded(views):
-        return [views["wte"], padding, *list(views.values())[1:]]
-    with atomic_write(stem + ".bin") as f:
-        write(f, [20240326, 3, *asdict(c).values(), V + len(padding)], *padded(model.params))
-    loss, lnf = model.forward(inputs, targets), rows_of(model.acts["lnf"])
+    """What a port to another language checks itself against: llm.c's model file, version 3, and its debug state, which is
+    256 int32: 20240327, version 2, B, T | inputs, targets (B, T) int32 | logits (B, T, V) float32 | loss | the 16 gradients,
+    wte's padded like the weights. Returns the two paths."""
+    from prepro_tinyshakespeare import write_with_header
+    c, stem = model.config, os.path.join(folder, f"gpt2_{round(size(param_shapes(model.config)) / 1e6)}M")
+    padding = np.zeros((-c.vocab_size % 128, c.channels), "<f4")
+    write_with_header(stem + ".bin", [20240326, 3, *asdict(c).values(), c.vocab_size + len(padding)],
+                      model.params["wte"], padding, *list(model.params.values())[1:])
+    model.zero_grad()
+    loss, lnf = np.array(model.forward(inputs, targets), "<f4"), rows_of(model.acts["lnf"])
     model.backward()
-    with atomic_write(stem + "_debug_state.bin") as f:
-        write(f, [20240327, 2, *inputs.shape], inputs.astype("<i4"), targets.astype("<i4"),
-              *(row @ model.params["wte"].T for row in lnf), np.array(loss, "<f4"), *padded(model.grads))
+    write_with_header(stem + "_debug_state.bin", [20240327, 2, *inputs.shape], inputs.astype("<i4"), targets.astype("<i4"),
+                      *(row @ model.params["wte"].T for row in lnf), loss,
+                      model.grads["wte"], padding, *list(model.grads.values())[1:])
     return stem + ".bin", stem + "_debug_state.bin"
 
 # ---- 10. Data: token files and batches -----------------------------------------------------------------------------
@@ -884,18 +865,16 @@ class DataLoader:
     of token ids; position: [shard, offset in it]."""
 
     def __init__(self, source, B, T, vocab_size):
-        paths = sorted(glob.glob(source)) if isinstance(source, str) else [source]
-        require(paths, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
-        self.B, self.T, self.vocab_size = B, T, vocab_size
-        self.shards = [open_tokens(p, B * T + 1) if isinstance(p, str) else p for p in paths]
-        self.size, self.names = sum(len(s) for s in self.shards), paths
+        self.names, self.B, self.T, self.top = sorted(glob.glob(source)) if isinstance(source, str) else [], B, T, vocab_size - 1
+        self.shards = [open_tokens(path, B * T + 1) for path in self.names] if isinstance(source, str) else [source]
+        require(self.shards, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
+        self.size = sum(len(shard) for shard in self.shards)
         self.seek([0, 0])
 
     def seek(self, position):
         """Go to a position, and make sure that its shard holds no id beyond the vocabulary."""
-        shard, top = self.shards[position[0]], self.vocab_size - 1
-        require(shard.max() <= top, f"{self.names[position[0]]}: holds token {shard.max()}, the model's vocabulary ends at {top}")
-        self.position = list(position)
+        self.position, highest = list(position), self.shards[position[0]].max()
+        require(highest <= self.top, f"{self.names[position[0]]}: holds token {highest}, the model's vocabulary ends at {self.top}")
 
     def next_batch(self):
         """inputs, targets (B, T), int64."""
@@ -962,7 +941,7 @@ FLAGS = {  # name: (default, meaning). The one place where defaults stand; they 
     "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
     "seed": (1337, "of fresh weights and of samples"),
     "prompt": ("", "text to continue; if empty, a new text begins"),
-    "max_new_tokens": (64, "length of a sample"),
+    "max_new_tokens": (64, "length of a sample, in tokens"),
     "temperature": (1.0, "of samples: below 1 bolder, above 1 wilder, 0 always the likeliest token"),
     "top_k": (0, "sample among the k likeliest tokens; 0: among all"),
 }
@@ -993,12 +972,11 @@ def available_memory():
     free = [math.inf]
     with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
         free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        limit, used = (open(f"/sys/fs/cgroup/memory.{what}").read() for what in ("max", "current"))
-        free.append(int(limit) - int(used))
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(OSError, ValueError):  # "max", where the container sets no limit
+        free.append(int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
+    with contextlib.suppress(ImportError):          # not on Windows
         import resource
-        free += [limit for limit in resource.getrlimit(resource.RLIMIT_AS)[:1] if limit >= 0]
+        free.append(resource.getrlimit(resource.RLIMIT_AS)[0] % (1 << 64))  # -1 means no limit
     return min(free)
 
 def make_model(s, config):
@@ -1007,13 +985,12 @@ def make_model(s, config):
     plan = {"parameters": n} if s.inference_only else {"parameters": n, "gradients": n, "moments": 2 * n}
     acts = [4 * size(act_shapes(config, B + 1, s.sequence_length, s.recompute)) for B in range(s.batch_size)]
     plan["activations"] = acts[-1]
+    need, free = sum(plan.values()), available_memory()
     print(f"model: {n // 4:,} parameters: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items()))
-    print(f"memory for B={s.batch_size}, T={s.sequence_length}: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items())
-          + f", in all {sum(plan.values()) / 1e6:.0f} MB", flush=True)
-    free = available_memory()
-    fits = sum(sum(plan.values()) - acts[-1] + a <= free for a in acts)
-    require(fits == s.batch_size, f"the machine has {free / 1e6:.0f} MB for that: use "
-            + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
+    print("memory: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items()) + f", in all {need / 1e6:.0f} MB", flush=True)
+    fits = sum(need - acts[-1] + a <= free for a in acts)
+    require(fits == s.batch_size, f"B={s.batch_size}, T={s.sequence_length} needs {need / 1e6:.0f} MB, the machine has "
+            f"{free / 1e6:.0f}: use " + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
     return GPT2(config, s.batch_size, s.sequence_length, None, s.recompute)
 
 def learning_rate(step, s):
@@ -1084,9 +1061,9 @@ def lock(folder):
         else:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
     except OSError:
         raise InputError(f"{folder}: another run is writing there: choose another --output_dir") from None
-    return handle
 
 def picture(values, width=60):
     """A row of characters whose heights follow the values."""
@@ -1172,9 +1149,9 @@ def train(s, model, loader, val_loader, state, stopped):
         if not evaluated and not stopped:
             if s.val_loss_every and (last or step % s.val_loss_every == 0):
                 val_loader.seek([0, 0])
-                losses = [model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)]
-                print(f"val loss {sum(losses) / len(losses):.6f}", flush=True)
-                log("tel", sum(losses) / len(losses))
+                loss = sum(model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)) / s.val_max_steps
+                print(f"val loss {loss:.6f}", flush=True)
+                log("tel", loss)
             if s.sample_every and step and (last or step % s.sample_every == 0):
                 print("--- sample")
                 speak(model, s, step)
@@ -1195,24 +1172,22 @@ def train(s, model, loader, val_loader, state, stopped):
             model.backward()
         norm = model.grad_norm()
         check_finite(norm, "gradient norm", model, step)
-        scale = min(1.0, s.grad_clip / max(norm, 1e-12)) if s.grad_clip else 1.0
-        step, evaluated = step + 1, False
-        model.update(lr, weight_decay=s.weight_decay, step=step, grad_scale=scale)
+        step, evaluated, clip = step + 1, False, s.grad_clip or math.inf
+        model.update(lr, weight_decay=s.weight_decay, step=step, grad_scale=clip / norm if norm > clip else 1.0)
         seconds = time.perf_counter() - t0
         print(f"step {step}/{s.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, lr {lr:.2e}, {seconds * 1e3:.0f} ms, "
               f"{k * tokens / seconds:.0f} tok/s)", flush=True)
         log("trl", loss)
-    if stopped:
-        print(f"stopped after update {step}" + (f": go on with --output_dir {s.output_dir} --resume 1" if s.output_dir else ""))
-        return
-    if s.output_dir:
-        model.save_pretrained(s.output_dir)
     seconds, summary = time.perf_counter() - began, [f"{step} updates"]
     for kind, name in (("trl", "train"), ("tel", "val")):
         losses = [float(line.split(":")[2]) for line in lines if f" {kind}:" in line]
         summary += [f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {picture(losses)}"] if losses else []
-    print(", ".join([*summary, f"{seconds:.1f} s, {(step - start) * k * tokens / seconds:.0f} tok/s",
-                     *([f"saved in {s.output_dir}"] if s.output_dir else [])]))
+    summary += [f"{seconds:.1f} s", f"{(step - start) * k * tokens / seconds:.0f} tok/s"]
+    if s.output_dir and not stopped:
+        model.save_pretrained(s.output_dir)
+    if s.output_dir:
+        summary += [f"go on with --output_dir {s.output_dir} --resume 1" if stopped else f"saved in {s.output_dir}"]
+    print("stopped: " * bool(stopped) + ", ".join(summary))
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130 or 143 if stopped."""
@@ -1221,7 +1196,7 @@ def main(argv=None):
         if stopped:
             os._exit(128 + number)
         stopped.append(number)
-        print("\nfinishing this step first; once more, and it stops at once", flush=True)
+        print("\nfinishing this step; once more, and it stops at once", flush=True)
     try:
         held = lock(given["output_dir"]) if given.get("output_dir") and not given.get("inference_only") else None  # noqa: F841
         s, model, loader, val_loader, state = prepare(given)
