@@ -34,10 +34,8 @@ The contract for `=` and `+=`, which holds in every backward function
     gradients of parameters      are written with = by the first micro-batch of a step, and added to
                                  by later ones (`add=True`). So nothing is ever cleared.
 
-Everything is float32; the layers themselves take any float type, and the tests run them in float64.
-"""
+Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
-
 import argparse, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -64,7 +62,6 @@ class GPT2Config:
     num_layers: int = 12
     num_heads: int = 12
     channels: int = 768
-
     def __post_init__(self):
         for name, value in asdict(self).items():
             require(type(value) is int and value > 0, f"{name} is {value!r}, expected a positive integer")
@@ -95,7 +92,6 @@ def param_shapes(config):
     }
 
 LOGITS_ROWS = 256  # the classifier works through this many tokens at a time: 51 MB of logits, never B*T*V
-
 def act_shapes(config, B, T, recompute):
     """The activations, in the order in which they are computed, then backward's work space. Where the leading
     dimension is L, every layer keeps its own for the backward pass. Where it is 1, all share one, because backward
@@ -193,11 +189,9 @@ def parallel(task, n):
     return results
 
 def by_rows(count):
-    """Decorator: run a layer on blocks of rows, in parallel.
-    The first `count` arguments hold something for every token, shape (B, T, ...); the body sees a block
-    of them as (rows, ...). The other arguments it sees whole. If the body returns arrays (sums over its
-    rows), the results are added up in the order of the blocks. The undecorated body is `.__wrapped__`.
-    """
+    """Decorator: run a layer on blocks of rows, in parallel. The first `count` arguments hold something for every token,
+    shape (B, T, ...); the body sees a block of them as (rows, ...). The others it sees whole. If it returns arrays (sums
+    over its rows), they are added up in the order of the blocks. The undecorated body is `.__wrapped__`."""
     def decorate(body):
         @functools.wraps(body)
         def run(*args):
@@ -220,28 +214,24 @@ def encoder_forward(out, inp, wte, wpe):
     out += wpe
 
 def encoder_backward(dwte, dwpe, dout, inp, add):
-    """out[b, t] = wte[inp[b, t]] + wpe[t]: each row of dout goes to one row of dwte and one of dwpe.
-    dwte is always added to, even by the first micro-batch: the classifier has written its part before.
-    """
+    """out[b, t] = wte[inp[b, t]] + wpe[t]: each row of dout goes to one row of dwte and one of dwpe. dwte is always added
+    to, even by the first micro-batch: the classifier has written its part before."""
     for token, row in zip(inp.flat, dout.reshape(-1, dout.shape[-1])):
         dwte[token] += row
-    T = dout.shape[1]
-    accumulate(dwpe[:T], dout.sum(axis=0), add)
+    accumulate(dwpe[:dout.shape[1]], dout.sum(axis=0), add)
     if not add:
-        dwpe[T:] = 0  # positions beyond T took no part
+        dwpe[dout.shape[1]:] = 0  # positions beyond T took no part
 
 def accumulate(grad, value, add):
     """A parameter's gradient: grad = value, or grad += value from a step's second micro-batch on."""
     np.add(grad, value, out=grad) if add else np.copyto(grad, value)
 
 LN_EPS = 1e-5  # keeps the division by the standard deviation finite; OpenAI's value
-
 @by_rows(4)
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Give each token's channels mean 0 and variance 1, then scale and shift (Ba et al., 2016).
     out, inp (B, T, C); mean, rstd (B, T), kept for backward; weight, bias (C,).
-        out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)
-    """
+        out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)"""
     inp.mean(axis=-1, out=mean)
     np.subtract(inp, mean[:, None], out=out)
     var = np.einsum("ij,ij->i", out, out) / inp.shape[-1]
@@ -257,8 +247,7 @@ def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
         dweight = sum of dout * norm,    dbias = sum of dout,    dnorm = dout * weight.
     mean and rstd depend on every channel of inp. Through them, dnorm loses the two directions in which
     inp can move without norm changing: up and down as a whole, and in proportion to norm itself:
-        dinp = (dnorm - average(dnorm) - norm * average(dnorm * norm)) * rstd
-    """
+        dinp = (dnorm - average(dnorm) - norm * average(dnorm * norm)) * rstd"""
     C = inp.shape[-1]
     norm = inp - mean[:, None]
     norm *= rstd[:, None]
@@ -276,9 +265,8 @@ def rows_of(x):
     return x.reshape(-1, x.shape[-1], copy=False)
 
 def matmul_forward(out, inp, weight, bias=None):
-    """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C). Nine tenths of all time is here.
-    weight.T is a view with its strides exchanged, which BLAS reads as it is: nothing is copied.
-    """
+    """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C). Most of all time is spent here and in backward.
+    weight.T is a view with its strides exchanged, which BLAS reads as it is: nothing is copied."""
     np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     if bias is not None:
         out += bias
@@ -287,8 +275,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
     """out[n, o] = sum over c of inp[n, c] * weight[o, c] + bias[o]. So
         dinp[n, c]    = sum over o of dout[n, o] * weight[o, c]     dinp    = dout @ weight
         dweight[o, c] = sum over n of dout[n, o] * inp[n, c]        dweight = dout.T @ inp
-        dbias[o]      = sum over n of dout[n, o]                    dbias   = ones @ dout
-    """
+        dbias[o]      = sum over n of dout[n, o]                    dbias   = ones @ dout"""
     dout, inp = rows_of(dout), rows_of(inp)
     np.matmul(dout, weight, out=rows_of(dinp))
     if add:  # NumPy can't make BLAS add, so we do it by blocks, while each is in cache
@@ -302,7 +289,6 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
 
 ATT_ROWS = 128  # attention goes by blocks of this many positions
 FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)  # -inf where key t2 > query t
-
 def heads(x, NH, parts=1):
     """(B, T, parts * C) seen as (parts, B, NH, T, hs): every head has hs neighbouring channels for its own."""
     B, T, width = x.shape
@@ -321,8 +307,7 @@ def attention_forward(out, lse, qkv, NH):
         p[t, :]    = softmax(att[t, :])         (Vaswani et al., 2017)
         out[t]     = sum over t2 of p[t, t2] * v[t2]
     A block of queries sees only the keys up to its own end, which saves nearly half of the work. p is
-    never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022).
-    """
+    never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022)."""
     B, T, C3 = qkv.shape
     n, scale, groups = out.shape[1], (C3 // 3 // NH) ** -0.5, head_groups(B, NH, T, qkv.itemsize)
     (q, k, v), (out,), lse = heads(qkv, NH, 3), heads(out, NH), lse.transpose(0, 2, 1)[..., None]
@@ -351,8 +336,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
         att = q @ k.T * scale        dq = datt @ k * scale,    dk = datt.T @ q * scale
     The softmax: p[i] = exp(att[i]) / sum(exp(att)) changes by p[i] * ((i == j) - p[j]) per change of att[j], and
     summing that times dp[i] over i gives its line. The sum of p * dp is that of dout * out, as out = p @ v: hs
-    products per row instead of T.
-    """
+    products per row instead of T."""
     B, T, C = out.shape
     scale, groups = (C // NH) ** -0.5, head_groups(B, NH, T, qkv.itemsize)
     (q, k, v), (dq, dk, dv) = heads(qkv, NH, 3), heads(dqkv, NH, 3)
@@ -379,7 +363,6 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 
 GELU_SCALE = math.sqrt(2 / math.pi)  # makes tanh's slope at 0 that of the normal distribution it imitates
 GELU_CUBE = 0.044715                 # fitted by Hendrycks & Gimpel (2016), and what GPT-2 was trained with
-
 @by_rows(2)
 def gelu_forward(out, inp):
     """A smooth gate, applied to each number x: out = 0.5 * x * (1 + tanh(s * (x + 0.044715 * x^3)))."""
@@ -397,8 +380,7 @@ def gelu_backward(dout, inp):
     """dout becomes dinp, in place. With u as above and th = tanh(u), whose derivative is 1 - th^2:
         out  = 0.5 * x * (1 + th)
         dinp = dout * 0.5 * (1 + th + x * (1 - th^2) * s * (1 + 3 * 0.044715 * x^2))
-             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * s * (1 + 3 * 0.044715 * x^2))
-    """
+             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * s * (1 + 3 * 0.044715 * x^2))"""
     square = inp * inp
     th = square * (GELU_SCALE * GELU_CUBE)
     th += GELU_SCALE
@@ -432,8 +414,7 @@ def crossentropy_softmax_forward(losses, logits, targets):
 def crossentropy_softmax_backward(probs, targets, dloss):
     """probs (B, T, V) become dlogits, in place. dloss: the weight of one token's loss, a number.
     loss = log(sum(exp(logits))) - logits[target], and the log's derivative is exp(logits) / sum(...), so
-        dlogits = (probs - (1 at the target, 0 elsewhere)) * dloss
-    """
+        dlogits = (probs - (1 at the target, 0 elsewhere)) * dloss"""
     dlogits = probs
     dlogits[np.arange(len(targets)), targets] -= 1
     dlogits *= dloss
@@ -443,9 +424,7 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 class GPT2:
     """A GPT-2 and all the memory it will ever use: params, grads, m, v, acts are dicts of named views of `blob`.
     config: GPT2Config; batch_size, sequence_length: the B and T of its batches; seed: of fresh weights, None
-    leaves them zero, to be loaded; recompute: see act_shapes; dtype: float32, or float64 in tests.
-    """
-
+    leaves them zero, to be loaded; recompute: see act_shapes; dtype: float32, or float64 in tests."""
     def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1, dtype=np.float32):
         B, T = batch_size, sequence_length
         require(B > 0 and 0 < T <= config.max_seq_len, f"batch size {B}, sequence length {T}: the model's context "
@@ -591,15 +570,13 @@ class GPT2:
         self.zero_grad()
 
 ADAMW_CHUNK = 1 << 17  # elements: five arrays of 512 KiB. Smaller, and the threads fight over the lock
-
 def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
     """AdamW (Loshchilov & Hutter, 2017) on a chunk of parameters p, gradients g and moments m, v, in place.
         m = beta1 * m + (1 - beta1) * g         the gradient's running mean
         v = beta2 * v + (1 - beta2) * g^2       the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
     m and v start at 0; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for that. They are numbers, so
-    we multiply the fraction by sqrt(c2) and apply them to eps and the learning rate: two passes less.
-    """
+    we multiply the fraction by sqrt(c2) and apply them to eps and the learning rate: two passes less."""
     c1, c2 = 1 - beta1 ** step, 1 - beta2 ** step
     if grad_scale != 1.0:
         g *= grad_scale
@@ -826,8 +803,6 @@ def save_pretrained(model, folder):
         tensors["transformer." + HF_NAMES[name].format(l)] = view.T if name in HF_TRANSPOSED else view
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
-GPT2.from_pretrained, GPT2.save_pretrained = classmethod(from_pretrained), save_pretrained
-
 def write_tensors(model, inputs, targets, folder):
     """What a port to another language checks itself against: llm.c's model file, version 3, and its debug state, which is
     256 int32: 20240327, version 2, B, T | inputs, targets (B, T) int32 | logits (B, T, V) float32 | loss | the 16 gradients,
@@ -863,11 +838,11 @@ def open_tokens(path, least):
 class DataLoader:
     """Batches in llm.c's order: shard after shard, over and over. source: a glob pattern of token files, or an array
     of token ids; position: [shard, offset in it]."""
-
     def __init__(self, source, B, T, vocab_size):
-        self.names, self.B, self.T, self.top = sorted(glob.glob(source)) if isinstance(source, str) else [], B, T, vocab_size - 1
-        self.shards = [open_tokens(path, B * T + 1) for path in self.names] if isinstance(source, str) else [source]
-        require(self.shards, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
+        self.B, self.T, self.top, files = B, T, vocab_size - 1, isinstance(source, str)
+        self.names = sorted(glob.glob(source)) if files else ["the text"]
+        require(self.names, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
+        self.shards = [open_tokens(path, B * T + 1) for path in self.names] if files else [source]
         self.size = sum(len(shard) for shard in self.shards)
         self.seek([0, 0])
 
@@ -912,7 +887,7 @@ def sample(logits, temperature, top_k, rng):
     cumulative = np.exp(logits, out=logits).cumsum()
     return int(min(np.searchsorted(cumulative, rng.random(dtype=np.float32) * cumulative[-1], "right"), len(logits) - 1))
 
-GPT2.generate = generate
+GPT2.from_pretrained, GPT2.save_pretrained, GPT2.generate = classmethod(from_pretrained), save_pretrained, generate
 
 # ---- 12. Training and the command line -----------------------------------------------------------------------------
 
@@ -923,15 +898,11 @@ FLAGS = {  # name: (default, meaning). The one place where defaults stand; they 
     "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
     "batch_size": (4, "B, sequences per batch"),
     "sequence_length": (64, "T, tokens per sequence (when only generating: the model's whole context)"),
-    "total_batch_size": (0, "tokens per update, a multiple of B*T; 0: B*T"),
-    "num_iterations": (40, "updates"),
-    "learning_rate": (1e-4, "its peak"),
-    "warmup_iters": (0, "updates over which it rises to the peak"),
+    "total_batch_size": (0, "tokens per update, a multiple of B*T; 0: B*T"), "num_iterations": (40, "updates"),
+    "learning_rate": (1e-4, "its peak"), "warmup_iters": (0, "updates over which it rises to the peak"),
     "learning_rate_decay_frac": (1.0, "fraction of the peak to which a cosine takes it by the end"),
-    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"),
-    "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
-    "val_loss_every": (10, "updates between validations; 0: none"),
-    "val_max_steps": (5, "batches per validation"),
+    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"), "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
+    "val_loss_every": (10, "updates between validations; 0: none"), "val_max_steps": (5, "batches per validation"),
     "sample_every": (20, "updates between samples; 0: none"),
     "overfit_single_batch": (0, "1: train on the first batch again and again"),
     "inference_only": (0, "1: continue --prompt and train nothing"),
@@ -939,11 +910,9 @@ FLAGS = {  # name: (default, meaning). The one place where defaults stand; they 
     "recompute": (1, "0: store everything; 1: compute GELU again in backward; 2: layernorm too"),
     "checkpoint_every": (0, "updates between checkpoints in --output_dir; 0: only when stopped"),
     "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
-    "seed": (1337, "of fresh weights and of samples"),
-    "prompt": ("", "text to continue; if empty, a new text begins"),
-    "max_new_tokens": (64, "length of a sample, in tokens"),
+    "seed": (1337, "of fresh weights and of samples"), "prompt": ("", "text to continue; if empty, a new text begins"),
+    "max_new_tokens": (64, "length of a sample, in tokens"), "top_k": (0, "sample among the k likeliest; 0: among all"),
     "temperature": (1.0, "of samples: below 1 bolder, above 1 wilder, 0 always the likeliest token"),
-    "top_k": (0, "sample among the k likeliest tokens; 0: among all"),
 }
 DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
 MAY_CHANGE = {"num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every", "resume",
@@ -970,8 +939,8 @@ def parse(argv):
 def available_memory():
     """Bytes this process may still take of the machine, its container and its own limit; inf if nothing tells."""
     free = [math.inf]
-    with contextlib.suppress(OSError, StopIteration), open("/proc/meminfo") as f:
-        free.append(1024 * int(next(line for line in f if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, IndexError):  # MemAvailable, in KiB
+        free.append(1024 * int(open("/proc/meminfo").read().split("MemAvailable:")[1].split()[0]))
     with contextlib.suppress(OSError, ValueError):  # "max", where the container sets no limit
         free.append(int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
     with contextlib.suppress(ImportError):          # not on Windows
@@ -997,8 +966,7 @@ def learning_rate(step, s):
     """Of the update that follows `step` others: a rise to the peak, then half a cosine down."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / s.warmup_iters
-    done = min(1.0, (step - s.warmup_iters) / max(1, s.num_iterations - s.warmup_iters))
-    low = s.learning_rate * s.learning_rate_decay_frac
+    done, low = (step - s.warmup_iters) / (s.num_iterations - s.warmup_iters), s.learning_rate * s.learning_rate_decay_frac
     return low + (s.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 
 def check_finite(value, what, model, step):
