@@ -918,10 +918,10 @@ DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
 MAY_CHANGE = {"num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every", "resume",
               "output_dir", "max_new_tokens", "temperature", "top_k", "prompt"}     # when a run is resumed
 FRESH = {"d6": 384, "d12": 768, "d24": 1024, "d36": 1280, "d48": 1600}  # dL: L layers, channels, heads of 64
-EMBEDDED_CONFIG = GPT2Config(128, 256, 4, 4, 128)  # a vocabulary of up to 256 means bytes
-EMBEDDED = {"model": "bytes", "input_bin": "", "batch_size": 8, "sequence_length": 128, "num_iterations": 300,
-            "learning_rate": 2e-3, "warmup_iters": 20, "learning_rate_decay_frac": 0.1, "weight_decay": 0.1, "grad_clip": 1.0,
-            "val_loss_every": 50, "val_max_steps": 20, "sample_every": 300, "max_new_tokens": 300, "temperature": 0.7}
+EMBEDDED_CONFIG = GPT2Config(64, 256, 4, 4, 128)  # what trains where nothing can be fetched: a vocabulary of bytes,
+EMBEDDED = {"model": "bytes", "input_bin": "", "batch_size": 8, "num_iterations": 1200, "learning_rate": 2e-3,  # a minute
+            "warmup_iters": 50, "learning_rate_decay_frac": 0.05, "weight_decay": 0.1, "grad_clip": 1.0, "val_loss_every": 200,
+            "val_max_steps": 30, "sample_every": 1200, "max_new_tokens": 400, "temperature": 0.7}
 
 def parse(argv):
     """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
