@@ -68,7 +68,6 @@ class GPT2Config:
         require(self.channels % self.num_heads == 0, f"{self.channels} channels can't be shared by {self.num_heads} heads")
 
 # ---- 3. Memory: two tables, one blob -------------------------------------------------------------------------------
-#
 # Everything lives in one array, allocated once and filled with zeros. A zeroed page that nobody touches
 # costs no memory, so a run that only generates text never pays for gradients or moments.
 #
@@ -147,7 +146,6 @@ def init_weights(params, seed):
             view *= 0.02 / math.sqrt(2 * L) if name in ("attprojw", "fcprojw") else 0.02
 
 # ---- 4. Rows and threads: the only parallel machinery --------------------------------------------------------------
-#
 # Big matrix products are BLAS's business, and it has its own threads. All the rest works on rows, the channels
 # of one token. We cut the rows into blocks that stay in a core's cache from the first operation to the last
 # (NumPy makes one pass over memory per operation: slow in RAM, fast in cache), and spread the blocks over
@@ -204,7 +202,6 @@ def by_rows(count):
     return decorate
 
 # ---- 5. Layers, each forward followed by its backward --------------------------------------------------------------
-#
 # A backward function receives dout, the gradient of the loss with respect to its forward's output, and
 # applies the chain rule. A derivation quotes the forward line it differentiates.
 
@@ -248,11 +245,10 @@ def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
     mean and rstd depend on every channel of inp. Through them, dnorm loses the two directions in which
     inp can move without norm changing: up and down as a whole, and in proportion to norm itself:
         dinp = (dnorm - average(dnorm) - norm * average(dnorm * norm)) * rstd"""
-    C = inp.shape[-1]
     norm = inp - mean[:, None]
     norm *= rstd[:, None]
     dnorm = dout * weight
-    along = np.einsum("ij,ij->i", dnorm, norm) / C
+    along = np.einsum("ij,ij->i", dnorm, norm) / inp.shape[-1]
     dnorm -= dnorm.mean(axis=-1)[:, None]
     dnorm -= norm * along[:, None]
     dnorm *= rstd[:, None]
@@ -278,12 +274,13 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
         dbias[o]      = sum over n of dout[n, o]                    dbias   = ones @ dout"""
     dout, inp = rows_of(dout), rows_of(inp)
     np.matmul(dout, weight, out=rows_of(dinp))
-    if add:  # NumPy can't make BLAS add, so we do it by blocks, while each is in cache
-        step = max(1, BLOCK_BYTES // inp[0].nbytes)
-        for o in range(0, len(weight), step):
-            dweight[o:o + step] += dout[:, o:o + step].T @ inp
-    else:
+    if not add:
         np.matmul(dout.T, inp, out=dweight)
+    else:  # NumPy can't make BLAS add, so we do it, block by block, while the product is in cache
+        step = max(1, 2 * BLOCK_BYTES // inp[0].nbytes)
+        def block(i):
+            dweight[i * step:(i + 1) * step] += dout[:, i * step:(i + 1) * step].T @ inp
+        parallel(block, -(-len(weight) // step))
     if dbias is not None:
         accumulate(dbias, np.ones(len(dout), dout.dtype) @ dout, add)
 
@@ -481,8 +478,8 @@ class GPT2:
         classifier's backward pass runs at once (see there), and backward() is to follow; the gradients will be
         those of loss * grad_scale, 1/k where k micro-batches make a step."""
         inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
-        shape = (self.batch_size, self.sequence_length)
-        require(inputs.shape == targets.shape == shape, f"inputs {inputs.shape}, targets {targets.shape}: expected {shape}")
+        require(inputs.shape == targets.shape == self.acts["losses"].shape, f"inputs {inputs.shape}, targets {targets.shape}: "
+                f"expected {self.acts['losses'].shape}")
         require(not self.micro_batches or self.pending is None, "the last forward pass has begun to add its gradients: "
                 "call backward() first, or zero_grad() to forget them")
         self.forward_rows(inputs)
@@ -596,7 +593,6 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     p -= t
 
 # ---- 9. Weights: reading them and writing them ---------------------------------------------------------------------
-#
 # safetensors, Hugging Face's format, is  8 bytes: n, little-endian
 #     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
 # llm.c's model file is  256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels,
@@ -703,10 +699,10 @@ def read_tensor(out, tensor, name):
             out[i:i + step] = piece.reshape(out[i:i + step].shape)
 
 def model_tensors(config):
-    """(name, l, shape) of every tensor that a file holds, in order; l is None for those that are no layer's."""
+    """(name, l, shape) of every tensor that a file holds, in order; params[name][l] is its view, with l = ... for all of it."""
     for name, shape in param_shapes(config).items():
-        for l in [None] if name in NOT_PER_LAYER else range(config.num_layers):
-            yield name, l, shape if l is None else shape[1:]
+        for l in [...] if name in NOT_PER_LAYER else range(config.num_layers):
+            yield name, l, shape if l is ... else shape[1:]
 
 def open_huggingface(source):
     """The same as open_weights, of a folder, a .safetensors file, or the index of one in several parts."""
@@ -746,7 +742,7 @@ def open_huggingface(source):
         tensors[name, l] = found.pop(key)
     require(not found, f"{source}: tensor {next(iter(found), '')!r} is no part of a GPT-2")
     if head is not None:
-        one, two = (np.memmap(t[0], np.uint8, "r", t[1], math.prod(t[3]) * ITEM_BYTES[t[2]]) for t in (head, tensors["wte", None]))
+        one, two = (np.memmap(t[0], np.uint8, "r", t[1], math.prod(t[3]) * ITEM_BYTES[t[2]]) for t in (head, tensors["wte", ...]))
         require(np.array_equal(one, two), f"{source}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     return config, tensors
 
@@ -776,9 +772,8 @@ def open_weights(source):
 def load_weights(model, tensors):
     """Read what open_weights found into its place in the blob; returns the model."""
     for (name, l), tensor in tensors.items():
-        view = model.params[name] if l is None else model.params[name][l]
-        transposed = name in HF_TRANSPOSED and not tensor[0].endswith(".bin")
-        read_tensor(view.T if transposed else view, tensor, name if l is None else f"{name} of layer {l}")
+        view, transposed = model.params[name][l], name in HF_TRANSPOSED and not tensor[0].endswith(".bin")
+        read_tensor(view.T if transposed else view, tensor, name if l is ... else f"{name} of layer {l}")
     return model
 
 def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1):
@@ -797,10 +792,8 @@ def save_pretrained(model, folder):
     for name, content in (("config.json", description), ("generation_config.json", ends)):
         with atomic_write(os.path.join(folder, name)) as f:
             f.write(json.dumps(content, indent=2).encode())
-    tensors = {}
-    for name, l, _ in model_tensors(c):
-        view = model.params[name] if l is None else model.params[name][l]
-        tensors["transformer." + HF_NAMES[name].format(l)] = view.T if name in HF_TRANSPOSED else view
+    tensors = {"transformer." + HF_NAMES[name].format(l): model.params[name][l].T if name in HF_TRANSPOSED else
+               model.params[name][l] for name, l, _ in model_tensors(c)}
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
 def write_tensors(model, inputs, targets, folder):
@@ -821,7 +814,6 @@ def write_tensors(model, inputs, targets, folder):
     return stem + ".bin", stem + "_debug_state.bin"
 
 # ---- 10. Data: token files and batches -----------------------------------------------------------------------------
-#
 # llm.c's token file: 256 int32: 20240520, version 1, number of tokens | the tokens as uint16. They are mapped
 # into memory, not read. A batch is the next B*T tokens, and its targets are the same, one token further.
 
@@ -1052,6 +1044,7 @@ def speak(model, s, step):
 
 def prepare(given):
     """From the flags given to (settings, model, loaders of training and of validation data, state to start from)."""
+    import prepro_tinyshakespeare as prepro
     s, model, state = SimpleNamespace(**DEFAULTS | given), None, {"step": 0, "position": [0, 0], "evaluated": False, "log": []}
     old = checkpoints(s.output_dir)
     require(given.get("prompt") != "", "--prompt is empty: give it some text, or leave it out for one of the model's own")
@@ -1072,8 +1065,7 @@ def prepare(given):
     if not model:
         try:
             if not s.inference_only and not {"input_bin", "input_val_bin"} & given.keys():
-                from prepro_tinyshakespeare import prepare_tinyshakespeare
-                s.input_bin, s.input_val_bin = prepare_tinyshakespeare()
+                s.input_bin, s.input_val_bin = prepro.prepare_tinyshakespeare()
             C = FRESH.get(s.model)
             config, weights = (GPT2Config(1024, 50257, int(s.model[1:]), C // 64, C), None) if C else open_weights(s.model)
         except (InputError, OSError) as error:
@@ -1087,10 +1079,7 @@ def prepare(given):
         load_weights(model, weights) if weights else init_weights(model.params, s.seed)
     if s.inference_only:
         return s, model, None, None, state
-    sources = (s.input_bin, s.input_val_bin)
-    if s.model == EMBEDDED["model"]:
-        from prepro_tinyshakespeare import own_text
-        sources = own_text()
+    sources = prepro.own_text() if s.model == EMBEDDED["model"] else (s.input_bin, s.input_val_bin)
     loader, val_loader = (DataLoader(source, s.batch_size, s.sequence_length, model.config.vocab_size) for source in sources)
     require(state.setdefault("tokens", loader.size) == loader.size, f"there are {loader.size} tokens of training data now, there "
             f"were {state['tokens']} when this run began")
