@@ -92,20 +92,22 @@ def param_shapes(config):
 
 LOGITS_ROWS = 256  # the classifier works through this many tokens at a time: 51 MB of logits, never B*T*V
 def act_shapes(config, B, T, recompute):
-    """The activations, in the order in which they are computed, then backward's work space. Where the leading
-    dimension is L, every layer keeps its own for the backward pass. Where it is 1, all share one, because backward
-    does not need it (attproj, fcproj) or computes it again (recompute >= 1: fch_gelu; 2: also ln1 and ln2).
-    recompute = 0 keeps everything: what you want when you compare another implementation with this one."""
+    """The activations, in the order in which they are computed, then backward's work space. Where the leading dimension
+    is L, every layer keeps its own for the backward pass. Where it is 1, all layers share one: recompute = 0 keeps all,
+    which is what you want when you compare another implementation with this one; 1 shares what backward does not need
+    (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 is for generation, without
+    a backward pass: it keeps keys and values only."""
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    kept, gelus, norms = L if recompute == 0 else 1, L if recompute < 1 else 1, L if recompute < 2 else 1
+    until_1, until_2, until_3 = (L if recompute < level else 1 for level in (1, 2, 3))
     return {
         "encoded": (B, T, C),
-        "ln1": (norms, B, T, C), "ln1_mean": (L, B, T), "ln1_rstd": (L, B, T),
+        "ln1": (until_2, B, T, C), "ln1_mean": (until_3, B, T), "ln1_rstd": (until_3, B, T),
         "qkv": (L, B, T, 3 * C),         # in generation these are the keys and values of earlier tokens
-        "att_lse": (L, B, T, NH),        # log of the softmax's sum: all of attention that is stored
-        "atty": (L, B, T, C), "attproj": (kept, B, T, C), "residual2": (L, B, T, C),
-        "ln2": (norms, B, T, C), "ln2_mean": (L, B, T), "ln2_rstd": (L, B, T),
-        "fch": (L, B, T, 4 * C), "fch_gelu": (gelus, B, T, 4 * C), "fcproj": (kept, B, T, C), "residual3": (L, B, T, C),
+        "att_lse": (until_3, B, T, NH),  # log of the softmax's sum: all of attention that is stored
+        "atty": (until_3, B, T, C), "attproj": (until_1, B, T, C), "residual2": (until_3, B, T, C),
+        "ln2": (until_2, B, T, C), "ln2_mean": (until_3, B, T), "ln2_rstd": (until_3, B, T),
+        "fch": (until_3, B, T, 4 * C), "fch_gelu": (until_1, B, T, 4 * C),
+        "fcproj": (until_1, B, T, C), "residual3": (until_3, B, T, C),
         "lnf": (B, T, C), "lnf_mean": (B, T), "lnf_rstd": (B, T),
         "logits": (1, min(B * T, LOGITS_ROWS), V),   # a piece; then its probabilities; then its gradient
         "losses": (B, T),
@@ -426,7 +428,7 @@ class GPT2:
         B, T = batch_size, sequence_length
         require(B > 0 and 0 < T <= config.max_seq_len, f"batch size {B}, sequence length {T}: the model's context "
                 f"is {config.max_seq_len}: use --sequence_length {config.max_seq_len} or less")
-        require(recompute in (0, 1, 2), f"recompute is {recompute!r}, expected 0, 1 or 2")
+        require(recompute in (0, 1, 2, 3), f"recompute is {recompute!r}, expected 0, 1, 2 or, only to generate, 3")
         self.config, self.batch_size, self.sequence_length, self.recompute = config, B, T, recompute
         params, acts = param_shapes(config), act_shapes(config, B, T, recompute)
         n, line = size(params), 64 // np.dtype(dtype).itemsize  # a cache line has 64 bytes: start at one
@@ -510,6 +512,7 @@ class GPT2:
         """Fill grads with the gradients of the last forward pass; the first since an update or zero_grad writes
         them, later ones add."""
         require(self.pending is not None, "backward() needs a training forward pass before it: call forward()")
+        require(self.recompute < 3, "recompute = 3 keeps nothing for a backward pass: use 0, 1 or 2")
         params, grads, acts, NH = self.params, self.grads, self.acts, self.config.num_heads
         add, inputs = self.micro_batches > 0, self.pending
         dres, dln, dfch = acts["dresidual"], acts["dln"], acts["dfch"]
@@ -1074,7 +1077,7 @@ def prepare(given):
             print(f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's own files look like")
             s, config, weights = SimpleNamespace(**DEFAULTS | EMBEDDED | given), EMBEDDED_CONFIG, None
         if s.inference_only:
-            s.batch_size, s.sequence_length = 1, given.get("sequence_length", config.max_seq_len)
+            s.batch_size, s.sequence_length, s.recompute = 1, given.get("sequence_length", config.max_seq_len), 3
         model = make_model(s, config)
         load_weights(model, weights) if weights else init_weights(model.params, s.seed)
     if s.inference_only:
