@@ -327,7 +327,7 @@ def tokenizer(vocab_size):
     """How a model of that vocabulary reads and writes: (encode a text to ids, decode an id to bytes, the id that
     starts a text). Up to 256 ids are bytes, a new text starts with a line feed; more are GPT-2's tokens."""
     if vocab_size <= 256:
-        return lambda text: list(text.encode()), lambda i: bytes([i]), ord("\n") % vocab_size
+        return lambda text: list(text.encode(errors="surrogateescape")), lambda i: bytes([i]), ord("\n") % vocab_size
     encoding = get_encoding()
     return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
 

@@ -36,7 +36,7 @@ The contract for `=` and `+=`, which holds in every backward function
 
 Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
-import argparse, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
+import argparse, bisect, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
@@ -53,7 +53,6 @@ def require(condition, message):
         raise InputError(message)
 
 # ---- 2. Configuration: the five numbers that make a GPT-2 ----------------------------------------------------------
-
 @dataclass(frozen=True)
 class GPT2Config:
     """The shape of a model. The defaults are GPT-2 124M, the smallest of the four that OpenAI released."""
@@ -115,7 +114,6 @@ def act_shapes(config, B, T, recompute):
         "dln": (B, T, C),                # dlnf, then in every layer: dln2, datty, dln1
         "dfch": (B, T, 4 * C),           # in every layer: dfch_gelu, dfch, and then, being free, dqkv
     }
-
 NOT_PER_LAYER = {"wte", "wpe", "lnfw", "lnfb", "encoded", "lnf", "lnf_mean", "lnf_rstd",
                  "logits", "losses", "dresidual", "dln", "dfch"}
 
@@ -238,7 +236,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     out *= rstd[:, None]
     out *= weight
     out += bias
-
 @by_rows(5)
 def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
     """Returns the sums (dweight, dbias) over the rows; dinp is the residual stream's, so it is added to.
@@ -292,7 +289,6 @@ def heads(x, NH, parts=1):
     """(B, T, parts * C) seen as (parts, B, NH, T, hs): every head has hs neighbouring channels for its own."""
     B, T, width = x.shape
     return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
-
 def head_groups(B, NH, T, itemsize):
     """Attention's pieces of work: [(b, slice of heads)], so many heads that (heads, ATT_ROWS, T) stays in cache."""
     n = max(1, BLOCK_BYTES // (min(ATT_ROWS, T) * T * itemsize))
@@ -373,7 +369,6 @@ def gelu_forward(out, inp):
     out += 1
     out *= inp
     out *= 0.5
-
 @by_rows(2)
 def gelu_backward(dout, inp):
     """dout becomes dinp, in place. With u as above and th = tanh(u), whose derivative is 1 - th^2:
@@ -419,7 +414,6 @@ def crossentropy_softmax_backward(probs, targets, dloss):
     dlogits *= dloss
 
 # ---- 6. Model forward: a line or two per layer ---------------------------------------------------------------------
-
 class GPT2:
     """A GPT-2 and all the memory it will ever use: params, grads, m, v, acts are dicts of named views of `blob`.
     config: GPT2Config; batch_size, sequence_length: the B and T of its batches; seed: of fresh weights, None
@@ -507,7 +501,6 @@ class GPT2:
                 matmul_backward(dlnf[rows], self.grads["wte"], None, dlogits, lnf[rows], wte, start or self.micro_batches)
 
     # ---- 7. Model backward: the same lines, reversed ---------------------------------------------------------------
-
     def backward(self):
         """Fill grads with the gradients of the last forward pass; the first since an update or zero_grad writes
         them, later ones add."""
@@ -551,7 +544,6 @@ class GPT2:
         self.pending, self.micro_batches = None, 0
 
     # ---- 8. AdamW --------------------------------------------------------------------------------------------------
-
     def grad_norm(self):
         """The length of the gradient seen as one vector of all parameters: a float."""
         chunks = [self.flat[1, i:i + ADAMW_CHUNK] for i in range(0, self.flat.shape[1], ADAMW_CHUNK)]
@@ -594,7 +586,6 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     if decay:
         p *= 1 - decay
     p -= t
-
 # ---- 9. Weights: reading them and writing them ---------------------------------------------------------------------
 # safetensors, Hugging Face's format, is  8 bytes: n, little-endian
 #     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
@@ -644,12 +635,12 @@ def read_json(path, text=None):
     try:
         if text is None:
             with open(path, "rb") as f:
-                text = f.read(16 * MAX_HEADER)
+                text = f.read(min(os.path.getsize(path), 16 * MAX_HEADER))
         value = json.loads(text.decode("utf-8"))
-        require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
-        return value
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON: {error}") from None
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 def read_safetensors(path):
     """The header of a .safetensors file, checked: {name: (path, offset, dtype, shape)} and its metadata."""
@@ -664,7 +655,7 @@ def read_safetensors(path):
         return isinstance(x, list) and len(x) < 9 and all(type(i) is int and 0 <= i < 1 << 48 for i in x)
     for name, t in header.items():
         require(isinstance(t, dict) and sizes(t.get("shape")) and sizes(t.get("data_offsets")), f"{path}: tensor {name!r}: "
-                f"expected dtype, shape and data_offsets, found {str(t)[:99]}")
+                f"expected dtype, shape and data_offsets, found {t!r:.99}")
         require(t.get("dtype") in list(ITEM_BYTES), f"{path}: tensor {name!r} has the unknown dtype {t.get('dtype')!r}")
     for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = end, end + math.prod(t["shape"]) * ITEM_BYTES[t["dtype"]]
@@ -717,8 +708,8 @@ def open_huggingface(source):
     files, found = [source], {}
     if source.endswith(".json"):  # several files, and an index that tells which tensor is where
         parts = read_json(source).get("weight_map")
-        require(isinstance(parts, dict) and all(isinstance(p, str) and p == os.path.basename(p) for p in parts.values()),
-                f"{source}: expected a weight_map from tensors to files beside it")
+        require(isinstance(parts, dict) and all(isinstance(p, str) and p == os.path.basename(p) and p.isprintable()
+                and p.endswith(".safetensors") for p in parts.values()), f"{source}: expected a weight_map to files beside it")
         files = [os.path.join(os.path.dirname(source), part) for part in sorted(set(parts.values()))]
     for file in files:
         for name, tensor in read_safetensors(file)[0].items():
@@ -756,11 +747,12 @@ def open_llmc(path):
     require(version in (1, 3, 5), f"{path}: version {version}, expected 1 or 3 (float32) or 5 (bfloat16)")
     config, tensors, offset, dtype = GPT2Config(maxT, V, L, NH, C), {}, 1024, "BF16" if version == 5 else "F32"
     padding = padded - V if version > 1 else 0
-    require(0 <= padding and L < 1 << 16, f"{path}: padded vocabulary of {padded} for {V} tokens, {L} layers: not a model's header")
+    need = offset + (size(param_shapes(config)) + padding * C) * ITEM_BYTES[dtype]
+    require(padding >= 0, f"{path}: padded vocabulary of {padded} for {V} tokens: no model's header")
+    require(os.path.getsize(path) == need, f"{path}: has {os.path.getsize(path)} bytes, its header describes {need}")
     for name, l, shape in model_tensors(config):
         tensors[name, l] = (path, offset, dtype, shape)
         offset += (math.prod(shape) + (padding * C if name == "wte" else 0)) * ITEM_BYTES[dtype]
-    require(os.path.getsize(path) == offset, f"{path}: has {os.path.getsize(path)} bytes, its header describes {offset}")
     return config, tensors
 
 def open_weights(source):
@@ -838,7 +830,7 @@ class DataLoader:
         self.names = sorted(glob.glob(source)) if files else ["the text"]
         require(self.names, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
         self.shards = [open_tokens(path, B * T + 1) for path in self.names] if files else [source]
-        self.size = sum(len(shard) for shard in self.shards)
+        self.sizes = [len(shard) for shard in self.shards]
         self.seek([0, 0])
 
     def seek(self, position):
@@ -856,7 +848,6 @@ class DataLoader:
         return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
 
 # ---- 11. Sampling --------------------------------------------------------------------------------------------------
-
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
     """Continue a list of token ids: an iterator over max_new_tokens new ids, each as soon as it is known. temperature
     0 always takes the likeliest, top_k > 0 chooses among the k likeliest. Each token costs one position (see
@@ -885,7 +876,6 @@ def sample(logits, temperature, top_k, rng):
 GPT2.from_pretrained, GPT2.save_pretrained, GPT2.generate = classmethod(from_pretrained), save_pretrained, generate
 
 # ---- 12. Training and the command line -----------------------------------------------------------------------------
-
 FLAGS = {  # name: (default, meaning). The one place where defaults stand; they are those of llm.c's CPU trainer
     "model": ("gpt2", "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48: fresh weights; or a folder, .safetensors or .bin"),
     "input_bin": ("data/tiny_shakespeare_train.bin", "training tokens: a path or a glob pattern"),
@@ -920,8 +910,8 @@ EMBEDDED = {"model": "bytes", "input_bin": "", "batch_size": 8, "num_iterations"
 
 def parse(argv):
     """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
-    examples = "\n\n" + __doc__.split("\n\n")[2]
-    parser = argparse.ArgumentParser(usage=examples, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="\n\n" + __doc__.split("\n\n")[2],  # the examples
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, (default, text) in FLAGS.items():
         def value(text, kind=type(default), low=int(name in ("batch_size", "sequence_length", "val_max_steps"))):
             if kind is not str and not low <= kind(text) < 1 << 63:
@@ -947,14 +937,16 @@ def make_model(s, config):
     """Print the memory plan, refuse it if the machine plainly has not got that much, else allocate the model."""
     n = 4 * size(param_shapes(config))  # bytes
     plan = {"parameters": n} if s.inference_only else {"parameters": n, "gradients": n, "moments": 2 * n}
-    acts = [4 * size(act_shapes(config, B + 1, s.sequence_length, s.recompute)) for B in range(s.batch_size)]
-    plan["activations"] = acts[-1]
-    need, free = sum(plan.values()), available_memory()
+    def total(B):
+        plan["activations"] = 4 * size(act_shapes(config, B, s.sequence_length, s.recompute))
+        return sum(plan.values())
+    free = available_memory()
+    fits, need = bisect.bisect(range(1, s.batch_size + 1), free, key=total), total(s.batch_size)
     print(f"model: {n // 4:,} parameters: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items()))
     print("memory: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items()) + f", in all {need / 1e6:.0f} MB", flush=True)
-    fits = sum(need - acts[-1] + a <= free for a in acts)
-    require(fits == s.batch_size, f"B={s.batch_size}, T={s.sequence_length} needs {need / 1e6:.0f} MB, the machine has "
-            f"{free / 1e6:.0f}: use " + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
+    if fits < s.batch_size:  # no InputError: it is nobody's fault, and no damage of a checkpoint
+        raise MemoryError(f"B={s.batch_size}, T={s.sequence_length} needs {need / 1e6:.0f} MB, the machine has {free / 1e6:.0f}: "
+                          "use " + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
     return GPT2(config, s.batch_size, s.sequence_length, None, s.recompute)
 
 def learning_rate(step, s):
@@ -969,15 +961,22 @@ def check_finite(value, what, model, step):
     if not math.isfinite(value):
         tables, names = (model.params, model.acts) if what == "loss" else (model.grads,), [*model.params, *model.acts]
         order = [(n, l) for l in range(model.config.num_layers) for n in names if n not in NOT_PER_LAYER]
-        order = [(n, None) for n in ("wte", "wpe", "encoded")] + order + [(n, None) for n in names if n in NOT_PER_LAYER]
+        first, last = ("wte", "wpe", "encoded"), model.config.num_layers - 1
+        order = [(n, None) for n in first] + order + [(n, None) for n in names if n in NOT_PER_LAYER and n not in first]
         bad = (f"{name}{'' if l is None else f' of layer {l}'}" for name, l in (order if what == "loss" else reversed(order))
-               for t in tables if name in t and not np.isfinite(t[name] if l is None else t[name][l % len(t[name])]).all())
+               for t in tables if name in t and (l in (None, last) or len(t[name]) > 1)  # shared: holds the last layer's
+               and not np.isfinite(t[name] if l is None else t[name][l % len(t[name])]).all())
         raise InputError(f"update {step + 1}: the {what} is {value}; it began in {next(bad, 'the last sum')}. The last checkpoint "
                          "is as it was. Try a smaller --learning_rate, or --grad_clip 1")
 
 def checkpoints(folder):
     """The checkpoints in a folder, newest first."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint_" + "[0-9]" * 8)), reverse=True) if folder else []
+
+def checksums(model, folder):
+    """CRC-32s of parameters, m and v as they stand in the blob, and of a checkpoint's small files."""
+    files = (np.fromfile(os.path.join(folder, n), np.uint8) for n in ("config.json", "generation_config.json", "main.log"))
+    return [zlib.crc32(data) for data in (model.flat[0], model.flat[2], model.flat[3], *files)]
 
 def save_checkpoint(model, folder, state):
     """DIR/checkpoint_STEP: what save_pretrained writes; main.log; and optimizer.safetensors: AdamW's m and v, each one row
@@ -989,7 +988,7 @@ def save_checkpoint(model, folder, state):
         model.save_pretrained(temporary)
         with atomic_write(os.path.join(temporary, "main.log")) as f:
             f.write("".join(f"{line}\n" for line in state["log"]).encode())
-        text = json.dumps({**state, "log": None, "crc32": [zlib.crc32(model.flat[i]) for i in (0, 2, 3)]})
+        text = json.dumps({**state, "log": None, "crc32": checksums(model, temporary)})
         write_safetensors(os.path.join(temporary, "optimizer.safetensors"), {"m": model.flat[2], "v": model.flat[3]},
                           {"state": text, "crc32": str(zlib.crc32(text.encode()))})
         os.replace(temporary, final)
@@ -998,19 +997,18 @@ def save_checkpoint(model, folder, state):
         shutil.rmtree(old, ignore_errors=True)
 
 def load_checkpoint(folder, given):
-    """(settings, model, state) of a checkpoint, its settings overruled by the given ones; InputError if a bit is wrong."""
+    """(settings, model, state) of a checkpoint, with what is given of MAY_CHANGE; InputError if a bit of it is wrong."""
     moments, metadata = read_safetensors(os.path.join(folder, "optimizer.safetensors"))
     text = str(metadata.get("state")).encode()
     require(str(zlib.crc32(text)) == metadata.get("crc32"), "its state does not match its checksum")
     state, (config, weights) = read_json(folder, text), open_huggingface(folder)
-    with open(os.path.join(folder, "main.log"), encoding="utf-8") as f:
-        state["log"] = f.read().splitlines()
-    s = SimpleNamespace(**DEFAULTS | state["settings"] | given)
+    state["log"] = np.fromfile(os.path.join(folder, "main.log"), np.uint8).tobytes().decode(errors="replace").splitlines()
+    s = SimpleNamespace(**DEFAULTS | state["settings"] | {name: given[name] for name in MAY_CHANGE & given.keys()})
     model = load_weights(make_model(s, config), weights)
     for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
         require(moments.get(name, " " * 4)[2:] == ("F32", row.shape), f"{name} is not as expected")
         read_tensor(row, moments[name], name)
-    require(state["crc32"] == [zlib.crc32(model.flat[i]) for i in (0, 2, 3)], "its data does not match its checksum")
+    require(state["crc32"] == checksums(model, folder), "its data does not match its checksum")
     return s, model, state
 
 def lock(folder):
@@ -1060,9 +1058,12 @@ def prepare(given):
             print(f"{folder} is damaged: {error}: taking the one before it")
             continue
         clash = [f"--{name} {given[name]!r} (it was {value!r})" for name, value in state["settings"].items()
-                 if given.get(name, value) != value]
+                 if name not in MAY_CHANGE and given.get(name, value) != value]
         require(not clash, f"the run in {s.output_dir} can't go on with {', '.join(clash)}: leave that out, or start another")
         print(f"resuming from {folder}")
+        for newer in old[:old.index(folder)]:  # out of the way of the whole one that will take its name
+            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
+            os.replace(newer, f"{newer}.damaged")
         break
     require(model or not (old and s.resume), f"no checkpoint in {s.output_dir} is whole: choose another --output_dir")
     if not model:
@@ -1084,7 +1085,7 @@ def prepare(given):
         return s, model, None, None, state
     sources = prepro.own_text() if s.model == EMBEDDED["model"] else (s.input_bin, s.input_val_bin)
     loader, val_loader = (DataLoader(source, s.batch_size, s.sequence_length, model.config.vocab_size) for source in sources)
-    require(state.setdefault("tokens", loader.size) == loader.size, f"there are {loader.size} tokens of training data now, there "
+    require(state.setdefault("tokens", loader.sizes) == loader.sizes, f"there are {loader.sizes} tokens of training data now, there "
             f"were {state['tokens']} when this run began")
     loader.seek(state["position"])
     return s, model, loader, val_loader, state
@@ -1105,11 +1106,12 @@ def train(s, model, loader, val_loader, state, stopped):
                 f.write(lines[-1] + "\n")
     began, start = time.perf_counter(), step
     while True:
-        last = step >= s.num_iterations
-        if not evaluated and not stopped:
+        last, stop = step >= s.num_iterations, bool(stopped)  # asked once: it may become true at any moment
+        if not evaluated and not stop:
             if s.val_loss_every and (last or step % s.val_loss_every == 0):
                 val_loader.seek([0, 0])
                 loss = sum(model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)) / s.val_max_steps
+                check_finite(loss, "loss", model, step)
                 print(f"val loss {loss:.6f}", flush=True)
                 log("tel", loss)
             if s.sample_every and step and (last or step % s.sample_every == 0):
@@ -1117,11 +1119,11 @@ def train(s, model, loader, val_loader, state, stopped):
                 speak(model, s, step)
                 print("---", flush=True)
             evaluated = True
-        if s.output_dir and (stopped or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
+        if s.output_dir and (stop or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
             state.update(step=step, position=loader.position, evaluated=evaluated, log=lines)
-            state["settings"] = {name: value for name, value in vars(s).items() if name not in MAY_CHANGE}
+            state["settings"] = vars(s)
             save_checkpoint(model, s.output_dir, state)
-        if last or stopped:
+        if last or stop:
             break
         t0, loss, lr = time.perf_counter(), 0.0, learning_rate(step, s)
         for _ in range(k):
@@ -1143,11 +1145,11 @@ def train(s, model, loader, val_loader, state, stopped):
         losses = [float(line.split(":")[2]) for line in lines if f" {kind}:" in line]
         summary += [f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {picture(losses)}"] if losses else []
     summary += [f"{seconds:.1f} s", f"{(step - start) * k * tokens / seconds:.0f} tok/s"]
-    if s.output_dir and not stopped:
+    if s.output_dir and not stop:
         model.save_pretrained(s.output_dir)
     if s.output_dir:
-        summary += [f"go on with --output_dir {s.output_dir} --resume 1" if stopped else f"saved in {s.output_dir}"]
-    print("stopped: " * bool(stopped) + ", ".join(summary))
+        summary += [f"go on with --output_dir {s.output_dir} --resume 1" if stop else f"saved in {s.output_dir}"]
+    print("stopped: " * stop + ", ".join(summary))
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130 or 143 if stopped."""
@@ -1178,4 +1180,5 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.modules["train_gpt2"] = sys.modules["__main__"]  # so that prepro_tinyshakespeare imports this very module
     np.seterr(all="ignore")                              # what overflows is found by check_finite
+    sys.stdout.reconfigure(errors="replace")             # a sample may hold what the terminal can't show
     sys.exit(main())
