@@ -892,7 +892,7 @@ def test_an_id_outside_the_vocabulary_is_an_input_error(which, bad):
     (lambda: gpt2.GPT2Config(vocab_size=50257.0), "vocab_size.* 50257.0"),
     (lambda: random_model(1, 9, max_seq_len=8), "length 9.* 8"),
     (lambda: random_model(0, 9), "batch size 0"),
-    (lambda: random_model(1, 9, recompute=3), "recompute.* 3"),
+    (lambda: random_model(1, 9, recompute=4), "recompute.* 4"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=8)), r"\(2, 8\).*\(2, 9\)"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=9).reshape(2, 18)), r"\(18,\).*\(2, 9\)"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=9) * 1.0), "inputs.* integers.* float64"),
@@ -1807,6 +1807,7 @@ def test_what_we_saved_opens_in_transformers(tmp_path):
     assert info["missing_keys"] == info["unexpected_keys"] == info["mismatched_keys"] == set()
     assert [what for what, found in info.items() if found] == []  # nor any error
     assert_same_bits(parameters_of(theirs), as_hugging_face(ours.params, "transformer."))
+    assert_same_bits(read_plainly((tmp_path / "model.safetensors").read_bytes()), parameters_of(theirs))
     logits = theirs.eval()(torch.from_numpy(inputs)).logits.detach().numpy()
     assert_all_close({"logits": logits_of(ours, inputs)}, {"logits": logits})
     told = transformers.GPT2Config.from_pretrained(tmp_path).to_dict()
@@ -2148,10 +2149,11 @@ MALFORMED_SAFETENSORS = {
     "offsets_far_away": (with_place(lambda o: [1 << 30, 2 << 30]), "expected"),
     "offsets_shared": (with_entry("wpe.weight", data_offsets=[0, 5856]), "wpe.weight", "lies at [0, 5856]"),
     "offsets_reversed": (with_place(lambda o: o[::-1]), QKV, "lies at"),
+    "offsets_begin_too_early": (with_place(lambda o: [o[0] - 4, o[1]]), QKV, "lies at"),
     "offsets_negative": (with_entry(data_offsets=[-6912, 0]), QKV, "[-6912, 0]"),
     "offsets_fractions": (with_entry(data_offsets=[0.0, 6912.0]), QKV, "[0.0, 6912.0]"),
     "offsets_text": (with_entry(data_offsets=["0", "6912"]), QKV, "'6912'"),
-    "offsets_truth_values": (with_entry(data_offsets=[False, True]), QKV, "[False, True]"),
+    "offsets_false_for_zero": (with_entry("wte.weight", data_offsets=[False, 5856]), "[False, 5856]"),
     "offsets_null": (with_entry(data_offsets=None), QKV, "None"),
     "offsets_missing": (with_entry(data_offsets=...), QKV, "data_offsets"),
     "offsets_huge": (with_entry(data_offsets=[0, 10 ** 30]), QKV, 10 ** 30),
@@ -2394,16 +2396,16 @@ def test_a_malformed_token_file_is_refused(damage, tmp_path):
 # ----------------------------------------------------------------------------------------------------
 # Crafted headers: a small file must not cost much
 
-LONG_JSON = {  # a megabyte each, more or less
-    "brackets": lambda: b"[" * 1_000_000,
-    "closed": lambda: b'{"a":' + b"[" * 500_000 + b"]" * 500_000 + b"}",
-    "barely_parsed": lambda: b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}" + b" " * 1_000_000,
-    "objects": lambda: b'{"a":' * 200_000,
-    "lists": lambda: b'{"a": [' + b"[]," * 340_000 + b"1]}",
-    "digits": lambda: b"9" * 1_000_000,
-    "fraction": lambda: b'{"a": 0.' + b"9" * 1_000_000 + b"}",
-    "text": lambda: b'{"' + b"a" * 1_000_000 + b'": 1}',
-    "escapes": lambda: b'{"' + b"\\u2028" * 170_000 + b'": 1}',
+LONG_JSON = {  # texts of some n bytes
+    "brackets": lambda n: b"[" * n,
+    "closed": lambda n: b'{"a":' + b"[" * (n // 2) + b"]" * (n // 2) + b"}",
+    "barely_parsed": lambda n: b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}" + b" " * n,
+    "objects": lambda n: b'{"a":' * (n // 5),
+    "lists": lambda n: b'{"a": [' + b"[]," * (n // 3) + b"1]}",
+    "digits": lambda n: b"9" * n,
+    "fraction": lambda n: b'{"a": 0.' + b"9" * n + b"}",
+    "text": lambda n: b'{"' + b"a" * n + b'": 1}',
+    "escapes": lambda n: b'{"' + b"\\u2028" * (n // 6) + b'": 1}',
 }
 NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 A_LOT = {"dtype": "F32", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 42]}
@@ -2415,9 +2417,9 @@ def llmc_header(*numbers):
 
 
 CRAFTED = {  # name: (file, what makes its bytes). They promise more than there is, or say little at length
-    **{name: ("model.safetensors", lambda text=text: pack_safetensors(text()))
+    **{name: ("model.safetensors", lambda text=text: pack_safetensors(text(1_000_000)))
        for name, text in LONG_JSON.items()},
-    **{f"{file}_{name}": (file + ".json", lambda text=text: 20 * text())
+    **{f"{file}_{name}": (file + ".json", lambda text=text: text(15_000_000))
        for file in ("config", "model.safetensors.index") for name, text in LONG_JSON.items()},
     "length": ("model.safetensors", lambda: b"\xff" * 7 + b"\x7f" + b"{}"),
     "shape": ("model.safetensors", lambda: pack_safetensors({"wte.weight": A_LOT, "wpe.weight": A_LOT})),
@@ -2451,8 +2453,8 @@ def test_a_crafted_header_costs_no_more_than_its_file(crafted, tmp_path):
         return str(caught.value)
 
     began = time.process_time()
-    line, peak = peak_of(read)
-    assert line.isprintable() and time.process_time() - began < 5
+    assert read().isprintable() and time.process_time() - began < 5
+    _, peak = peak_of(read)
     assert peak < 2 * len(data) + 32 * min(len(data), 1 << 20) + (4 << 20)
 
 
@@ -2505,8 +2507,9 @@ def mutated(rng, name, data):
     return mutated(rng, name, data) if rng.random() < 0.2 and len(data) > 1000 else data
 
 
-def fuzz(folder, names, read, check):
-    """Damage the folder's files, one at a time. read() may refuse; if not, check(its result) must hold."""
+def fuzz(folder, names, read, check, harmless=1):
+    """Damage the folder's files, one at a time. read() may refuse; if not, check(its result) must hold.
+    harmless: how many at least must be read, to prove that check is asked at all."""
     sound, rng, accepted = {name: (folder / name).read_bytes() for name in names}, random.Random(1), 0
     allowed = 8 * sum(map(len, sound.values())) + (4 << 20)  # bytes of memory
     check(read())
@@ -2531,7 +2534,7 @@ def fuzz(folder, names, read, check):
             written(folder / name, sound[name])
     finally:
         tracemalloc.stop()
-    assert 0 < accepted < MUTATIONS / 2  # the mutations are neither all fatal nor mostly without effect
+    assert harmless <= accepted < MUTATIONS / 2  # or they were hardly mutations
 
 
 def fuzz_model():
@@ -2541,7 +2544,7 @@ def fuzz_model():
 
 
 def test_fuzzed_token_files(tmp_path):
-    path = written(tmp_path / "tokens.bin", token_file(np.random.default_rng(1).integers(0, 61, 40)))
+    path = written(tmp_path / "tokens.bin", token_file(np.random.default_rng(1).integers(0, 61, 41)))
 
     def read():
         loader = gpt2.DataLoader(path, 2, 4, 61)
@@ -2620,7 +2623,7 @@ def test_fuzzed_checkpoints(tmp_path, capsys):
         capsys.readouterr()
 
     fuzz(folder, ["config.json", "model.safetensors", "optimizer.safetensors", "main.log"],
-         lambda: gpt2.load_checkpoint(str(folder), {}), check)
+         lambda: gpt2.load_checkpoint(str(folder), {}), check, harmless=0)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3062,7 +3065,8 @@ def test_flags_and_defaults_are_those_of_the_design():
     "--batchsize 4", "--batch 4", "--batch_size", "--batch_size four", "--batch_size 1.5", "--batch_size 0",
     "4", "--sequence_length 0", "--val_max_steps 0", "--seed -1", "--learning_rate fast",
     "--learning_rate nan", "--learning_rate -1", "--temperature inf"])
-def test_a_command_line_without_sense_is_exit_code_2(flags, capsys):
+def test_a_command_line_without_sense_is_exit_code_2(flags, capsys, monkeypatch):
+    monkeypatch.setattr(gpt2, "prepare", lambda given: pytest.fail(f"accepted: {given}"))
     with pytest.raises(SystemExit) as stop:
         gpt2.main(flags.split())
     assert stop.value.code == 2 and "error: " in capsys.readouterr().err.splitlines()[-1]

@@ -635,7 +635,7 @@ def read_json(path, text=None):
     try:
         if text is None:
             with open(path, "rb") as f:
-                text = f.read(min(os.path.getsize(path), 16 * MAX_HEADER))
+                text = f.read(min(os.path.getsize(path), MAX_HEADER))
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON: {error}") from None
