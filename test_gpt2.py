@@ -18,7 +18,7 @@ What PyTorch is not needed for is worked by hand (tiny cases, the answers in the
 Errors are relative and by norm, per tensor: |ours - truth| / |truth|. Parameters are all random, as fresh
 ones would hide much: a bias of 0 or a layernorm weight of 1 that is left out changes nothing.
 """
-import argparse, contextlib, hashlib, importlib.util, io, itertools, json, math, os, platform, random, re
+import argparse, contextlib, hashlib, importlib.util, inspect, io, itertools, json, math, os, platform, random, re
 import shlex, shutil, signal, socket, struct, subprocess, sys, tempfile, threading, time, timeit, tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -3170,12 +3170,13 @@ def test_a_terminal_that_knows_only_ascii(small_folder):
 
 
 @posix_only
-def test_a_prompt_that_is_no_utf8_reaches_a_model_of_bytes_as_it_is(small_folder):
+def test_a_prompt_that_is_no_utf8_reaches_a_model_of_bytes_as_it_is(tmp_path):
     """Elsewhere than on Windows a command line is bytes, and byte 0xff is as good as any other."""
-    flags = ("--model", "model", "--inference_only", 1, "--max_new_tokens", 20, "--temperature", 0)
-    stdout = succeeded(run_command(small_folder, *flags, "--prompt", os.fsdecode(b"\xffab")))
-    model = gpt2.GPT2.from_pretrained(str(small_folder / "model"), 1, 16)
-    assert stdout.endswith(as_read(bytes(model.generate(b"\xffab", 20, 0)).decode(errors="replace")) + "\n")
+    model = sharp_model(1, 16)  # which tells one context from another
+    model.save_pretrained(tmp_path)
+    flags = ("--model", tmp_path, "--inference_only", 1, "--max_new_tokens", 60, "--temperature", 0)
+    stdout = succeeded(run_command(tmp_path, *flags, "--prompt", os.fsdecode(b"\xffab")))
+    assert stdout.endswith(as_read(bytes(model.generate(b"\xffab", 60, 0)).decode(errors="replace")) + "\n")
 
 
 def test_without_an_output_dir_nothing_is_written(small_folder, call_main):
@@ -3807,38 +3808,45 @@ def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1024)
 
 
-def child_train(kind, model, B, T, steps, recompute=1, weights=None, started=None):
-    """Train for two steps and then `steps` timed ones: [[forward, backward, update] in seconds, ...]."""
-    config, clock, times = fresh_config(model), time.perf_counter, []
-    inputs, targets = random_batch(config, B, T)
-    if kind == "ours":
-        ours = (gpt2.GPT2.from_pretrained(weights, B, T, recompute) if weights
-                else gpt2.GPT2(config, B, T, recompute=recompute))
-        passes = [lambda: ours.forward(inputs, targets), ours.backward,
-                  lambda: ours.update(1e-4, step=len(times) + 1)]
-    else:
-        params = {name: np.zeros(shape, np.float32) for name, shape in gpt2.param_shapes(config).items()}
-        if not weights:
-            gpt2.init_weights(params, 1337)
-        theirs, loss = TorchGPT2(config, params), [None]
-        del params
-        if weights:
-            theirs.load_state_dict(torch.load(weights + ".pt", weights_only=True, mmap=True))
-        optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
-        compute = torch.compile(theirs) if kind == "torch-compiled" else theirs
-        x, y = torch.from_numpy(inputs), torch.from_numpy(targets)
-
-        def forward():
-            optimizer.zero_grad(set_to_none=True)
-            loss[0] = compute(x, y)
-        passes = [forward, lambda: loss[0].backward(), optimizer.step]
-    for _ in range(steps if started else steps + 2):
-        marks = [clock()]
+def timed_steps(passes, steps, started):
+    """Two steps and then `steps` timed ones, each of them forward, backward, update: what a child reports. With
+    `started`, the time when the process was started, only the first step."""
+    times = []
+    for _ in range(1 if started else steps + 2):
+        marks = [time.perf_counter()]
         for one in passes:
             one()
-            marks.append(clock())
+            marks.append(time.perf_counter())
         times.append([b - a for a, b in zip(marks, marks[1:])])
-    return {"times": times[0 if started else 2:], "peak": peak_mb(), "since_start": started and time.time() - started}
+    return {"times": times if started else times[2:], "peak": peak_mb(), "since_start": started and time.time() - started}
+
+
+def child_train(model, B, T, steps, recompute=1, weights=None, started=None):
+    config, step = fresh_config(model), itertools.count(1)
+    inputs, targets = random_batch(config, B, T)
+    ours = (gpt2.GPT2.from_pretrained(weights, B, T, recompute) if weights
+            else gpt2.GPT2(config, B, T, recompute=recompute))
+    return timed_steps([lambda: ours.forward(inputs, targets), ours.backward,
+                        lambda: ours.update(1e-4, step=next(step))], steps, started)
+
+
+def child_train_torch(model, B, T, steps, compiled=False, weights=None, started=None):
+    config, loss = fresh_config(model), [None]
+    x, y = map(torch.from_numpy, random_batch(config, B, T))
+    params = {name: np.zeros(shape, np.float32) for name, shape in gpt2.param_shapes(config).items()}
+    if not weights:
+        gpt2.init_weights(params, 1337)
+    theirs = TorchGPT2(config, params)
+    del params
+    if weights:
+        theirs.load_state_dict(torch.load(weights + ".pt", weights_only=True, mmap=True))
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    compute = torch.compile(theirs) if compiled else theirs
+
+    def forward():
+        optimizer.zero_grad(set_to_none=True)
+        loss[0] = compute(x, y)
+    return timed_steps([forward, lambda: loss[0].backward(), optimizer.step], steps, started)
 
 
 @torch.no_grad()
@@ -3860,26 +3868,32 @@ def torch_generate(theirs, tokens, n):
         yield int(new)
 
 
-def child_generate(kind, tokens):
-    """Seconds for `tokens` new ones, greedily, after eight to warm up; with the same random weights."""
-    config, prompt = gpt2.GPT2Config(), [50256]
-    ours = gpt2.GPT2(config, 1, config.max_seq_len)
-    run = {"ours": lambda n: list(ours.generate(prompt, n, temperature=0))}
-    if kind == "torch":
-        theirs = TorchGPT2(config, ours.params)
-        run["torch"] = lambda n: list(torch_generate(theirs, prompt, n))
-    if kind == "transformers":
-        import transformers
-        with torch.device("meta"):
-            theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config())
-        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-        run["transformers"] = lambda n: theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, 1, dtype=torch.long), do_sample=False,
-            min_new_tokens=n, max_new_tokens=n, pad_token_id=0)
-    run[kind](8)
+def timed_tokens(run, tokens):
+    """Seconds for that many new tokens, after eight to warm up."""
+    run(8)
     began = time.perf_counter()
-    run[kind](tokens)
+    run(tokens)
     return {"seconds": time.perf_counter() - began, "peak": peak_mb()}
+
+
+def child_generate(tokens):
+    ours = gpt2.GPT2(gpt2.GPT2Config(), 1, 1024, recompute=3)
+    return timed_tokens(lambda n: list(ours.generate([50256], n, temperature=0)), tokens)
+
+
+def child_generate_torch(tokens):
+    config = gpt2.GPT2Config()
+    params = {name: np.zeros(shape, np.float32) for name, shape in gpt2.param_shapes(config).items()}
+    gpt2.init_weights(params, 1337)
+    theirs = TorchGPT2(config, params)
+    return timed_tokens(lambda n: list(torch_generate(theirs, [50256], n)), tokens)
+
+
+def child_generate_transformers(tokens):
+    import transformers
+    theirs, prompt = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval(), torch.tensor([[50256]])
+    return timed_tokens(lambda n: theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                                                  min_new_tokens=n, max_new_tokens=n, pad_token_id=0), tokens)
 
 
 def child_limits():
@@ -3894,11 +3908,17 @@ def child_limits():
 
 
 def in_a_process(threads, function, **arguments):
-    """Call one of the child_ functions above in a process of its own."""
+    """Call one of the child_ functions above in a process of its own. Ours see nothing of this file but what they
+    need, so that they don't pay for importing PyTorch."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OPENBLAS_NUM_THREADS": str(threads),
-                   "MKL_NUM_THREADS": str(threads)}
-    command = [sys.executable, os.path.abspath(__file__), "--child", json.dumps([function, arguments])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+                   "MKL_NUM_THREADS": str(threads), "PYTHONPATH": os.path.dirname(os.path.abspath(__file__))}
+    program = "import test_gpt2\nfrom test_gpt2 import *\n"
+    if function in (child_train, child_generate):
+        needed = (fresh_config, random_batch, peak_mb, timed_steps, timed_tokens, function)
+        program = ("import itertools, sys, time\nimport train_gpt2 as gpt2\nimport numpy as np\n"
+                   + "\n".join(map(inspect.getsource, needed)))
+    program += f"\nimport json\nprint(json.dumps({function.__name__}(**json.loads({json.dumps(arguments)!r}))))"
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -3943,7 +3963,8 @@ def compare_training(shape, rounds, threads, limits, kinds, model="d12"):
     for i in range(rounds):
         for label, arguments in kinds:
             say(f"  B={B} T={T}, {threads} threads, round {i + 1} of {rounds}: {label}")
-            runs[label].append(in_a_process(threads, "child_train", B=B, T=T, model=model,
+            child = child_train_torch if label.startswith("PyTorch") else child_train
+            runs[label].append(in_a_process(threads, child, B=B, T=T, model=model,
                                             steps=BENCHMARK_STEPS.get(shape, 4), **arguments))
     n = 4 * gpt2.size(gpt2.param_shapes(config))
     limit = matmul_flops(config, B, T) / limits["flops"] + 7 * n / limits["bandwidth"]
@@ -3967,16 +3988,16 @@ def benchmark(arguments):
     """Speed: times PyTorch's fastest mode. Memory: times PyTorch's leanest. The limit: see the last line."""
     shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes.split(",")]
     began, threads = time.time(), arguments.threads
-    limits = in_a_process(threads, "child_limits")
+    limits = in_a_process(threads, child_limits)
     print(machine(threads) + "\n" + TABLE, flush=True)
-    ours = [(f"train_gpt2.py --recompute {r}", {"kind": "ours", "recompute": r}) for r in arguments.recompute]
-    eager, compiled = [("PyTorch eager", {"kind": "torch"}), ("PyTorch compiled", {"kind": "torch-compiled"})]
+    ours = [(f"train_gpt2.py --recompute {r}", {"recompute": r}) for r in arguments.recompute]
+    eager, compiled = ("PyTorch eager", {}), ("PyTorch compiled", {"compiled": True})
     for shape in shapes:
         long = shape[0] * shape[1] > 2048
         compare_training(shape, 1 if long else arguments.rounds, threads, limits, [*ours, eager, compiled])
     if arguments.full:
         print("\nOne thread" + TABLE)
-        compare_training((4, 64), 1, 1, in_a_process(1, "child_limits"), [ours[0], eager])
+        compare_training((4, 64), 1, 1, in_a_process(1, child_limits), [ours[0], eager])
         print("\nAs the work grows (train_gpt2.py alone)" + TABLE)
         for T in (64, 128, 256, 512, 1024):
             compare_training((1024 // T, T), 1, threads, limits, ours[:1])
@@ -3985,11 +4006,13 @@ def benchmark(arguments):
             compare_training((4, 64), 1, threads, limits, [(model, ours[0][1])], model)
     if arguments.full or arguments.generation:
         weights, found = 4 * gpt2.size(gpt2.param_shapes(gpt2.GPT2Config())), {}
-        kinds = ["ours", "torch"] + (["transformers"] if importlib.util.find_spec("transformers") else [])
+        kinds = {"train_gpt2.py": child_generate, "PyTorch with a cache": child_generate_torch}
+        if importlib.util.find_spec("transformers"):
+            kinds["Hugging Face generate"] = child_generate_transformers
         for i in range(arguments.rounds):
-            for kind in kinds:
+            for kind, child in kinds.items():
                 say(f"  generation, round {i + 1} of {arguments.rounds}: {kind}")
-                found.setdefault(kind, []).append(in_a_process(threads, "child_generate", kind=kind, tokens=256))
+                found.setdefault(kind, []).append(in_a_process(threads, child, tokens=256))
         print("\n| generation, 256 tokens | tokens/s | of the bandwidth limit | peak MB |\n|---|---|---|---|")
         for kind, runs in found.items():
             rate = 256 / sorted(run["seconds"] for run in runs)[len(runs) // 2]
@@ -4001,12 +4024,12 @@ def benchmark(arguments):
             model.save_pretrained(folder)
             torch.save(TorchGPT2(model.config, model.params).state_dict(), folder + ".pt")
             del model
-            seconds = {kind: sorted(in_a_process(threads, "child_train", kind=kind, model="d12", B=4, T=64, steps=1,
-                                                 weights=folder, started=time.time())["since_start"] for _ in range(3))[1]
-                       for kind in ("ours", "torch")}
+            seconds = [sorted(in_a_process(threads, child, model="d12", B=4, T=64, steps=1, weights=folder,
+                                           started=time.time())["since_start"] for _ in range(3))[1]
+                       for child in (child_train, child_train_torch)]
             os.remove(folder + ".pt")
         print(f"\nFrom process start to the end of the first step, B=4, T=64, weights from disk: train_gpt2.py "
-              f"{seconds['ours']:.1f} s, PyTorch eager {seconds['torch']:.1f} s")
+              f"{seconds[0]:.1f} s, PyTorch eager {seconds[1]:.1f} s")
     print(f"\nThe limit: all matrix products at {limits['flops'] / 1e9:.0f} GFLOP/s, the best that NumPy's matmul showed here, "
           f"and then AdamW's seven passes over the parameters at {limits['bandwidth'] / 1e9:.1f} GB/s.")
     say(f"done in {time.time() - began:.0f} s")
@@ -4021,13 +4044,9 @@ def main():
     parser.add_argument("--recompute", type=int, nargs="+", default=[1, 2], help="our modes (default: 1 2)")
     parser.add_argument("--generation", action="store_true", help="also measure generation")
     parser.add_argument("--full", action="store_true", help="everything: under 15 minutes on two cores")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.shapes = arguments.shapes or "4x64,1x1024" + (",4x1024" if arguments.full else "")
-    if arguments.child:
-        function, call = json.loads(arguments.child)
-        print(json.dumps(globals()[function](**call)))
-    elif arguments.benchmark:
+    if arguments.benchmark:
         benchmark(arguments)
     else:
         parser.print_help()

@@ -31,8 +31,8 @@ Throughout this program we have (with GPT-2 124M's values)
 The contract for `=` and `+=`, which holds in every backward function
     gradients of activations     are written with =, whatever stood there before ...
     ... but the residual stream's  is added to with +=, for two paths meet in it
-    gradients of parameters      are written with = by the first micro-batch of a step, and added to
-                                 by later ones (`add=True`). So nothing is ever cleared.
+    gradients of parameters      are written with = by the first micro-batch of a step, and added to by
+                                 later ones (`add=True`), so that no gradient is ever cleared
 
 Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")  # BLAS threads sleep when idle, rather than spin
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # BLAS threads wait for 2^18 cycles, then sleep
 import numpy as np  # 2.1 or newer; tiktoken and requests are imported where they are used
 
 class InputError(ValueError):
@@ -168,9 +168,9 @@ def find_blas_threads_setter():
     return lambda n: None
 
 set_blas_threads = find_blas_threads_setter()
-with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only: let freed temporaries be used
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)                    # again, instead of giving their pages back
-    ctypes.CDLL(None).mallopt(-1, 1 << 30)                     # and faulting them in anew each time
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only: keep the pages of freed temporaries for the next
+    ctypes.CDLL(None).mallopt(-3, 32 << 20)                    # ones, instead of faulting them in anew (M_MMAP_THRESHOLD)
+    ctypes.CDLL(None).mallopt(-1, 1 << 30)                     # (M_TRIM_THRESHOLD)
 
 def parallel(task, n):
     """[task(0), ..., task(n - 1)], computed by ROW_THREADS threads while BLAS is held to one thread."""
@@ -599,8 +599,7 @@ HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight"
             "attprojw": "h.{}.attn.c_proj.weight", "attprojb": "h.{}.attn.c_proj.bias",
             "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
             "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias",
-            "fcprojw": "h.{}.mlp.c_proj.weight", "fcprojb": "h.{}.mlp.c_proj.bias",
-            "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
+            "fcprojw": "h.{}.mlp.c_proj.weight", "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face keeps these as (C_in, C_out)
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4,
               "F64": 8, "I64": 8, "U64": 8}
@@ -910,8 +909,8 @@ EMBEDDED = {"model": "bytes", "input_bin": "", "batch_size": 8, "num_iterations"
 
 def parse(argv):
     """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
-    parser = argparse.ArgumentParser(usage="\n\n" + __doc__.split("\n\n")[2],  # the examples
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    examples = "\n\n" + __doc__.split("\n\n")[2]
+    parser = argparse.ArgumentParser(usage=examples, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, (default, text) in FLAGS.items():
         def value(text, kind=type(default), low=int(name in ("batch_size", "sequence_length", "val_max_steps"))):
             if kind is not str and not low <= kind(text) < 1 << 63:
@@ -1067,6 +1066,7 @@ def prepare(given):
         break
     require(model or not (old and s.resume), f"no checkpoint in {s.output_dir} is whole: choose another --output_dir")
     if not model:
+        print("no checkpoint to resume from: starting anew\n" * bool(s.resume), end="")
         try:
             if not s.inference_only and not {"input_bin", "input_val_bin"} & given.keys():
                 s.input_bin, s.input_val_bin = prepro.prepare_tinyshakespeare()
@@ -1120,8 +1120,7 @@ def train(s, model, loader, val_loader, state, stopped):
                 print("---", flush=True)
             evaluated = True
         if s.output_dir and (stop or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
-            state.update(step=step, position=loader.position, evaluated=evaluated, log=lines)
-            state["settings"] = vars(s)
+            state.update(step=step, position=loader.position, evaluated=evaluated, log=lines, settings=vars(s))
             save_checkpoint(model, s.output_dir, state)
         if last or stop:
             break
