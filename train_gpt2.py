@@ -33,7 +33,6 @@ The contract for `=` and `+=`, which holds in every backward function
     ... but the residual stream's  is added to with +=, for two paths meet in it
     gradients of parameters      are written with = by the first micro-batch of a step, and added to by
                                  later ones (`add=True`), so that no gradient is ever cleared
-
 Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
 import argparse, bisect, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
@@ -887,9 +886,8 @@ FLAGS = {  # name: (default, meaning). The one place where defaults stand; they 
     "learning_rate_decay_frac": (1.0, "fraction of the peak to which a cosine takes it by the end"),
     "weight_decay": (0.0, "AdamW's, on matrices and embeddings"), "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
     "val_loss_every": (10, "updates between validations; 0: none"), "val_max_steps": (5, "batches per validation"),
-    "sample_every": (20, "updates between samples; 0: none"),
+    "sample_every": (20, "updates between samples; 0: none"), "inference_only": (0, "1: continue --prompt and train nothing"),
     "overfit_single_batch": (0, "1: train on the first batch again and again"),
-    "inference_only": (0, "1: continue --prompt and train nothing"),
     "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
     "recompute": (1, "0: store everything; 1: compute GELU again in backward; 2: layernorm too"),
     "checkpoint_every": (0, "updates between checkpoints in --output_dir; 0: only when stopped"),
