@@ -3127,7 +3127,7 @@ def test_all_that_a_run_prints_and_logs_is_what_the_api_computes(small_folder, t
             log.append((step, "tel", f"{loss:.4f}"))
         if step in (6, 12):
             tokens = model.generate(list(b"ab"), 12, 0.8, 5, np.random.default_rng([3, step]))
-            printed += "--- sample\nab" + bytes(tokens).decode(errors="replace") + "\n---\n"
+            printed += "--- sample\nab" + bytes(tokens).decode(errors="replace") + "\n"
         if step == 12:
             break
         loss = 0
@@ -3721,7 +3721,7 @@ def test_what_may_change_may_change(call_main, uninterrupted, tmp_path):
     stdout = succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / "here", "--resume", 1, *flags))
     start = int(re.search(r"resuming from .*_(\d+)\n", stdout)[1])
     assert len(re.findall("(?m)^val loss ", stdout)) == 9 - start
-    assert re.search(r"(?s)--- sample\na.{3}\n---\n", stdout)
+    assert re.search(r"(?s)--- sample\na.{3}\n", stdout)
     os.rename(tmp_path / "here", tmp_path / "there")  # a folder may change its name
     stdout = succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / "there", "--resume", 1))
     assert "step 10/12: " in stdout and f"saved in {tmp_path / 'there'}" in stdout
@@ -3780,6 +3780,17 @@ def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeyp
     assert len(files) == 5
     assert all(done.index(("sync", path)) < done.index(("rename", path)) for path in files)
     assert done[-3:] == [("sync", "checkpoint.tmp"), ("rename", "checkpoint.tmp"), ("sync", ".")]
+
+
+def test_a_run_outlives_the_want_of_a_vocabulary(small_folder, tmp_path, monkeypatch, capsys):
+    """Where a sample can't be put into words, the run says why, goes on, and keeps what it learned."""
+    def no_words(vocab_size):
+        raise InputError("no vocabulary here")
+    monkeypatch.chdir(small_folder)
+    monkeypatch.setattr(prepro, "tokenizer", no_words)
+    assert gpt2.main([*SMALL_RUN, "--output_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("none: no vocabulary here") == 3
+    assert (tmp_path / "model.safetensors").exists()
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -167,9 +167,8 @@ def find_blas_threads_setter():
     return lambda n: None
 
 set_blas_threads = find_blas_threads_setter()
-with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc only: keep the pages of freed temporaries for the next
-    ctypes.CDLL(None).mallopt(-3, 32 << 20)                    # ones, instead of faulting them in anew (M_MMAP_THRESHOLD)
-    ctypes.CDLL(None).mallopt(-1, 1 << 30)                     # (M_TRIM_THRESHOLD)
+with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, so that freed
+    ctypes.CDLL(None).mallopt(-3, 32 << 20), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # temporaries keep their pages
 
 def parallel(task, n):
     """[task(0), ..., task(n - 1)], computed by ROW_THREADS threads while BLAS is held to one thread."""
@@ -1027,8 +1026,7 @@ def picture(values, width=60):
     """A row of characters whose heights follow the values."""
     blocks = "▁▂▃▄▅▆▇█" if "utf" in (sys.stdout.encoding or "").lower() else "_.-=+*#@"
     means = np.array([group.mean() for group in np.array_split(values, min(width, len(values)))])
-    heights = (means - means.min()) / max(np.ptp(means), 1e-9) * 7
-    return "".join(blocks[round(h)] for h in heights.tolist())
+    return "".join(blocks[round(h)] for h in ((means - means.min()) / max(np.ptp(means), 1e-9) * 7).tolist())
 
 def speak(model, s, step):
     """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
@@ -1114,8 +1112,10 @@ def train(s, model, loader, val_loader, state, stopped):
                 log("tel", loss)
             if s.sample_every and step and (last or step % s.sample_every == 0):
                 print("--- sample")
-                speak(model, s, step)
-                print("---", flush=True)
+                try:
+                    speak(model, s, step)
+                except InputError as error:  # no vocabulary: nothing trained is lost for want of a sample
+                    print(f"none: {error}")
             evaluated = True
         if s.output_dir and (stop or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
             state.update(step=step, position=loader.position, evaluated=evaluated, log=lines, settings=vars(s))
