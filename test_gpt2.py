@@ -2783,7 +2783,7 @@ def failed_in_one_line(result):
 def events(stdout):
     """What a run printed, but for headings, durations and farewells: a continuation has others."""
     stdout = re.sub(r"\nfinishing this step[^\n]*\n", "", re.sub(r", \d+ ms, \d+ tok/s\)", ")", stdout))
-    heading = r"model: |memory|resuming from |(stopped: )?\d+ updates, |.* is damaged: "
+    heading = r"model: |memory|resuming from |no checkpoint to resume|(stopped: )?\d+ updates, |.* is damaged: "
     return re.sub(rf"(?m)^({heading}).*\n", "", stdout)
 
 
