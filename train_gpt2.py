@@ -607,7 +607,7 @@ MAX_HEADER = 1 << 20                                  # bytes of JSON; GPT-2 XL'
 @contextlib.contextmanager
 def atomic_write(path):
     """A binary file to write to, which takes the place of `path` only when it is whole and on the disk."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"  # always the same, so that what a killed run left is taken up by the next
     try:
         with open(temporary, "wb") as f:
             yield f
