@@ -255,14 +255,16 @@ def encode_text(text, encoding):
     return np.frombuffer(tokens, np.uint16)
 
 
-def write_with_header(path, numbers, *parts):
-    """llm.c's files begin with 256 int32, little-endian, of which the first few say what follows: bytes or arrays."""
+def write_with_header(path, numbers, parts):
+    """llm.c's files begin with 256 int32, little-endian, of which the first few say what follows. parts: bytes or
+    arrays (fractions as float32), any iterable of them: each is written before the next is asked for."""
     header = np.zeros(256, "<i4")
     header[:len(numbers)] = numbers
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with atomic_write(path) as f:
-        for part in (header, *parts):
-            f.write(part if isinstance(part, bytes) else np.ascontiguousarray(part))
+        f.write(header)
+        for part in parts:
+            f.write(part if isinstance(part, bytes) else np.ascontiguousarray(part, "<f4" if part.dtype.kind == "f" else None))
 
 
 def write_tokens(path, tokens):
@@ -271,7 +273,7 @@ def write_tokens(path, tokens):
     require(tokens.dtype.kind in "iu" and tokens.ndim == 1 and 0 < len(tokens) < 1 << 31
             and 0 <= tokens.min() and tokens.max() < 1 << 16,
             f"{path}: expected a row of ids from 0 to 65535, found {tokens.dtype} of shape {tokens.shape}")
-    write_with_header(path, (20240520, 1, len(tokens)), tokens.astype("<u2").tobytes())
+    write_with_header(path, (20240520, 1, len(tokens)), [tokens.astype("<u2")])
 
 
 def write_tokenizer(path, encoding):
@@ -280,7 +282,7 @@ def write_tokenizer(path, encoding):
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
     require(max(map(len, tokens)) < 256, f"{path}: {encoding.name} has a token of more than 255 bytes")
     write_with_header(path, (20240328, 2, len(tokens), encoding.eot_token),
-                      b"".join(bytes([len(token)]) + token for token in tokens))
+                      (bytes([len(token)]) + token for token in tokens))
 
 
 def read_text(path):

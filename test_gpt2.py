@@ -817,8 +817,10 @@ def test_probabilities_stand_in_logits_after_validation():
     probs = torch_run(model, inputs, targets)[1]["probs"]
     assert relative_error(model.acts["logits"][0].reshape(probs.shape), probs) < 1e-10
 
-@pytest.mark.parametrize("forget", [lambda model: model.zero_grad(), lambda model: model.update(0.0)],
-                         ids=["zero_grad", "update"])
+BOTH_WAYS_TO_FORGET = pytest.mark.parametrize(
+    "forget", [lambda model: model.zero_grad(), lambda model: model.update(0.0)], ids=["zero_grad", "update"])
+
+@BOTH_WAYS_TO_FORGET
 def test_gradients_start_anew_after(forget):
     one, two = random_tokens(2, B=2, T=9)
     model = random_model(2, 9)
@@ -866,8 +868,7 @@ def test_validation_must_not_come_between_a_later_forward_and_its_backward():
     model.backward()  # nothing has been lost
     assert_same_bits(model.grads, expected.grads)
 
-@pytest.mark.parametrize("forget", [lambda model: model.zero_grad(), lambda model: model.update(0.0)],
-                         ids=["zero_grad", "update"])
+@BOTH_WAYS_TO_FORGET
 def test_a_forward_whose_gradients_are_forgotten_has_no_backward(forget):
     """Its part of dwte stands on that of earlier micro-batches, which were to be forgotten too."""
     one, two = random_tokens(2, B=2, T=9)
@@ -1660,9 +1661,9 @@ def weights_folder(folder, tensors, dtype="F32", **told):
 SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def sharded_folder(folder, *shards):
+def sharded_folder(folder, *shards, **told):
     """The same with the tensors in two files, and an index that says where."""
-    path = weights_folder(folder, {})
+    path = weights_folder(folder, {}, **told)
     (folder / "model.safetensors").unlink()
     for name, tensors in zip(SHARDS, shards, strict=True):
         (folder / name).write_bytes(pack_safetensors(*safetensors_parts(tensors)))
@@ -1900,7 +1901,29 @@ def test_without_a_config_heads_have_64_channels(bare, tmp_path):
 
 def test_without_a_config_other_channels_are_refused(tmp_path):
     weights_folder(tmp_path, as_hugging_face(file_model().params))
+    os.remove(tmp_path / "config.json")
     refused_file(tmp_path / "model.safetensors", "how many heads? 24 channels", "n_head")
+
+
+@pytest.mark.parametrize("bare", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_bare_file_is_read_with_the_config_beside_it(bare, tmp_path, monkeypatch):
+    """128 channels without it would be 2 heads of 64, and silently another model."""
+    model = file_model(C=128, NH=4)
+    tensors = as_hugging_face(model.params)
+    weights_folder(tmp_path, tensors, n_head=4) if bare.endswith("s") else sharded_folder(tmp_path, *halves(tensors), n_head=4)
+    monkeypatch.chdir(tmp_path)
+    for source in (str(tmp_path / bare), bare):
+        read = loaded(source)
+        assert read.config == model.config
+        assert_same_bits(read.params, model.params)
+
+
+def test_a_file_of_another_name_is_not_described_by_the_config_beside_it(tmp_path):
+    """Downloads stand side by side in data/; whose config.json that is, only its own name tells."""
+    model = file_model(C=128, NH=2)
+    weights_folder(tmp_path, as_hugging_face(model.params), n_head=4)
+    os.rename(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
+    assert loaded(tmp_path / "other.safetensors").config.num_heads == 2
 
 
 @pytest.mark.parametrize("sizes", [{"V": 2, "max_seq_len": 8}, {"V": 1000, "max_seq_len": 2048}, {"L": 11},
@@ -2014,6 +2037,13 @@ def test_round_trips_keep_every_bit(through, sizes, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_a_model_of_float64_is_saved_in_float32(tmp_path):
+    model = gpt2.GPT2(gpt2.GPT2Config(8, 61, 2, 3, 24), 2, 8, seed=5, dtype=np.float64)
+    for through in (through_save_pretrained, through_write_tensors):
+        read = through(model, tmp_path / through.__name__)
+        assert_same_bits(read.params, {name: view.astype(np.float32) for name, view in model.params.items()})
+
+
 def peak_of(call):
     """(what call returns, the most memory that Python and NumPy held at once while it ran, in bytes)."""
     tracemalloc.start()
@@ -2044,6 +2074,14 @@ def test_saving_copies_one_tensor_at_a_time(tmp_path):
     model = file_model(L=6, C=192, NH=3)
     _, peak = peak_of(lambda: model.save_pretrained(str(tmp_path)))
     assert peak < 1.2 * model.params["fcw"][0].nbytes
+
+
+def test_the_state_for_porters_never_holds_all_logits(tmp_path):
+    """They are the largest array of all: 823 MB at B=4, T=1024."""
+    model, (inputs, targets) = random_model(8, 192, np.float32, V=4096), random_tokens(B=8, T=192, V=4096)
+    model.forward(inputs, targets)
+    _, peak = peak_of(lambda: gpt2.write_tensors(model, inputs, targets, str(tmp_path)))
+    assert peak < 0.5 * 4 * inputs.size * 4096  # in six pieces: one is written while the next is computed
 
 
 MEASURED = """
@@ -2331,7 +2369,7 @@ def test_what_is_missing_is_named(missing, tmp_path, capsys):
     refused_file(source, missing, error=FileNotFoundError)
     assert gpt2.main(["--model", source, "--inference_only", "1"]) == 1
     assert re.fullmatch(f"error: .*{missing}.*\n", capsys.readouterr().err)
-    refused_everywhere(str(tmp_path / "nowhere"), capsys, "nowhere: no such file or folder", "gpt2-xl")
+    refused_everywhere(str(tmp_path / "nowhere"), capsys, "nowhere: no such file or folder", "gpt2[-medium, -large, -xl], d6")
 
 
 @pytest.mark.parametrize("name, data", [
@@ -2438,9 +2476,8 @@ CRAFTED = {  # name: (file, what makes its bytes). They promise more than there 
 def test_a_crafted_header_costs_no_more_than_its_file(crafted, tmp_path):
     """JSON becomes objects of up to 25 times its length, hence the limit of 1 MB for it; all else is bounded
     by the file. And time: a loop that counts to what a header says would take minutes, or for ever."""
-    (name, make), source = CRAFTED[crafted], tmp_path
-    data = make()
-    weights_folder(tmp_path, as_hugging_face(file_model().params))
+    name, make = CRAFTED[crafted]
+    data, folder = make(), weights_folder(tmp_path, as_hugging_face(file_model().params))
     if "index" in name:
         os.remove(tmp_path / "model.safetensors")
     path = written(tmp_path / name, data)
@@ -2449,7 +2486,7 @@ def test_a_crafted_header_costs_no_more_than_its_file(crafted, tmp_path):
         with pytest.raises(gpt2.InputError) as caught:
             if name == "tokens.bin":
                 gpt2.open_tokens(path, 2)
-            gpt2.open_weights(path if name == "model.bin" else str(source))
+            gpt2.open_weights(path if name == "model.bin" else folder)
         return str(caught.value)
 
     began = time.process_time()
@@ -2624,6 +2661,35 @@ def test_fuzzed_checkpoints(tmp_path, capsys):
 
     fuzz(folder, ["config.json", "model.safetensors", "optimizer.safetensors", "main.log"],
          lambda: gpt2.load_checkpoint(str(folder), {}), check, harmless=0)
+
+
+def test_a_state_that_is_no_text_is_refused(tmp_path):
+    """JSON can spell half a character, which no encoding can write."""
+    gpt2.save_checkpoint(fuzz_model(), str(tmp_path), run_state(fuzz_model()))
+    [folder] = tmp_path.iterdir()
+    data = (folder / "optimizer.safetensors").read_bytes()
+    end = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"]["state"] += "\ud800"
+    written(folder / "optimizer.safetensors", pack_safetensors(header, data[end:]))
+    with pytest.raises(gpt2.InputError, match="its state does not match its checksum"):
+        gpt2.load_checkpoint(str(folder), {})
+
+
+@pytest.mark.parametrize("moment", ["m", "v"])
+@pytest.mark.parametrize("change", [
+    lambda h, moment: h.update(other=h.pop(moment)), lambda h, moment: h[moment].update(dtype="I32"),
+    lambda h, moment: h[moment]["shape"].append(1)], ids=["missing", "integers", "another_shape"])
+def test_moments_must_be_what_they_were(moment, change, tmp_path):
+    gpt2.save_checkpoint(fuzz_model(), str(tmp_path), run_state(fuzz_model()))
+    [folder] = tmp_path.iterdir()
+    data = (folder / "optimizer.safetensors").read_bytes()
+    end = 8 + struct.unpack_from("<Q", data)[0]
+    header = json.loads(data[8:end])
+    change(header, moment)
+    written(folder / "optimizer.safetensors", pack_safetensors(header, data[end:]))
+    with pytest.raises(gpt2.InputError, match=f"{moment} is not as expected"):
+        gpt2.load_checkpoint(str(folder), {})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -4004,7 +4070,7 @@ def benchmark(arguments):
     ours = [(f"train_gpt2.py --recompute {r}", {"recompute": r}) for r in arguments.recompute]
     eager, compiled = ("PyTorch eager", {}), ("PyTorch compiled", {"compiled": True})
     for shape in shapes:
-        long = shape[0] * shape[1] > 2048
+        long = shape[0] * shape[1] >= 1024  # seconds per step: one round must do
         compare_training(shape, 1 if long else arguments.rounds, threads, limits, [*ours, eager, compiled])
     if arguments.full:
         print("\nOne thread" + TABLE)

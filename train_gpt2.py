@@ -33,6 +33,7 @@ The contract for `=` and `+=`, which holds in every backward function
     ... but the residual stream's  is added to with +=, for two paths meet in it
     gradients of parameters      are written with = by the first micro-batch of a step, and added to by
                                  later ones (`add=True`), so that no gradient is ever cleared
+
 Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
 import argparse, bisect, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
@@ -82,9 +83,8 @@ def param_shapes(config):
         "wte": (V, C),                   # token embeddings, and the classifier's weight: they are tied
         "wpe": (config.max_seq_len, C),  # position embeddings
         "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C), "attprojb": (L, C),
-        "ln2w": (L, C), "ln2b": (L, C), "fcw": (L, 4 * C, C), "fcb": (L, 4 * C),
-        "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
+        "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C),
+        "fcw": (L, 4 * C, C), "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
         "lnfw": (C,), "lnfb": (C,),
     }
 
@@ -150,8 +150,7 @@ def init_weights(params, seed):
 # (NumPy makes one pass over memory per operation: slow in RAM, fast in cache), and spread the blocks over
 # threads, which really run side by side, since NumPy lets go of the interpreter lock while it computes. The two
 # kinds of threads never run on top of each other.
-
-# The size of one array's block. Smaller, and the threads fight over the interpreter lock; larger, and it
+# Of each array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and it
 # leaves the cache. It never depends on the number of threads: same blocks, same sums, same bits.
 BLOCK_BYTES = 512 * 1024
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -218,7 +217,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
         dwpe[dout.shape[1]:] = 0  # positions beyond T took no part
 
 def accumulate(grad, value, add):
-    """A parameter's gradient: grad = value, or grad += value from a step's second micro-batch on."""
+    """grad = value, or, for parameters from a step's second micro-batch on, grad += value."""
     np.add(grad, value, out=grad) if add else np.copyto(grad, value)
 
 LN_EPS = 1e-5  # keeps the division by the standard deviation finite; OpenAI's value
@@ -234,6 +233,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     out *= rstd[:, None]
     out *= weight
     out += bias
+
 @by_rows(5)
 def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
     """Returns the sums (dweight, dbias) over the rows; dinp is the residual stream's, so it is added to.
@@ -287,6 +287,7 @@ def heads(x, NH, parts=1):
     """(B, T, parts * C) seen as (parts, B, NH, T, hs): every head has hs neighbouring channels for its own."""
     B, T, width = x.shape
     return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
+
 def head_groups(B, NH, T, itemsize):
     """Attention's pieces of work: [(b, slice of heads)], so many heads that (heads, ATT_ROWS, T) stays in cache."""
     n = max(1, BLOCK_BYTES // (min(ATT_ROWS, T) * T * itemsize))
@@ -367,6 +368,7 @@ def gelu_forward(out, inp):
     out += 1
     out *= inp
     out *= 0.5
+
 @by_rows(2)
 def gelu_backward(dout, inp):
     """dout becomes dinp, in place. With u as above and th = tanh(u), whose derivative is 1 - th^2:
@@ -463,8 +465,7 @@ class GPT2:
         """tokens as an integer array; InputError if it isn't one, or if an id is outside the vocabulary."""
         tokens, V = np.asarray(tokens), self.config.vocab_size
         require(tokens.size and tokens.dtype.kind in "iu", f"{what}: expected integers, found {tokens.size} of {tokens.dtype}")
-        require(0 <= tokens.min() and tokens.max() < V, f"{what}: ids from {tokens.min()} to {tokens.max()}, the vocabulary "
-                f"goes from 0 to {V - 1}")
+        require(0 <= tokens.min() and tokens.max() < V, f"{what}: ids {tokens.min()} to {tokens.max()}, expected 0 to {V - 1}")
         return tokens
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
@@ -472,10 +473,9 @@ class GPT2:
         classifier's backward pass runs at once (see there), and backward() is to follow; the gradients will be
         those of loss * grad_scale, 1/k where k micro-batches make a step."""
         inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
-        require(inputs.shape == targets.shape == self.acts["losses"].shape, f"inputs {inputs.shape}, targets {targets.shape}: "
-                f"expected {self.acts['losses'].shape}")
-        require(not self.micro_batches or self.pending is None, "the last forward pass has begun to add its gradients: "
-                "call backward() first, or zero_grad() to forget them")
+        require(inputs.shape == targets.shape == self.acts["losses"].shape,
+                f"inputs {inputs.shape}, targets {targets.shape}: expected {self.acts['losses'].shape}")
+        require(not self.micro_batches or self.pending is None, "the last forward pass waits for its backward() or zero_grad()")
         self.forward_rows(inputs)
         self.classifier(targets, grad_scale / targets.size if train else None)
         self.pending = inputs.copy() if train else None
@@ -508,7 +508,6 @@ class GPT2:
         add, inputs = self.micro_batches > 0, self.pending
         dres, dln, dfch = acts["dresidual"], acts["dln"], acts["dfch"]
         dqkv = dfch.reshape(-1)[:3 * dres.size].reshape(*inputs.shape, -1)  # the same memory, used in turns
-
         def layernorm(dinp, dout, inp, mean, rstd, weight, *dparams):
             for dparam, total in zip(dparams, layernorm_backward(dinp, dout, inp, mean, rstd, weight)):
                 accumulate(dparam, total, add)
@@ -552,10 +551,9 @@ class GPT2:
         the gradients by. Weight decay applies to matrices and embeddings, not to biases and layernorms."""
         chunks = []
         for name in self.params:
-            p, g, m, v = (views[name].reshape(-1) for views in (self.params, self.grads, self.m, self.v))
+            pgmv = [views[name].reshape(-1) for views in (self.params, self.grads, self.m, self.v)]
             decay = 0.0 if "ln" in name or name.endswith("b") else learning_rate * weight_decay
-            chunks += [(p[i:i + ADAMW_CHUNK], g[i:i + ADAMW_CHUNK], m[i:i + ADAMW_CHUNK], v[i:i + ADAMW_CHUNK], decay)
-                       for i in range(0, p.size, ADAMW_CHUNK)]
+            chunks += [(*(x[i:i + ADAMW_CHUNK] for x in pgmv), decay) for i in range(0, pgmv[0].size, ADAMW_CHUNK)]
         parallel(lambda i: adamw(*chunks[i], learning_rate, beta1, beta2, eps, step, grad_scale), len(chunks))
         self.zero_grad()
 
@@ -584,6 +582,7 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     if decay:
         p *= 1 - decay
     p -= t
+
 # ---- 9. Weights: reading them and writing them ---------------------------------------------------------------------
 # safetensors, Hugging Face's format, is  8 bytes: n, little-endian
 #     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
@@ -666,8 +665,8 @@ def write_safetensors(path, tensors, metadata):
     """tensors {name: float32 array}, metadata {str: str}. A transposed view is copied, one at a time."""
     header, end = {"__metadata__": metadata}, 0
     for name, array in tensors.items():
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
+        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + 4 * array.size]}
+        end += 4 * array.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_write(path) as f:
@@ -697,11 +696,13 @@ def model_tensors(config):
 
 def open_huggingface(source):
     """The same as open_weights, of a folder, a .safetensors file, or the index of one in several parts."""
-    told = {}
-    if os.path.isdir(source):
-        told = read_json(os.path.join(source, "config.json"))
+    folder = os.path.isdir(source)
+    if folder:
         source = os.path.join(source, "model.safetensors")
         source += "" if os.path.exists(source) else ".index.json"
+    told, description = {}, os.path.join(os.path.dirname(source), "config.json")
+    if folder or os.path.basename(source).startswith("model.safetensors") and os.path.exists(description):
+        told = read_json(description)  # it alone says how many heads there are
     files, found = [source], {}
     if source.endswith(".json"):  # several files, and an index that tells which tensor is where
         parts = read_json(source).get("weight_map")
@@ -757,8 +758,7 @@ def open_weights(source):
     if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.exists(source):
         import prepro_tinyshakespeare
         source = prepro_tinyshakespeare.fetch_weights(source)
-    require(os.path.exists(source), f"--model {source}: no such file or folder: give a path, gpt2, gpt2-medium, gpt2-large, "
-                                    f"gpt2-xl, or, for fresh weights, {', '.join(FRESH)}")
+    require(os.path.exists(source), f"--model {source}: no such file or folder, nor gpt2[-medium, -large, -xl], {', '.join(FRESH)}")
     return open_llmc(source) if source.endswith(".bin") else open_huggingface(source)
 
 def load_weights(model, tensors):
@@ -795,14 +795,14 @@ def write_tensors(model, inputs, targets, folder):
     from prepro_tinyshakespeare import write_with_header
     c, stem = model.config, os.path.join(folder, f"gpt2_{round(size(param_shapes(model.config)) / 1e6)}M")
     padding = np.zeros((-c.vocab_size % 128, c.channels), "<f4")
-    write_with_header(stem + ".bin", [20240326, 3, *asdict(c).values(), c.vocab_size + len(padding)],
-                      model.params["wte"], padding, *list(model.params.values())[1:])
+    weights, grads = ([views["wte"], padding, *list(views.values())[1:]] for views in (model.params, model.grads))
+    write_with_header(stem + ".bin", [20240326, 3, *asdict(c).values(), c.vocab_size + len(padding)], weights)
     model.zero_grad()
     loss, lnf = np.array(model.forward(inputs, targets), "<f4"), rows_of(model.acts["lnf"])
     model.backward()
-    write_with_header(stem + "_debug_state.bin", [20240327, 2, *inputs.shape], inputs.astype("<i4"), targets.astype("<i4"),
-                      *(row @ model.params["wte"].T for row in lnf), loss,
-                      model.grads["wte"], padding, *list(model.grads.values())[1:])
+    logits = (lnf[i:i + LOGITS_ROWS] @ model.params["wte"].T for i in range(0, len(lnf), LOGITS_ROWS))  # never B*T*V at once
+    groups = [inputs.astype("<i4"), targets.astype("<i4")], logits, [loss], grads
+    write_with_header(stem + "_debug_state.bin", [20240327, 2, *inputs.shape], (part for group in groups for part in group))
     return stem + ".bin", stem + "_debug_state.bin"
 
 # ---- 10. Data: token files and batches -----------------------------------------------------------------------------
@@ -976,8 +976,7 @@ def checksums(model, folder):
 
 def save_checkpoint(model, folder, state):
     """DIR/checkpoint_STEP: what save_pretrained writes; main.log; and optimizer.safetensors: AdamW's m and v, each one row
-    laid out like the parameters, and as metadata the state of the run, in JSON: step, data position, settings, and the
-    CRC-32s of parameters, m and v as they stand in the blob. Of all checkpoints the last two are kept."""
+    laid out like the parameters, and as metadata the state of the run, in JSON. The last two checkpoints are kept."""
     final, temporary = os.path.join(folder, f"checkpoint_{state['step']:08d}"), os.path.join(folder, "checkpoint.tmp")
     if final not in checkpoints(folder):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -995,7 +994,7 @@ def save_checkpoint(model, folder, state):
 def load_checkpoint(folder, given):
     """(settings, model, state) of a checkpoint, with what is given of MAY_CHANGE; InputError if a bit of it is wrong."""
     moments, metadata = read_safetensors(os.path.join(folder, "optimizer.safetensors"))
-    text = str(metadata.get("state")).encode()
+    text = str(metadata.get("state")).encode(errors="replace")
     require(str(zlib.crc32(text)) == metadata.get("crc32"), "its state does not match its checksum")
     state, (config, weights) = read_json(folder, text), open_huggingface(folder)
     state["log"] = np.fromfile(os.path.join(folder, "main.log"), np.uint8).tobytes().decode(errors="replace").splitlines()
@@ -1105,7 +1104,7 @@ def train(s, model, loader, val_loader, state, stopped):
         last, stop = step >= s.num_iterations, bool(stopped)  # asked once: it may become true at any moment
         if not evaluated and not stop:
             if s.val_loss_every and (last or step % s.val_loss_every == 0):
-                val_loader.seek([0, 0])
+                val_loader.position = [0, 0]
                 loss = sum(model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)) / s.val_max_steps
                 check_finite(loss, "loss", model, step)
                 print(f"val loss {loss:.6f}", flush=True)
@@ -1125,7 +1124,7 @@ def train(s, model, loader, val_loader, state, stopped):
         t0, loss, lr = time.perf_counter(), 0.0, learning_rate(step, s)
         for _ in range(k):
             if s.overfit_single_batch:
-                loader.seek([0, 0])
+                loader.position = [0, 0]
             loss += model.forward(*loader.next_batch(), grad_scale=1 / k) / k
             check_finite(loss, "loss", model, step)
             model.backward()
@@ -1157,16 +1156,17 @@ def main(argv=None):
         stopped.append(number)
         print("\nfinishing this step; once more, and it stops at once", flush=True)
     try:
-        held = lock(given["output_dir"]) if given.get("output_dir") and not given.get("inference_only") else None  # noqa: F841
-        s, model, loader, val_loader, state = prepare(given)
-        if s.inference_only:
-            speak(model, s, 0)
-        elif s.write_tensors:
-            print("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
-        else:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, on_signal)
-            train(s, model, loader, val_loader, state, stopped)
+        writes = given.get("output_dir") and not given.get("inference_only")
+        with lock(given["output_dir"]) if writes else contextlib.nullcontext():
+            s, model, loader, val_loader, state = prepare(given)
+            if s.inference_only:
+                speak(model, s, 0)
+            elif s.write_tensors:
+                print("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
+            else:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, on_signal)
+                train(s, model, loader, val_loader, state, stopped)
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError) as error:
