@@ -41,7 +41,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # BLAS threads wait for 2^18 cycles, then sleep
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # BLAS threads wait for 2^20 cycles, then sleep
 import numpy as np  # 2.1 or newer; tiktoken and requests are imported where they are used
 
 class InputError(ValueError):
@@ -226,7 +226,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Give each token's channels mean 0 and variance 1, then scale and shift (Ba et al., 2016).
     out, inp (B, T, C); mean, rstd (B, T), kept for backward; weight, bias (C,).
         out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)"""
-    inp.mean(axis=-1, out=mean)
+    np.divide(np.einsum("ij->i", inp), inp.shape[-1], out=mean)
     np.subtract(inp, mean[:, None], out=out)
     var = np.einsum("ij,ij->i", out, out) / inp.shape[-1]
     rstd[:] = 1 / np.sqrt(var + LN_EPS)
@@ -244,14 +244,15 @@ def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
         dinp = (dnorm - average(dnorm) - norm * average(dnorm * norm)) * rstd"""
     norm = inp - mean[:, None]
     norm *= rstd[:, None]
+    dweight, dbias = np.einsum("ij,ij->j", dout, norm), np.einsum("ij->j", dout)
     dnorm = dout * weight
     along = np.einsum("ij,ij->i", dnorm, norm) / inp.shape[-1]
-    dnorm -= dnorm.mean(axis=-1)[:, None]
-    dnorm -= norm * along[:, None]
+    dnorm -= (np.einsum("ij->i", dnorm) / inp.shape[-1])[:, None]
+    norm *= along[:, None]
+    dnorm -= norm
     dnorm *= rstd[:, None]
     dinp += dnorm
-    norm *= dout
-    return norm.sum(axis=0), dout.sum(axis=0)
+    return dweight, dbias
 
 def rows_of(x):
     """(B, T, C) seen as (B*T, C): one large matrix product is faster than B small ones."""
@@ -288,10 +289,12 @@ def heads(x, NH, parts=1):
     B, T, width = x.shape
     return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
 
-def head_groups(B, NH, T, itemsize):
-    """Attention's pieces of work: [(b, slice of heads)], so many heads that (heads, ATT_ROWS, T) stays in cache."""
-    n = max(1, BLOCK_BYTES // (min(ATT_ROWS, T) * T * itemsize))
-    return [(b, slice(h, h + n)) for b in range(B) for h in range(0, NH, n)]
+def head_groups(x, NH, n):
+    """Attention's pieces of work for n queries of x (B, T, ...): [(b, slice of heads)], so many heads that what a block of
+    queries makes with T keys, (heads, ATT_ROWS, T), stays in cache."""
+    B, T = x.shape[:2]
+    step = max(1, 2 * BLOCK_BYTES // (min(ATT_ROWS, n) * T * x.itemsize))
+    return [(b, slice(h, h + step)) for b in range(B) for h in range(0, NH, step)]
 
 def attention_forward(out, lse, qkv, NH):
     """Each position looks at itself and those before it: the only layer that mixes information across time.
@@ -303,17 +306,18 @@ def attention_forward(out, lse, qkv, NH):
     A block of queries sees only the keys up to its own end, which saves nearly half of the work. p is
     never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022)."""
     B, T, C3 = qkv.shape
-    n, scale, groups = out.shape[1], (C3 // 3 // NH) ** -0.5, head_groups(B, NH, T, qkv.itemsize)
+    n, scale = out.shape[1], (C3 // 3 // NH) ** -0.5
+    groups = head_groups(qkv, NH, n)
     (q, k, v), (out,), lse = heads(qkv, NH, 3), heads(out, NH), lse.transpose(0, 2, 1)[..., None]
     def block(i):
         at = groups[i]
-        q_, kT, v_ = q[at][:, T - n:] * scale, k[at].swapaxes(-1, -2), v[at]
+        q_, k_, v_ = q[at][:, T - n:] * scale, k[at], v[at]
         if n > 1:  # they are read more than once: worth bringing their numbers together
-            kT, v_ = np.ascontiguousarray(kT), np.ascontiguousarray(v_)
+            k_, v_ = np.ascontiguousarray(k_), np.ascontiguousarray(v_)
         for n0 in range(0, n, ATT_ROWS):
             n1 = min(n0 + ATT_ROWS, n)
             t0, t1 = T - n + n0, T - n + n1
-            att = q_[:, n0:n1] @ kT[..., :t1]                              # (heads, t1 - t0, t1)
+            att = q_[:, n0:n1] @ k_[:, :t1].swapaxes(-1, -2)               # (heads, t1 - t0, t1)
             att[..., t0:] += FUTURE[:t1 - t0, :t1 - t0]
             peak = att.max(axis=-1, keepdims=True)
             att -= peak                                                    # so that exp can't overflow
@@ -332,27 +336,27 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     summing that times dp[i] over i gives its line. The sum of p * dp is that of dout * out, as out = p @ v: hs
     products per row instead of T."""
     B, T, C = out.shape
-    scale, groups = (C // NH) ** -0.5, head_groups(B, NH, T, qkv.itemsize)
+    scale, groups = (C // NH) ** -0.5, head_groups(qkv, NH, T)
     (q, k, v), (dq, dk, dv) = heads(qkv, NH, 3), heads(dqkv, NH, 3)
     (out,), (dout,), lse = heads(out, NH), heads(dout, NH), lse.transpose(0, 2, 1)[..., None]
     def block(i):
         at = groups[i]
-        q_, k_, vT = q[at] * scale, np.ascontiguousarray(k[at]), np.ascontiguousarray(v[at].swapaxes(-1, -2))
-        dout_, lse_ = np.ascontiguousarray(dout[at]), lse[at]
-        row_sum = np.einsum("htc,htc->ht", dout_, out[at])[..., None]
+        q_, k_, v_, dout_ = q[at] * scale, *(np.ascontiguousarray(x[at]) for x in (k, v, dout))
+        lse_, row_sum, dq_ = lse[at], np.einsum("htc,htc->ht", dout_, out[at])[..., None], np.zeros_like(q_)
         for t0 in range(0, T, ATT_ROWS):
-            keys, t1 = slice(t0, t0 + ATT_ROWS), min(t0 + ATT_ROWS, T)
-            p = q_[:, t0:] @ k_[:, keys].swapaxes(-1, -2)                  # att: (heads, T - t0, t1 - t0)
-            p -= lse_[:, t0:]
+            t1 = min(t0 + ATT_ROWS, T)
+            keys, queries = np.s_[:, t0:t1], np.s_[:, t0:]
+            p = q_[queries] @ k_[keys].swapaxes(-1, -2)                    # att: (heads, T - t0, t1 - t0)
+            p -= lse_[queries]
             p[:, :t1 - t0] += FUTURE[:t1 - t0, :t1 - t0]
             np.exp(p, out=p)                                               # p, as in the forward pass
-            np.matmul(p.swapaxes(-1, -2), dout_[:, t0:], out=dv[at][:, keys])
-            datt = dout_[:, t0:] @ vT[..., keys]                           # dp
-            datt -= row_sum[:, t0:]
+            np.matmul(p.swapaxes(-1, -2), dout_[queries], out=dv[at][keys])
+            datt = dout_[queries] @ v_[keys].swapaxes(-1, -2)              # dp
+            datt -= row_sum[queries]
             datt *= p
-            np.matmul(datt.swapaxes(-1, -2), q_[:, t0:], out=dk[at][:, keys])
-            datt *= scale
-            accumulate(dq[at][:, t0:], datt @ k_[:, keys], add=t0 > 0)
+            np.matmul(datt.swapaxes(-1, -2), q_[queries], out=dk[at][keys])
+            dq_[queries] += datt @ k_[keys]
+        np.multiply(dq_, scale, out=dq[at])
     parallel(block, len(groups))
 
 GELU_SCALE = math.sqrt(2 / math.pi)  # makes tanh's slope at 0 that of the normal distribution it imitates
