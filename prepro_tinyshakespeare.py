@@ -11,6 +11,7 @@ train_gpt2.py imports it when it misses one of them. All of it goes to data/, an
     tiny_shakespeare.txt               the text, 1.1 MB
     tiny_shakespeare_{train,val}.bin   its tokens, in llm.c's format
     gpt2_tokenizer.bin                 every token's bytes, in llm.c's format
+    gpt2_124M{,_debug_state}.bin       weights, and a batch with its gradients, in llm.c's format: --write_tensors
     tiktoken/                          GPT-2's vocabulary, as tiktoken keeps it
     gpt2.safetensors, ...              weights
 
@@ -19,8 +20,9 @@ its checks. A .part that an earlier run left behind is continued where it ends.
 """
 import argparse, contextlib, hashlib, importlib, os, re, sys, time
 from array import array
+from dataclasses import asdict
 
-from train_gpt2 import InputError, atomic_write, open_tokens, require, sync_folder
+from train_gpt2 import LOGITS_ROWS, InputError, atomic_write, open_tokens, require, sync_folder
 import numpy as np  # after train_gpt2, which tells BLAS how to behave before NumPy loads it
 
 # ----------------------------------------------------------------------------------------------------
@@ -283,6 +285,39 @@ def write_tokenizer(path, encoding):
     require(max(map(len, tokens)) < 256, f"{path}: {encoding.name} has a token of more than 255 bytes")
     write_with_header(path, (20240328, 2, len(tokens), encoding.eot_token),
                       (bytes([len(token)]) + token for token in tokens))
+
+
+def write_tensors(model, inputs, targets, folder):
+    """What a port of train_gpt2.py to another language checks itself against, as llm.c's two files:
+
+        model   20240326, version 3, max_seq_len, vocab_size, num_layers, num_heads, channels, padded_vocab_size
+                | the 16 parameters in order, float32, wte with rows of zeros up to a multiple of 128
+        state   20240327, version 2, B, T | inputs, targets (B, T) int32 | logits (B, T, V) float32 | loss
+                | the 16 gradients, wte's with the same rows of zeros
+
+    model: a GPT2; inputs, targets (B, T): the batch. Returns the two paths, folder/gpt2_124M.bin and
+    folder/gpt2_124M_debug_state.bin for a model of 124 million parameters.
+    """
+    millions = round(sum(view.size for view in model.params.values()) / 1e6)
+    paths = [os.path.join(folder, f"gpt2_{millions}M{end}.bin") for end in ("", "_debug_state")]
+    sizes, wte = list(asdict(model.config).values()), model.params["wte"]
+    padding = np.zeros((-len(wte) % 128, wte.shape[1]), "<f4")
+    write_with_header(paths[0], [20240326, 3, *sizes, len(wte) + len(padding)],
+                      [wte, padding, *list(model.params.values())[1:]])
+
+    model.zero_grad()
+    loss = model.forward(inputs, targets)
+    model.backward()
+
+    def state():
+        yield from (inputs.astype("<i4"), targets.astype("<i4"))
+        lnf = model.acts["lnf"].reshape(inputs.size, -1)
+        for i in range(0, inputs.size, LOGITS_ROWS):  # never all logits at once
+            yield lnf[i:i + LOGITS_ROWS] @ wte.T
+        yield from (np.float32(loss), model.grads["wte"], padding, *list(model.grads.values())[1:])
+
+    write_with_header(paths[1], [20240327, 2, *inputs.shape], state())
+    return paths
 
 
 def read_text(path):

@@ -188,7 +188,7 @@ def test_parameters_stand_as_in_llm_c():
             for L, NH, C in [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)]
             ] == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 3, 4])
 def test_views_lie_in_the_blob_side_by_side(recompute):
     """In the tables' order, without holes, from the start of a cache line to the end of the blob."""
     model = gpt2.GPT2(gpt2.GPT2Config(12, 53, 3, 3, 24), 2, 9, recompute=recompute)
@@ -551,8 +551,8 @@ def trainer_run(model, inputs, targets, monkeypatch, grad_scale=1.0):
     last = pieces["dlogits"][-1]
     assert np.array_equal(model.acts["logits"][:, :last.shape[1]], last)  # a training forward leaves dlogits
     model.backward()
-    work_space = ("dresidual", "dln", "dfch")
-    acts = after_forward | {name: model.acts[name].copy() for name in work_space}
+    work_space = ("dresidual", "dln", "dfch", "logits")
+    acts = after_forward | {name: model.acts[name].copy() for name in work_space[:3]}
     acts |= {name: np.concatenate(parts, axis=1).reshape(*inputs.shape, -1) for name, parts in pieces.items()}
     kept = model.acts.keys() - set(work_space)
     assert_same_bits({name: model.acts[name] for name in kept}, {name: after_forward[name] for name in kept})
@@ -566,9 +566,9 @@ def trainer_run(model, inputs, targets, monkeypatch, grad_scale=1.0):
     (1, 131, 50, 3, {"V": 101, "L": 2, "NH": 4, "C": 20, "max_seq_len": 131}),
 ], ids=["one_piece", "pieces", "least", "long"])
 def test_every_tensor_equals_pytorch(B, T, logits_rows, pieces, sizes, dtype, monkeypatch):
-    monkeypatch.setattr(gpt2, "LOGITS_ROWS", logits_rows)
     monkeypatch.setattr(gpt2, "BLOCK_BYTES", 4096)
     model = random_model(B, T, dtype, recompute=0, **sizes)
+    model.rooms = tuple(room[:, :logits_rows] for room in model.rooms)
     inputs, targets = random_tokens(B=B, T=T, V=model.config.vocab_size)
     loss, acts, grads, n = trainer_run(model, inputs, targets, monkeypatch, grad_scale=0.75)
     true_loss, true_acts, true_grads = torch_run(model, inputs, targets, grad_scale=0.75)
@@ -590,16 +590,60 @@ def test_reference_takes_every_parameter_in_its_type(dtype):
         assert np.array_equal(np.stack([p.detach() for p in reference.named(name)]).reshape(view.shape), view)
 
 def test_recompute_changes_no_bit(monkeypatch):
-    """recompute buys memory with time: 1 and 2 store less; losses, gradients and weights are the same."""
+    """recompute buys memory with time: 1, 2, 3 store less; losses, gradients and weights are the same."""
     monkeypatch.setattr(gpt2, "BLOCK_BYTES", 4096)
     batches = random_tokens(1, B=2, T=9)
-    models = [random_model(2, 9, np.float32, recompute) for recompute in (0, 1, 2)]
+    models = [random_model(2, 9, np.float32, recompute) for recompute in (0, 1, 2, 3)]
     losses = [train_steps(model, 3, batches) for model in models]
-    assert losses[0] == losses[1] == losses[2]
-    assert models[0].acts.keys() == models[1].acts.keys() == models[2].acts.keys()
-    assert models[0].blob.size > models[1].blob.size > models[2].blob.size
-    for model in models[1:]:
-        assert model.flat.tobytes() == models[0].flat.tobytes()
+    for before, model in zip(models, models[1:]):
+        assert before.acts.keys() == model.acts.keys() and before.blob.size > model.blob.size
+        assert before.flat.tobytes() == model.flat.tobytes()
+    assert losses == losses[:1] * 4
+
+def test_whole_layers_are_computed_again_but_for_the_last(monkeypatch):
+    """With recompute = 3 all layers share their activations; after forward those of the last are still there."""
+    model, calls = random_model(2, 9, recompute=3), []
+    forward_layer = gpt2.GPT2.forward_layer
+    monkeypatch.setattr(gpt2.GPT2, "forward_layer", lambda self, l, *args: calls.append(l) or forward_layer(self, l, *args))
+    model.forward(*random_tokens(B=2, T=9))
+    model.backward()
+    assert calls == [0, 1, 2, 1, 0]
+    assert {name for name, view in model.acts.items() if len(view) == 3} == {"residual3"}
+
+def in_gradients_but_wte(model, view):
+    spare = model.flat[1, model.params["wte"].size:]
+    return np.shares_memory(view, spare) and spare.ctypes.data <= view.ctypes.data \
+        and view.ctypes.data + view.nbytes <= spare.ctypes.data + spare.nbytes
+
+@pytest.mark.parametrize("train", [True, False])
+def test_logits_take_the_gradients_memory_until_there_are_gradients(train):
+    """The largest array of all costs nothing; a step's later micro-batches find gradients there."""
+    model, batches = random_model(2, 9, np.float32), random_tokens(2, B=2, T=9)
+    model.forward(*batches[0], train=train)
+    assert in_gradients_but_wte(model, model.acts["logits"]) and model.acts["logits"].shape == (1, 18, 53)
+    model.zero_grad()
+    step_gradients(model, *batches)
+    assert not np.shares_memory(model.acts["logits"], model.flat)
+    model.forward(*batches[0])
+    assert not np.shares_memory(model.acts["logits"], model.flat)
+    model.update(0.0)
+    model.forward(*batches[0])
+    assert in_gradients_but_wte(model, model.acts["logits"])
+
+def test_logits_take_the_larger_room():
+    """Of a wide vocabulary, the gradients of a small model hold few rows, or none."""
+    for C, rows in ((1, 0), (24, 4)):
+        model = random_model(2, 9, V=5000, C=C, NH=1)
+        inputs, targets = random_tokens(B=2, T=9, V=5000)
+        model.forward(inputs, targets)
+        assert model.rooms[0].shape == (1, rows, 5000) and model.acts["logits"].shape == (1, 18, 5000)
+        assert not np.shares_memory(model.acts["logits"], model.flat)
+
+def test_generation_between_micro_batches_changes_no_gradient():
+    model, batch = random_model(2, 9, np.float32), random_tokens(B=2, T=9)
+    before = step_gradients(model, batch)
+    list(model.generate([1, 2, 3], 12))
+    assert_same_bits(model.grads, before)
 
 @pytest.mark.parametrize("parts", [[9], [4, 1, 1, 3], [1] * 9], ids=str)
 def test_forward_rows_piece_by_piece_equals_the_whole(parts):
@@ -736,7 +780,7 @@ def test_no_float64_in_a_float32_run(constant, value, monkeypatch):
     for views in (model.params, model.grads, model.m, model.v, model.acts):
         assert {name: view.dtype for name, view in views.items() if view.dtype != np.float32} == {}
         views.update({name: view.view(Traced) for name, view in views.items()})
-    model.flat = model.flat.view(Traced)
+    model.flat, model.rooms = model.flat.view(Traced), [room.view(Traced) for room in model.rooms]
     monkeypatch.setattr(Traced, "float64", [])
     monkeypatch.setattr(Traced, "callers", set())
     monkeypatch.setattr(gpt2, "ROW_THREADS", 1)  # all in this thread, whose stack tells who called
@@ -893,7 +937,7 @@ def test_an_id_outside_the_vocabulary_is_an_input_error(which, bad):
     (lambda: gpt2.GPT2Config(vocab_size=50257.0), "vocab_size.* 50257.0"),
     (lambda: random_model(1, 9, max_seq_len=8), "length 9.* 8"),
     (lambda: random_model(0, 9), "batch size 0"),
-    (lambda: random_model(1, 9, recompute=4), "recompute.* 4"),
+    (lambda: random_model(1, 9, recompute=5), "recompute.* 5"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=8)), r"\(2, 8\).*\(2, 9\)"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=9).reshape(2, 18)), r"\(18,\).*\(2, 9\)"),
     (lambda: random_model(2, 9).forward(*random_tokens(B=2, T=9) * 1.0), "inputs.* integers.* float64"),
@@ -1975,7 +2019,7 @@ def test_write_tensors_byte_for_byte(V, L, stem, tmp_path):
     model, (inputs, targets) = file_model(V=V, L=L), random_tokens(B=2, T=8, V=V)
     model.forward(*random_tokens(B=2, T=8, V=V, seed=3))
     model.backward()  # and the gradients of this other batch must not remain
-    paths = gpt2.write_tensors(model, inputs, targets, str(tmp_path / "new"))
+    paths = prepro.write_tensors(model, inputs, targets, str(tmp_path / "new"))
     assert list(paths) == [str(tmp_path / "new" / stem) + end for end in (".bin", "_debug_state.bin")]
     weights, state = (open(path, "rb").read() for path in paths)
     assert weights == llmc_model(model, 3)
@@ -2003,7 +2047,7 @@ def test_write_tensors_byte_for_byte(V, L, stem, tmp_path):
 
 def through_write_tensors(model, folder):
     inputs, targets = random_tokens(B=2, T=8, V=model.config.vocab_size)
-    return loaded(gpt2.write_tensors(model, inputs, targets, str(folder))[0])
+    return loaded(prepro.write_tensors(model, inputs, targets, str(folder))[0])
 
 
 def through_save_pretrained(model, folder):
@@ -2080,7 +2124,7 @@ def test_the_state_for_porters_never_holds_all_logits(tmp_path):
     """They are the largest array of all: 823 MB at B=4, T=1024."""
     model, (inputs, targets) = random_model(8, 192, np.float32, V=4096), random_tokens(B=8, T=192, V=4096)
     model.forward(inputs, targets)
-    _, peak = peak_of(lambda: gpt2.write_tensors(model, inputs, targets, str(tmp_path)))
+    _, peak = peak_of(lambda: prepro.write_tensors(model, inputs, targets, str(tmp_path)))
     assert peak < 0.5 * 4 * inputs.size * 4096  # in six pieces: one is written while the next is computed
 
 
@@ -2971,8 +3015,8 @@ BAD_INPUTS = {  # what is wrong: (flags, what the one line says, what makes it s
     "empty prompt": ("--inference_only 1 --prompt=", "--prompt is empty", None),
     "total batch no multiple of the batch": ("--total_batch_size 40", "B*T = 16: try 32", None),
     "total batch below the batch": ("--total_batch_size 8", "B*T = 16: try 16", None),
-    "strange recompute": ("--recompute 4", "expected 0, 1", None),
-    "recompute that can't train": ("--recompute 3", "use 0, 1 or 2", None),
+    "strange recompute": ("--recompute 5", "expected 0 to 3", None),
+    "recompute that can't train": ("--recompute 4", "use 0, 1, 2 or 3", None),
 }
 
 
@@ -3393,7 +3437,7 @@ def put_value(name, l, value):
     return lambda model: model.params[name].__setitem__(... if l is None else l, value)
 
 
-@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize("recompute", [0, 1, 2, 3])
 @pytest.mark.parametrize("name, l, value, began", [
     ("wte", None, math.nan, "wte"), ("wpe", None, math.inf, "wpe"), ("lnfb", None, math.nan, "lnfb"),
     ("ln1b", 0, math.nan, "ln1b of layer 0"), ("qkvw", 1, math.nan, "qkvw of layer 1"),
@@ -3407,6 +3451,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_where_it_began(
     before = folder_content(checkpoint)
     spoil_after_update(monkeypatch, 4, put_value(name, l, value))
     error = failed_in_one_line(call_main(*flags, "--resume", 1))
+    if recompute == 3:  # of what the layers share, only the last layer's is left
+        began = began.replace("att_lse", "residual3")
     assert error.startswith(f"error: update 5: the loss is nan; it began in {began}. ")
     assert checkpoint_folders(tmp_path) == [checkpoint] and folder_content(checkpoint) == before
 
@@ -3954,7 +4000,7 @@ def timed_tokens(run, tokens):
 
 
 def child_generate(tokens):
-    ours = gpt2.GPT2(gpt2.GPT2Config(), 1, 1024, recompute=3)
+    ours = gpt2.GPT2(gpt2.GPT2Config(), 1, 1024, recompute=4)
     return timed_tokens(lambda n: list(ours.generate([50256], n, temperature=0)), tokens)
 
 
@@ -4118,7 +4164,7 @@ def main():
     parser.add_argument("--shapes", default="", help="B x T, separated by commas (default: 4x64,1x1024; with --full also 4x1024)")
     parser.add_argument("--rounds", type=int, default=2, help="how often the candidates take turns (default: 2)")
     parser.add_argument("--threads", type=int, default=gpt2.CPUS, help="for everybody (default: all cores)")
-    parser.add_argument("--recompute", type=int, nargs="+", default=[1, 2], help="our modes (default: 1 2)")
+    parser.add_argument("--recompute", type=int, nargs="+", default=[1, 3], help="our modes (default: 1 3)")
     parser.add_argument("--generation", action="store_true", help="also measure generation")
     parser.add_argument("--full", action="store_true", help="everything: under 15 minutes on two cores")
     arguments = parser.parse_args()

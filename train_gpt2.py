@@ -88,26 +88,26 @@ def param_shapes(config):
         "lnfw": (C,), "lnfb": (C,),
     }
 
-LOGITS_ROWS = 256  # the classifier works through this many tokens at a time: 51 MB of logits, never B*T*V
+LOGITS_ROWS = 256  # where the classifier finds no better room, it works through this many tokens at a time
 def act_shapes(config, B, T, recompute):
     """The activations, in the order in which they are computed, then backward's work space. Where the leading dimension
     is L, every layer keeps its own for the backward pass. Where it is 1, all layers share one: recompute = 0 keeps all,
     which is what you want when you compare another implementation with this one; 1 shares what backward does not need
-    (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 is for generation, without
-    a backward pass: it keeps keys and values only."""
+    (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 keeps a layer's input and
+    computes the layer again (Chen et al., 2016). 4, for generation, has no backward pass: it keeps keys and values."""
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    until_1, until_2, until_3 = (L if recompute < level else 1 for level in (1, 2, 3))
+    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))
     return {
         "encoded": (B, T, C),
         "ln1": (until_2, B, T, C), "ln1_mean": (until_3, B, T), "ln1_rstd": (until_3, B, T),
-        "qkv": (L, B, T, 3 * C),         # in generation these are the keys and values of earlier tokens
+        "qkv": (1 if recompute == 3 else L, B, T, 3 * C),  # in generation: keys and values of earlier tokens
         "att_lse": (until_3, B, T, NH),  # log of the softmax's sum: all of attention that is stored
         "atty": (until_3, B, T, C), "attproj": (until_1, B, T, C), "residual2": (until_3, B, T, C),
         "ln2": (until_2, B, T, C), "ln2_mean": (until_3, B, T), "ln2_rstd": (until_3, B, T),
         "fch": (until_3, B, T, 4 * C), "fch_gelu": (until_1, B, T, 4 * C),
-        "fcproj": (until_1, B, T, C), "residual3": (until_3, B, T, C),
+        "fcproj": (until_1, B, T, C), "residual3": (until_4, B, T, C),
         "lnf": (B, T, C), "lnf_mean": (B, T), "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),   # a piece; then its probabilities; then its gradient
+        "logits": (1, min(B * T, LOGITS_ROWS), V),   # a piece; then its probabilities; then its gradient; see classifier
         "losses": (B, T),
         "dresidual": (B, T, C),          # the gradient of the residual stream, from the top down
         "dln": (B, T, C),                # dlnf, then in every layer: dln2, datty, dln1
@@ -306,8 +306,7 @@ def attention_forward(out, lse, qkv, NH):
     A block of queries sees only the keys up to its own end, which saves nearly half of the work. p is
     never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022)."""
     B, T, C3 = qkv.shape
-    n, scale = out.shape[1], (C3 // 3 // NH) ** -0.5
-    groups = head_groups(qkv, NH, n)
+    n, scale, groups = out.shape[1], (C3 // 3 // NH) ** -0.5, head_groups(qkv, NH, out.shape[1])
     (q, k, v), (out,), lse = heads(qkv, NH, 3), heads(out, NH), lse.transpose(0, 2, 1)[..., None]
     def block(i):
         at = groups[i]
@@ -426,7 +425,7 @@ class GPT2:
         B, T = batch_size, sequence_length
         require(B > 0 and 0 < T <= config.max_seq_len, f"batch size {B}, sequence length {T}: the model's context "
                 f"is {config.max_seq_len}: use --sequence_length {config.max_seq_len} or less")
-        require(recompute in (0, 1, 2, 3), f"recompute is {recompute!r}, expected 0, 1, 2 or, only to generate, 3")
+        require(recompute in (0, 1, 2, 3, 4), f"recompute is {recompute!r}, expected 0 to 3 or, only to generate, 4")
         self.config, self.batch_size, self.sequence_length, self.recompute = config, B, T, recompute
         params, acts = param_shapes(config), act_shapes(config, B, T, recompute)
         n, line = size(params), 64 // np.dtype(dtype).itemsize  # a cache line has 64 bytes: start at one
@@ -434,7 +433,10 @@ class GPT2:
         self.blob = self.blob[-self.blob.ctypes.data % 64 // self.blob.itemsize:][:4 * n + size(acts)]
         self.flat = self.blob[:4 * n].reshape(4, n)  # rows: parameters, gradients, m, v
         self.params, self.grads, self.m, self.v = (carve(part, params) for part in self.flat)
-        self.acts = carve(self.blob[4 * n:], acts)
+        self.acts, V = carve(self.blob[4 * n:], acts), config.vocab_size
+        spare = self.flat[1, self.params["wte"].size:]  # the gradients but for dwte: see the classifier
+        rows = min(B * T, len(spare) // V)
+        self.rooms = spare[:rows * V].reshape(1, rows, V), self.acts["logits"]
         self.micro_batches = 0  # backward passes since the last update: the first one sets, later ones add
         self.pending = None     # the inputs of a forward pass whose backward pass is still to come
         if seed is not None:
@@ -445,25 +447,31 @@ class GPT2:
         In training that is the whole batch. In generation b is 1, and the positions before `first` have left their
         keys and values in acts["qkv"], so that n new tokens cost n positions."""
         b, n = tokens.shape
-        rows, params, acts, NH = np.s_[:b, first:first + n], self.params, self.acts, self.config.num_heads
+        rows, params, acts = np.s_[:b, first:first + n], self.params, self.acts
         residual = acts["encoded"][rows]
         encoder_forward(residual, tokens, params["wte"], params["wpe"][first:first + n])
         for l in range(self.config.num_layers):
-            p, a, qkv = layer(params, l), layer(acts, l, rows), acts["qkv"][l][:b, :first + n]
-            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-            matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
-            attention_forward(a.atty, a.att_lse, qkv, NH)
-            matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
-            residual_forward(a.residual2, residual, a.attproj)
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
-            matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
-            gelu_forward(a.fch_gelu, a.fch)
+            self.forward_layer(l, residual, rows)
+            p, a = layer(params, l), layer(acts, l, rows)
             matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
             residual_forward(a.residual3, a.residual2, a.fcproj)
             residual = a.residual3
         lnf = acts["lnf"][rows]
         layernorm_forward(lnf, acts["lnf_mean"][rows], acts["lnf_rstd"][rows], residual, params["lnfw"], params["lnfb"])
         return lnf
+
+    def forward_layer(self, l, residual, rows):
+        """Layer l, of which residual is the input, for the positions `rows` (b, n, as above): all that backward needs of it."""
+        p, a, NH = layer(self.params, l), layer(self.acts, l, rows), self.config.num_heads
+        qkv = layer(self.acts, l, (rows[0], slice(rows[1].stop))).qkv  # attention looks back to position 0
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
+        matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
+        attention_forward(a.atty, a.att_lse, qkv, NH)
+        matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
+        residual_forward(a.residual2, residual, a.attproj)
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
+        matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
+        gelu_forward(a.fch_gelu, a.fch)
 
     def check_tokens(self, tokens, what):
         """tokens as an integer array; InputError if it isn't one, or if an id is outside the vocabulary."""
@@ -488,13 +496,15 @@ class GPT2:
     def classifier(self, targets, dloss=None):
         """acts["losses"] from acts["lnf"], and with dloss (see crossentropy_softmax_backward) also dlnf, which is left
         in acts["dln"], and the classifier's part of dwte. The logits would be the largest array of all, B*T*V. But
-        rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients."""
-        acts, wte, step = self.acts, self.params["wte"], self.acts["logits"].shape[1]
+        rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients.
+        The larger the piece, the faster. Before a step's first backward pass the memory of the other gradients is free."""
+        acts, wte, room = self.acts, self.params["wte"], max(self.rooms[self.micro_batches > 0:], key=lambda room: room.shape[1])
+        acts["logits"], step = room, room.shape[1]
         lnf, dlnf, losses, targets = (x.reshape(1, targets.size, *x.shape[2:])  # one row of tokens, to be cut anywhere
                                       for x in (acts["lnf"], acts["dln"], acts["losses"], targets))
         for start in range(0, targets.size, step):
             rows = np.s_[:, start:start + step]
-            logits = acts["logits"][:, :targets[rows].size]
+            logits = room[:, :targets[rows].size]
             matmul_forward(logits, lnf[rows], wte)
             crossentropy_softmax_forward(losses[rows], logits, targets[rows])
             if dloss is not None:
@@ -507,7 +517,7 @@ class GPT2:
         """Fill grads with the gradients of the last forward pass; the first since an update or zero_grad writes
         them, later ones add."""
         require(self.pending is not None, "backward() needs a training forward pass before it: call forward()")
-        require(self.recompute < 3, "recompute = 3 keeps nothing for a backward pass: use 0, 1 or 2")
+        require(self.recompute < 4, "recompute = 4 keeps nothing for a backward pass: use 0, 1, 2 or 3")
         params, grads, acts, NH = self.params, self.grads, self.acts, self.config.num_heads
         add, inputs = self.micro_batches > 0, self.pending
         dres, dln, dfch = acts["dresidual"], acts["dln"], acts["dfch"]
@@ -521,9 +531,11 @@ class GPT2:
         for l in reversed(range(self.config.num_layers)):
             p, g, a = layer(params, l), layer(grads, l), layer(acts, l)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            if self.recompute >= 1:
+            if self.recompute == 3 and l < self.config.num_layers - 1:  # the last layer's are still there
+                self.forward_layer(l, residual, np.s_[:, :inputs.shape[1]])
+            if 1 <= self.recompute <= 2:
                 gelu_forward(a.fch_gelu, a.fch)
-            if self.recompute >= 2:
+            if self.recompute == 2:
                 layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
             # residual3 = residual2 + fcproj: dres is the gradient of both, and stays where it is
             matmul_backward(dfch, g.fcprojw, g.fcprojb, dres, a.fch_gelu, p.fcprojw, add)
@@ -531,14 +543,14 @@ class GPT2:
             matmul_backward(dln, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
             layernorm(dres, dln, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, g.ln2w, g.ln2b)
             # residual2 = residual + attproj: the same again
-            if self.recompute >= 2:
+            if self.recompute == 2:
                 layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
             matmul_backward(dln, g.attprojw, g.attprojb, dres, a.atty, p.attprojw, add)
             attention_backward(dqkv, dln, a.atty, a.att_lse, a.qkv, NH)
             matmul_backward(dln, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
             layernorm(dres, dln, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, g.ln1w, g.ln1b)
         encoder_backward(grads["wte"], grads["wpe"], dres, inputs, add)
-        self.pending, self.micro_batches = None, self.micro_batches + 1
+        self.pending, self.micro_batches, acts["logits"] = None, self.micro_batches + 1, self.rooms[1]
 
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next backward pass writes over them."""
@@ -592,15 +604,15 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 #     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
 # llm.c's model file is  256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels,
 #     padded_vocab_size | the 16 tensors in the order of param_shapes, in version 5 as bfloat16, otherwise float32; wte
-#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1).
+#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1). What writes llm.c's
+#     formats is in prepro_tinyshakespeare.py.
 # Nothing is believed before it is checked, and a file becomes real in one moment or not at all.
 
 HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
-            "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias",
-            "attprojw": "h.{}.attn.c_proj.weight", "attprojb": "h.{}.attn.c_proj.bias",
-            "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
-            "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias",
-            "fcprojw": "h.{}.mlp.c_proj.weight", "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
+            "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias", "attprojw": "h.{}.attn.c_proj.weight",
+            "attprojb": "h.{}.attn.c_proj.bias", "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
+            "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias", "fcprojw": "h.{}.mlp.c_proj.weight",
+            "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face keeps these as (C_in, C_out)
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4,
               "F64": 8, "I64": 8, "U64": 8}
@@ -792,23 +804,6 @@ def save_pretrained(model, folder):
                model.params[name][l] for name, l, _ in model_tensors(c)}
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
 
-def write_tensors(model, inputs, targets, folder):
-    """What a port to another language checks itself against: llm.c's model file, version 3, and its debug state, which is
-    256 int32: 20240327, version 2, B, T | inputs, targets (B, T) int32 | logits (B, T, V) float32 | loss | the 16 gradients,
-    wte's padded like the weights. Returns the two paths."""
-    from prepro_tinyshakespeare import write_with_header
-    c, stem = model.config, os.path.join(folder, f"gpt2_{round(size(param_shapes(model.config)) / 1e6)}M")
-    padding = np.zeros((-c.vocab_size % 128, c.channels), "<f4")
-    weights, grads = ([views["wte"], padding, *list(views.values())[1:]] for views in (model.params, model.grads))
-    write_with_header(stem + ".bin", [20240326, 3, *asdict(c).values(), c.vocab_size + len(padding)], weights)
-    model.zero_grad()
-    loss, lnf = np.array(model.forward(inputs, targets), "<f4"), rows_of(model.acts["lnf"])
-    model.backward()
-    logits = (lnf[i:i + LOGITS_ROWS] @ model.params["wte"].T for i in range(0, len(lnf), LOGITS_ROWS))  # never B*T*V at once
-    groups = [inputs.astype("<i4"), targets.astype("<i4")], logits, [loss], grads
-    write_with_header(stem + "_debug_state.bin", [20240327, 2, *inputs.shape], (part for group in groups for part in group))
-    return stem + ".bin", stem + "_debug_state.bin"
-
 # ---- 10. Data: token files and batches -----------------------------------------------------------------------------
 # llm.c's token file: 256 int32: 20240520, version 1, number of tokens | the tokens as uint16. They are mapped
 # into memory, not read. A batch is the next B*T tokens, and its targets are the same, one token further.
@@ -892,7 +887,7 @@ FLAGS = {  # name: (default, meaning). The one place where defaults stand; they 
     "sample_every": (20, "updates between samples; 0: none"), "inference_only": (0, "1: continue --prompt and train nothing"),
     "overfit_single_batch": (0, "1: train on the first batch again and again"),
     "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
-    "recompute": (1, "0: store everything; 1: compute GELU again in backward; 2: layernorm too"),
+    "recompute": (1, "0: store everything; 1: compute GELU again in backward; 2: layernorm too; 3: whole layers"),
     "checkpoint_every": (0, "updates between checkpoints in --output_dir; 0: only when stopped"),
     "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
     "seed": (1337, "of fresh weights and of samples"), "prompt": ("", "text to continue; if empty, a new text begins"),
@@ -1077,7 +1072,7 @@ def prepare(given):
             print(f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's own files look like")
             s, config, weights = SimpleNamespace(**DEFAULTS | EMBEDDED | given), EMBEDDED_CONFIG, None
         if s.inference_only:
-            s.batch_size, s.sequence_length, s.recompute = 1, given.get("sequence_length", config.max_seq_len), 3
+            s.batch_size, s.sequence_length, s.recompute = 1, given.get("sequence_length", config.max_seq_len), 4
         model = make_model(s, config)
         load_weights(model, weights) if weights else init_weights(model.params, s.seed)
     if s.inference_only:
@@ -1166,6 +1161,7 @@ def main(argv=None):
             if s.inference_only:
                 speak(model, s, 0)
             elif s.write_tensors:
+                from prepro_tinyshakespeare import write_tensors
                 print("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
             else:
                 for number in (signal.SIGINT, signal.SIGTERM):
