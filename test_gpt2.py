@@ -3912,7 +3912,9 @@ def test_a_run_outlives_the_want_of_a_vocabulary(small_folder, tmp_path, monkeyp
 # turns, round after round, so that what else the machine is doing strikes all alike. The reference is the
 # PyTorch model above, at its best: scaled_dot_product_attention, fused AdamW, eager and compiled.
 
-BENCHMARK_STEPS = {(4, 64): 12, (1, 1024): 5, (4, 1024): 3}  # timed steps in a process, after two to warm up
+def steps_for(tokens):
+    """(to warm up, timed): how many steps of that many tokens a process makes."""
+    return (2, 8) if tokens < 1024 else (1, 4) if tokens < 4096 else (1, 2)
 
 
 def random_batch(config, B, T):
@@ -3932,16 +3934,16 @@ def peak_mb():
 
 
 def timed_steps(passes, steps, started):
-    """Two steps and then `steps` timed ones, each of them forward, backward, update: what a child reports. With
-    `started`, the time when the process was started, only the first step."""
+    """steps: how many to warm up, how many to time, each of them forward, backward, update. What a child reports;
+    with `started`, the time when the process was started, only the first step."""
     times = []
-    for _ in range(1 if started else steps + 2):
+    for _ in range(1 if started else sum(steps)):
         marks = [time.perf_counter()]
         for one in passes:
             one()
             marks.append(time.perf_counter())
         times.append([b - a for a, b in zip(marks, marks[1:])])
-    return {"times": times if started else times[2:], "peak": peak_mb(), "since_start": started and time.time() - started}
+    return {"times": times if started else times[steps[0]:], "peak": peak_mb(), "since_start": started and time.time() - started}
 
 
 def child_train(model, B, T, steps, recompute=1, weights=None, started=None):
@@ -3962,7 +3964,7 @@ def child_train_torch(model, B, T, steps, compiled=False, weights=None, started=
     theirs = TorchGPT2(config, params)
     del params
     if weights:
-        theirs.load_state_dict(torch.load(weights + ".pt", weights_only=True, mmap=True))
+        theirs.load_state_dict(torch.load(os.path.join(weights, "model.pt"), weights_only=True, mmap=True))
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
     compute = torch.compile(theirs) if compiled else theirs
 
@@ -4079,27 +4081,79 @@ def median_step(runs):
     return times[len(times) // 2], times[0][0]
 
 
-def compare_training(shape, rounds, threads, limits, kinds, model="d12"):
-    """Rows of the table for one shape (B, T): each kind is (label, arguments of child_train)."""
-    B, T = shape
-    config, runs = fresh_config(model), {label: [] for label, _ in kinds}
+def run_training(shape, rounds, threads, kinds, model="d12"):
+    """{label: what its processes report} for one shape (B, T); each kind is (label, arguments of child_train)."""
+    (B, T), runs = shape, {label: [] for label, _ in kinds}
     for i in range(rounds):
         for label, arguments in kinds:
-            say(f"  B={B} T={T}, {threads} threads, round {i + 1} of {rounds}: {label}")
+            say(f"  {model}, B={B}, T={T}, {threads} threads, round {i + 1} of {rounds}: {label}")
             child = child_train_torch if label.startswith("PyTorch") else child_train
-            runs[label].append(in_a_process(threads, child, B=B, T=T, model=model,
-                                            steps=BENCHMARK_STEPS.get(shape, 4), **arguments))
+            runs[label].append(in_a_process(threads, child, B=B, T=T, model=model, steps=steps_for(B * T), **arguments))
+    return runs
+
+
+def limit_of(config, B, T, limits):
+    """Seconds that a step would take at the machine's limits."""
     n = 4 * gpt2.size(gpt2.param_shapes(config))
-    limit = matmul_flops(config, B, T) / limits["flops"] + 7 * n / limits["bandwidth"]
+    return matmul_flops(config, B, T) / limits["flops"] + 7 * n / limits["bandwidth"]
+
+
+def compare_training(shape, rounds, threads, limits, kinds):
+    """Print the rows of the table for one shape."""
+    (B, T), runs = shape, run_training(shape, rounds, threads, kinds)
     theirs = [label for label in runs if label.startswith("PyTorch")]
-    fastest = min([median_step(runs[label])[0][0] for label in theirs], default=math.nan)
-    leanest = min([min(run["peak"] for run in runs[label]) for label in theirs], default=math.nan)
+    fastest = min(median_step(runs[label])[0][0] for label in theirs)
+    leanest = min(min(run["peak"] for run in runs[label]) for label in theirs)
     for label in runs:
         (total, forward, backward, update), least = median_step(runs[label])
         peak = min(run["peak"] for run in runs[label])
         print(f"| {B}, {T} | {label} | {total * 1e3:.0f} ({least * 1e3:.0f}) | {forward * 1e3:.0f} / {backward * 1e3:.0f} / "
               f"{update * 1e3:.0f} | {B * T / total:.0f} | {peak:.0f} | {fastest / total:.2f} | {peak / leanest:.2f} | "
-              f"{limit / total:.0%} |", flush=True)
+              f"{limit_of(fresh_config('d12'), B, T, limits) / total:.0%} |", flush=True)
+
+
+def how_cost_grows(threads, limits, ours):
+    """Print what a token costs as sequences get longer, and as the model gets larger."""
+    print("\n| train_gpt2.py | B, T | ms per step, median | ms per token | GFLOP per token | of the limit |\n"
+          "|---|---|---|---|---|---|")
+    for model, B, T in [("d12", 1024 // T, T) for T in (64, 128, 256, 512, 1024)] + [(m, 4, 64) for m in ("d6", "d12", "d24")]:
+        [runs] = run_training((B, T), 1, threads, [ours], model).values()
+        config, total = fresh_config(model), median_step(runs)[0][0]
+        print(f"| {model} | {B}, {T} | {total * 1e3:.0f} | {total / B / T * 1e3:.2f} | "
+              f"{matmul_flops(config, B, T) / B / T / 1e9:.2f} | {limit_of(config, B, T, limits) / total:.0%} |", flush=True)
+
+
+def compare_generation(rounds, threads, limits):
+    weights, found = 4 * gpt2.size(gpt2.param_shapes(gpt2.GPT2Config())), {}
+    kinds = {"train_gpt2.py": child_generate, "PyTorch with a cache": child_generate_torch}
+    if importlib.util.find_spec("transformers"):
+        kinds["Hugging Face generate"] = child_generate_transformers
+    for i in range(rounds):
+        for kind, child in kinds.items():
+            say(f"  generation, round {i + 1} of {rounds}: {kind}")
+            found.setdefault(kind, []).append(in_a_process(threads, child, tokens=256))
+    print("\n| generation, 256 tokens | tokens/s | of the bandwidth limit | peak MB |\n|---|---|---|---|")
+    for kind, runs in found.items():
+        rate = 256 / sorted(run["seconds"] for run in runs)[len(runs) // 2]
+        print(f"| {kind} | {rate:.1f} | {rate * weights / limits['bandwidth']:.0%} | {runs[0]['peak']:.0f} |", flush=True)
+
+
+def compare_start(threads):
+    """From the start of the process to the end of its first step at B=4, T=64, with weights from disk."""
+    seconds = {child_train: [], child_train_torch: []}
+    with tempfile.TemporaryDirectory() as folder:
+        model = gpt2.GPT2(gpt2.GPT2Config(), 1, 1)
+        model.save_pretrained(folder)
+        torch.save(TorchGPT2(model.config, model.params).state_dict(), os.path.join(folder, "model.pt"))
+        del model
+        for i in range(3):
+            for child in seconds:
+                say(f"  from the start of the process to the end of the first step, round {i + 1} of 3: {child.__name__}")
+                seconds[child].append(in_a_process(threads, child, model="d12", B=4, T=64, steps=None, weights=folder,
+                                                   started=time.time())["since_start"])
+    ours, theirs = (sorted(times)[1] for times in seconds.values())
+    print(f"\nFrom the start of the process to the end of the first step, B=4, T=64, weights from disk (median of 3): "
+          f"train_gpt2.py {ours:.1f} s, PyTorch eager {theirs:.1f} s")
 
 
 TABLE = """
@@ -4121,38 +4175,11 @@ def benchmark(arguments):
     if arguments.full:
         print("\nOne thread" + TABLE)
         compare_training((4, 64), 1, 1, in_a_process(1, child_limits), [ours[0], eager])
-        print("\nAs the work grows (train_gpt2.py alone)" + TABLE)
-        for T in (64, 128, 256, 512, 1024):
-            compare_training((1024 // T, T), 1, threads, limits, ours[:1])
-        print("\nd6, d12, d24" + TABLE)
-        for model in ("d6", "d12", "d24"):
-            compare_training((4, 64), 1, threads, limits, [(model, ours[0][1])], model)
+        how_cost_grows(threads, limits, ours[0])
     if arguments.full or arguments.generation:
-        weights, found = 4 * gpt2.size(gpt2.param_shapes(gpt2.GPT2Config())), {}
-        kinds = {"train_gpt2.py": child_generate, "PyTorch with a cache": child_generate_torch}
-        if importlib.util.find_spec("transformers"):
-            kinds["Hugging Face generate"] = child_generate_transformers
-        for i in range(arguments.rounds):
-            for kind, child in kinds.items():
-                say(f"  generation, round {i + 1} of {arguments.rounds}: {kind}")
-                found.setdefault(kind, []).append(in_a_process(threads, child, tokens=256))
-        print("\n| generation, 256 tokens | tokens/s | of the bandwidth limit | peak MB |\n|---|---|---|---|")
-        for kind, runs in found.items():
-            rate = 256 / sorted(run["seconds"] for run in runs)[len(runs) // 2]
-            print(f"| {kind} | {rate:.1f} | {rate * weights / limits['bandwidth']:.0%} | {runs[0]['peak']:.0f} |", flush=True)
+        compare_generation(arguments.rounds, threads, limits)
     if arguments.full:
-        with tempfile.TemporaryDirectory() as folder:
-            say("  from process start to the end of the first step, weights from disk")
-            model = gpt2.GPT2(gpt2.GPT2Config(), 1, 1)
-            model.save_pretrained(folder)
-            torch.save(TorchGPT2(model.config, model.params).state_dict(), folder + ".pt")
-            del model
-            seconds = [sorted(in_a_process(threads, child, model="d12", B=4, T=64, steps=1, weights=folder,
-                                           started=time.time())["since_start"] for _ in range(3))[1]
-                       for child in (child_train, child_train_torch)]
-            os.remove(folder + ".pt")
-        print(f"\nFrom process start to the end of the first step, B=4, T=64, weights from disk: train_gpt2.py "
-              f"{seconds[0]:.1f} s, PyTorch eager {seconds[1]:.1f} s")
+        compare_start(threads)
     print(f"\nThe limit: all matrix products at {limits['flops'] / 1e9:.0f} GFLOP/s, the best that NumPy's matmul showed here, "
           f"and then AdamW's seven passes over the parameters at {limits['bandwidth'] / 1e9:.1f} GB/s.")
     say(f"done in {time.time() - began:.0f} s")
