@@ -639,6 +639,35 @@ def test_logits_take_the_larger_room():
         assert model.rooms[0].shape == (1, rows, 5000) and model.acts["logits"].shape == (1, 18, 5000)
         assert not np.shares_memory(model.acts["logits"], model.flat)
 
+def test_generation_must_not_come_between_a_later_forward_and_its_backward():
+    """Like validation, whose test says why; and before, it makes the forward pass forgotten."""
+    model, batch = random_model(2, 9, np.float32), random_tokens(B=2, T=9)
+    model.forward(*batch)
+    list(model.generate([1], 1))
+    with pytest.raises(gpt2.InputError, match="forward"):
+        model.backward()
+    before = step_gradients(model, batch)
+    model.forward(*batch)
+    for intruder in (lambda: list(model.generate([1], 1)), lambda: model.forward_rows(batch[0])):
+        with pytest.raises(gpt2.InputError, match="backward"):
+            intruder()
+    model.backward()  # nothing has been lost
+    assert_all_close(model.grads, {name: 2 * grad for name, grad in before.items()})
+
+def test_update_needs_gradients():
+    """What lies in their place otherwise is logits."""
+    model, batch = random_model(2, 9, np.float32), random_tokens(B=2, T=9)
+    before = copies(model.params)
+    for prepare in (lambda: None, lambda: model.forward(*batch), model.zero_grad):
+        prepare()
+        with pytest.raises(gpt2.InputError, match="backward"):
+            model.update(0.1)
+    step_gradients(model, batch)
+    model.update(0.0)
+    with pytest.raises(gpt2.InputError, match="backward"):
+        model.update(0.1)
+    assert_same_bits(model.params, before)
+
 def test_generation_between_micro_batches_changes_no_gradient():
     model, batch = random_model(2, 9, np.float32), random_tokens(B=2, T=9)
     before = step_gradients(model, batch)
@@ -3071,9 +3100,9 @@ def continue_by_hand(model, tokens, count, temperature, top_k, rng):
     return new
 
 
-def sharp_model(B, T, seed=5):
+def sharp_model(B, T, seed=5, recompute=1):
     """A model whose predictions differ from place to place."""
-    model = gpt2.GPT2(SMALL, B, T, seed=seed)
+    model = gpt2.GPT2(SMALL, B, T, seed, recompute)
     for name in ("wte", "wpe", "qkvw", "fcw", "attprojw", "fcprojw"):
         model.params[name] *= 15
     model.params["lnfw"][::2] = -1  # or else, the classifier being the embeddings, a token begets itself
@@ -3094,6 +3123,14 @@ def test_generation_with_the_cache_equals_whole_forward_passes(T, prompt, temper
     greedy = temperature == 0 or top_k == 1
     assert greedy == (found == list(model.generate(prompt, 45, temperature, top_k, np.random.default_rng(4))))
     assert greedy == (found == list(model.generate(prompt, 45, temperature=0)))
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2, 3, 4])
+def test_generation_is_the_same_whatever_is_kept(recompute):
+    """With 3, all layers share the memory where the others leave keys and values."""
+    expected = list(sharp_model(1, 9).generate([1, 2, 3], 20, temperature=0))
+    assert list(sharp_model(1, 9, recompute=recompute).generate([1, 2, 3], 20, temperature=0)) == expected
+    assert len(set(expected)) > 3
 
 
 def test_each_generated_token_costs_one_position(monkeypatch):

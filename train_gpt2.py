@@ -23,16 +23,16 @@ Throughout this program we have (with GPT-2 124M's values)
     C   channels, the width of the residual stream   768
     NH  attention heads                              12
     hs  head size, C / NH                            64
-    OC  output channels of a matmul                  C, 3C or 4C
+    OC  output channels of a matmul                  C, 3C or 4C; V for the classifier
     l, b, t      the number of a layer, of a sequence in the batch, of a position in the sequence
     inp, out     what a layer reads, what it writes; its parameters are weight and bias
     dsomething   the gradient of the loss with respect to something, of the same shape
 
-The contract for `=` and `+=`, which holds in every backward function
-    gradients of activations     are written with =, whatever stood there before ...
+The contract for `=` and `+=`, which holds in every backward function (the one exception, dwte, says so)
+    gradients of activations     are written with =, whatever stood there before, or in place over dout ...
     ... but the residual stream's  is added to with +=, for two paths meet in it
     gradients of parameters      are written with = by the first micro-batch of a step, and added to by
-                                 later ones (`add=True`), so that no gradient is ever cleared
+                                 later ones (`add=True`), so that none of them is ever cleared
 
 Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
 # ---- 1. What this file stands on -----------------------------------------------------------------------------------
@@ -96,12 +96,12 @@ def act_shapes(config, B, T, recompute):
     (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 keeps a layer's input and
     computes the layer again (Chen et al., 2016). 4, for generation, has no backward pass: it keeps keys and values."""
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))
+    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))  # L, until recompute is 1; ...
     return {
         "encoded": (B, T, C),
         "ln1": (until_2, B, T, C), "ln1_mean": (until_3, B, T), "ln1_rstd": (until_3, B, T),
         "qkv": (1 if recompute == 3 else L, B, T, 3 * C),  # in generation: keys and values of earlier tokens
-        "att_lse": (until_3, B, T, NH),  # log of the softmax's sum: all of attention that is stored
+        "att_lse": (until_3, B, T, NH),  # log of the softmax's sum: of T * T numbers, T are stored
         "atty": (until_3, B, T, C), "attproj": (until_1, B, T, C), "residual2": (until_3, B, T, C),
         "ln2": (until_2, B, T, C), "ln2_mean": (until_3, B, T), "ln2_rstd": (until_3, B, T),
         "fch": (until_3, B, T, 4 * C), "fch_gelu": (until_1, B, T, 4 * C),
@@ -130,12 +130,12 @@ def carve(flat, shapes):
 
 def layer(views, l, rows=...):
     """Layer l's own views, as attributes: layer(params, 3).qkvw is params["qkvw"][3]. A tensor that all layers share
-    has a leading dimension of 1, hence the modulo. rows selects positions: layer(acts, 3, np.s_[:1, 5:6])."""
+    has a leading dimension of 1, hence the modulo. rows, for activations: an index into (B, T), as np.s_[:1, 5:6] makes it."""
     return SimpleNamespace(**{n: view[l % len(view)][rows] for n, view in views.items() if n not in NOT_PER_LAYER})
 
 def init_weights(params, seed):
-    """GPT-2's own (Radford et al., 2019): N(0, 0.02), but the projections into the residual stream divided by
-    sqrt(2L), because 2L of them add up there; layernorm weights 1, biases 0."""
+    """As for GPT-2 (Radford et al., 2019): normal, standard deviation 0.02, but the projections into the residual stream
+    divided by sqrt(2L), because 2L of them add up there; layernorm weights 1; biases stay 0, as they are in a new blob."""
     rng, L = np.random.default_rng(seed), len(params["qkvw"])
     for name, view in params.items():
         if name in ("ln1w", "ln2w", "lnfw"):
@@ -150,11 +150,12 @@ def init_weights(params, seed):
 # (NumPy makes one pass over memory per operation: slow in RAM, fast in cache), and spread the blocks over
 # threads, which really run side by side, since NumPy lets go of the interpreter lock while it computes. The two
 # kinds of threads never run on top of each other.
-# Of each array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and it
+# Of the widest array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and it
 # leaves the cache. It never depends on the number of threads: same blocks, same sums, same bits.
 BLOCK_BYTES = 512 * 1024
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-ROW_THREADS = BLAS_THREADS = int(os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or CPUS)
+THREADS = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(CPUS)
+ROW_THREADS = BLAS_THREADS = int(THREADS.split(",")[0])  # "4,2" is OpenMP's way to speak of nested threads
 POOL = ThreadPoolExecutor(max_workers=64)  # starts a thread only when it needs one
 
 def find_blas_threads_setter():
@@ -186,7 +187,7 @@ def parallel(task, n):
 def by_rows(count):
     """Decorator: run a layer on blocks of rows, in parallel. The first `count` arguments hold something for every token,
     shape (B, T, ...); the body sees a block of them as (rows, ...). The others it sees whole. If it returns arrays (sums
-    over its rows), they are added up in the order of the blocks. The undecorated body is `.__wrapped__`."""
+    over its rows), they are added up in the order of the blocks."""
     def decorate(body):
         @functools.wraps(body)
         def run(*args):
@@ -209,7 +210,7 @@ def encoder_forward(out, inp, wte, wpe):
 
 def encoder_backward(dwte, dwpe, dout, inp, add):
     """out[b, t] = wte[inp[b, t]] + wpe[t]: each row of dout goes to one row of dwte and one of dwpe. dwte is always added
-    to, even by the first micro-batch: the classifier has written its part before."""
+    to, even by the first micro-batch: the classifier (section 6) has written its part before."""
     for token, row in zip(inp.flat, dout.reshape(-1, dout.shape[-1])):
         dwte[token] += row
     accumulate(dwpe[:dout.shape[1]], dout.sum(axis=0), add)
@@ -259,7 +260,7 @@ def rows_of(x):
     return x.reshape(-1, x.shape[-1], copy=False)
 
 def matmul_forward(out, inp, weight, bias=None):
-    """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C). Most of all time is spent here and in backward.
+    """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C), C being whatever inp has. Most time is spent here.
     weight.T is a view with its strides exchanged, which BLAS reads as it is: nothing is copied."""
     np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     if bias is not None:
@@ -290,8 +291,8 @@ def heads(x, NH, parts=1):
     return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
 
 def head_groups(x, NH, n):
-    """Attention's pieces of work for n queries of x (B, T, ...): [(b, slice of heads)], so many heads that what a block of
-    queries makes with T keys, (heads, ATT_ROWS, T), stays in cache."""
+    """Attention's pieces of work for n queries of x (B, T, ...): a list of indices (b, slice of heads) into what heads()
+    returns, with as many heads as let the scores of a block of queries, (heads, ATT_ROWS, T), stay in cache."""
     B, T = x.shape[:2]
     step = max(1, 2 * BLOCK_BYTES // (min(ATT_ROWS, n) * T * x.itemsize))
     return [(b, slice(h, h + step)) for b in range(B) for h in range(0, NH, step)]
@@ -353,12 +354,12 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
             datt = dout_[queries] @ v_[keys].swapaxes(-1, -2)              # dp
             datt -= row_sum[queries]
             datt *= p
-            np.matmul(datt.swapaxes(-1, -2), q_[queries], out=dk[at][keys])
+            np.matmul(datt.swapaxes(-1, -2), q_[queries], out=dk[at][keys])  # q_ is scaled already
             dq_[queries] += datt @ k_[keys]
         np.multiply(dq_, scale, out=dq[at])
     parallel(block, len(groups))
 
-GELU_SCALE = math.sqrt(2 / math.pi)  # makes tanh's slope at 0 that of the normal distribution it imitates
+GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh) the slope at 0 of the cumulative normal it imitates
 GELU_CUBE = 0.044715                 # fitted by Hendrycks & Gimpel (2016), and what GPT-2 was trained with
 @by_rows(2)
 def gelu_forward(out, inp):
@@ -385,7 +386,7 @@ def gelu_backward(dout, inp):
     np.tanh(th, out=th)
     square *= 3 * GELU_CUBE * GELU_SCALE
     square += GELU_SCALE
-    square *= inp                       # x * s * (1 + 3 * 0.044715 * x^2), the derivative of u times x
+    square *= inp                       # x * s * (1 + 3 * 0.044715 * x^2): x times the derivative of u
     square *= 1 - th
     square += 1
     th += 1
@@ -422,9 +423,8 @@ class GPT2:
     config: GPT2Config; batch_size, sequence_length: the B and T of its batches; seed: of fresh weights, None
     leaves them zero, to be loaded; recompute: see act_shapes; dtype: float32, or float64 in tests."""
     def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1, dtype=np.float32):
-        B, T = batch_size, sequence_length
-        require(B > 0 and 0 < T <= config.max_seq_len, f"batch size {B}, sequence length {T}: the model's context "
-                f"is {config.max_seq_len}: use --sequence_length {config.max_seq_len} or less")
+        B, T, most = batch_size, sequence_length, config.max_seq_len
+        require(B > 0 and 0 < T <= most, f"batch size {B}, sequence length {T}: at least 1, and the model's context is {most}")
         require(recompute in (0, 1, 2, 3, 4), f"recompute is {recompute!r}, expected 0 to 3 or, only to generate, 4")
         self.config, self.batch_size, self.sequence_length, self.recompute = config, B, T, recompute
         params, acts = param_shapes(config), act_shapes(config, B, T, recompute)
@@ -434,9 +434,9 @@ class GPT2:
         self.flat = self.blob[:4 * n].reshape(4, n)  # rows: parameters, gradients, m, v
         self.params, self.grads, self.m, self.v = (carve(part, params) for part in self.flat)
         self.acts, V = carve(self.blob[4 * n:], acts), config.vocab_size
-        spare = self.flat[1, self.params["wte"].size:]  # the gradients but for dwte: see the classifier
+        spare = self.flat[1, self.params["wte"].size:]  # all gradients but dwte: until backward() writes them, room for logits
         rows = min(B * T, len(spare) // V)
-        self.rooms = spare[:rows * V].reshape(1, rows, V), self.acts["logits"]
+        self.rooms = spare[:rows * V].reshape(1, rows, V), self.acts["logits"]  # see classifier: the first is free at times only
         self.micro_batches = 0  # backward passes since the last update: the first one sets, later ones add
         self.pending = None     # the inputs of a forward pass whose backward pass is still to come
         if seed is not None:
@@ -446,8 +446,9 @@ class GPT2:
         """Compute every activation up to lnf for tokens (b, n) at positions first .. first+n-1; returns lnf (b, n, C).
         In training that is the whole batch. In generation b is 1, and the positions before `first` have left their
         keys and values in acts["qkv"], so that n new tokens cost n positions."""
-        b, n = tokens.shape
-        rows, params, acts = np.s_[:b, first:first + n], self.params, self.acts
+        require(not self.micro_batches or self.pending is None, "the last forward pass waits for its backward() or zero_grad()")
+        (b, n), params, acts, self.pending = tokens.shape, self.params, self.acts, None
+        rows = np.s_[:b, first:first + n]
         residual = acts["encoded"][rows]
         encoder_forward(residual, tokens, params["wte"], params["wpe"][first:first + n])
         for l in range(self.config.num_layers):
@@ -461,7 +462,7 @@ class GPT2:
         return lnf
 
     def forward_layer(self, l, residual, rows):
-        """Layer l, of which residual is the input, for the positions `rows` (b, n, as above): all that backward needs of it."""
+        """Layer l from its input, residual, up to fch_gelu: what backward needs of it, hence what recompute = 3 calls again."""
         p, a, NH = layer(self.params, l), layer(self.acts, l, rows), self.config.num_heads
         qkv = layer(self.acts, l, (rows[0], slice(rows[1].stop))).qkv  # attention looks back to position 0
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
@@ -483,11 +484,10 @@ class GPT2:
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """The mean cross-entropy, in nats, of predicting targets (B, T) from inputs (B, T): a float. With train, the
         classifier's backward pass runs at once (see there), and backward() is to follow; the gradients will be
-        those of loss * grad_scale, 1/k where k micro-batches make a step."""
+        those of loss * grad_scale, 1/k where k micro-batches make a step. From the second on, dwte is added to here."""
         inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
         require(inputs.shape == targets.shape == self.acts["losses"].shape,
                 f"inputs {inputs.shape}, targets {targets.shape}: expected {self.acts['losses'].shape}")
-        require(not self.micro_batches or self.pending is None, "the last forward pass waits for its backward() or zero_grad()")
         self.forward_rows(inputs)
         self.classifier(targets, grad_scale / targets.size if train else None)
         self.pending = inputs.copy() if train else None
@@ -496,8 +496,8 @@ class GPT2:
     def classifier(self, targets, dloss=None):
         """acts["losses"] from acts["lnf"], and with dloss (see crossentropy_softmax_backward) also dlnf, which is left
         in acts["dln"], and the classifier's part of dwte. The logits would be the largest array of all, B*T*V. But
-        rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients.
-        The larger the piece, the faster. Before a step's first backward pass the memory of the other gradients is free."""
+        rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients. The larger
+        the piece, the faster: in a step's first micro-batch the memory of the other gradients, rooms[0], is free as well."""
         acts, wte, room = self.acts, self.params["wte"], max(self.rooms[self.micro_batches > 0:], key=lambda room: room.shape[1])
         acts["logits"], step = room, room.shape[1]
         lnf, dlnf, losses, targets = (x.reshape(1, targets.size, *x.shape[2:])  # one row of tokens, to be cut anywhere
@@ -515,7 +515,7 @@ class GPT2:
     # ---- 7. Model backward: the same lines, reversed ---------------------------------------------------------------
     def backward(self):
         """Fill grads with the gradients of the last forward pass; the first since an update or zero_grad writes
-        them, later ones add."""
+        them, later ones add. From here on rooms[0] holds gradients."""
         require(self.pending is not None, "backward() needs a training forward pass before it: call forward()")
         require(self.recompute < 4, "recompute = 4 keeps nothing for a backward pass: use 0, 1, 2 or 3")
         params, grads, acts, NH = self.params, self.grads, self.acts, self.config.num_heads
@@ -553,7 +553,7 @@ class GPT2:
         self.pending, self.micro_batches, acts["logits"] = None, self.micro_batches + 1, self.rooms[1]
 
     def zero_grad(self):
-        """Forget the gradients. Nothing is cleared: the next backward pass writes over them."""
+        """Forget the gradients. Nothing is cleared: the next forward pass puts logits in their place, backward() new gradients."""
         self.pending, self.micro_batches = None, 0
 
     # ---- 8. AdamW --------------------------------------------------------------------------------------------------
@@ -565,6 +565,7 @@ class GPT2:
     def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1, grad_scale=1.0):
         """One step of AdamW on all parameters; step counts from 1. grad_scale: what clipping multiplies
         the gradients by. Weight decay applies to matrices and embeddings, not to biases and layernorms."""
+        require(self.micro_batches, "update() needs gradients: call forward() and backward() before it")
         chunks = []
         for name in self.params:
             pgmv = [views[name].reshape(-1) for views in (self.params, self.grads, self.m, self.v)]
@@ -579,8 +580,8 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         m = beta1 * m + (1 - beta1) * g         the gradient's running mean
         v = beta2 * v + (1 - beta2) * g^2       the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
-    m and v start at 0; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for that. They are numbers, so
-    we multiply the fraction by sqrt(c2) and apply them to eps and the learning rate: two passes less."""
+    m and v start at 0; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for that. decay is learning_rate * weight_decay.
+    c1 and c2 are numbers: with the fraction expanded by sqrt(c2) they go into eps and the learning rate, two passes less."""
     c1, c2 = 1 - beta1 ** step, 1 - beta2 ** step
     if grad_scale != 1.0:
         g *= grad_scale
@@ -847,14 +848,14 @@ class DataLoader:
 def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
     """Continue a list of token ids: an iterator over max_new_tokens new ids, each as soon as it is known. temperature
     0 always takes the likeliest, top_k > 0 chooses among the k likeliest. Each token costs one position (see
-    forward_rows); when the context is full, its newer half is computed again as the beginning of a new one."""
+    forward_rows), unless recompute = 3; when the context is full, its newer half becomes the beginning of a new one."""
     rng, T = rng or np.random.default_rng(0), model.sequence_length
-    window, done, model.pending = model.check_tokens(list(tokens), "prompt").tolist()[-T:], 0, None
+    window, done = model.check_tokens(list(tokens), "prompt").tolist()[-T:], 0
     for _ in range(max_new_tokens):
         if len(window) > T:
             window, done = window[-max(1, T // 2):], 0
         lnf = model.forward_rows(np.array([window[done:]]), first=done)
-        done, logits = len(window), model.acts["logits"][:, :1]
+        done, logits = len(window) * (model.recompute != 3), model.acts["logits"][:, :1]
         matmul_forward(logits, lnf[:, -1:], model.params["wte"])
         window.append(sample(logits[0, 0], temperature, top_k, rng))
         yield window[-1]
@@ -1079,7 +1080,7 @@ def prepare(given):
         return s, model, None, None, state
     sources = prepro.own_text() if s.model == EMBEDDED["model"] else (s.input_bin, s.input_val_bin)
     loader, val_loader = (DataLoader(source, s.batch_size, s.sequence_length, model.config.vocab_size) for source in sources)
-    require(state.setdefault("tokens", loader.sizes) == loader.sizes, f"there are {loader.sizes} tokens of training data now, there "
+    require(state.setdefault("tokens", loader.sizes) == loader.sizes, f"there are {loader.sizes} tokens of training data, there "
             f"were {state['tokens']} when this run began")
     loader.seek(state["position"])
     return s, model, loader, val_loader, state
@@ -1089,7 +1090,7 @@ def train(s, model, loader, val_loader, state, stopped):
     step, evaluated, lines, tokens = state["step"], state["evaluated"], state["log"], s.batch_size * s.sequence_length
     k, rest = divmod(s.total_batch_size or tokens, tokens)  # micro-batches per update
     require(k and not rest, f"--total_batch_size {s.total_batch_size} is no multiple of B*T = {tokens}: try {max(1, k) * tokens}")
-    log_path = os.path.join(s.output_dir, "main.log")
+    began, start, log_path = time.perf_counter(), step, os.path.join(s.output_dir, "main.log")
     if s.output_dir:
         with atomic_write(log_path) as f:
             f.write("".join(f"{line}\n" for line in lines).encode())
@@ -1098,7 +1099,6 @@ def train(s, model, loader, val_loader, state, stopped):
         if s.output_dir:
             with open(log_path, "a") as f:
                 f.write(lines[-1] + "\n")
-    began, start = time.perf_counter(), step
     while True:
         last, stop = step >= s.num_iterations, bool(stopped)  # asked once: it may become true at any moment
         if not evaluated and not stop:
