@@ -366,7 +366,9 @@ def tokenizer(vocab_size):
     if vocab_size <= 256:
         return lambda text: list(text.encode(errors="surrogateescape")), lambda i: bytes([i]), ord("\n") % vocab_size
     encoding = get_encoding()
-    return encoding.encode_ordinary, encoding.decode_single_token_bytes, encoding.eot_token
+    def decode(i):  # models whose vocabulary was padded, to 50304, say, can choose ids that mean nothing
+        return encoding.decode_single_token_bytes(i) if i < encoding.n_vocab else b""
+    return encoding.encode_ordinary, decode, encoding.eot_token
 
 
 OWN_FILES = ("train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md")

@@ -1,10 +1,9 @@
 """
 GPT-2, trained in NumPy: the whole algorithm, written out.
 
-There is no framework underneath. Every layer is a function that computes its outputs (forward), followed
-by one that computes its gradients (backward), and all the memory of a run is one flat array, laid out
-before the first step. Names, layouts and file formats are those of llm.c (github.com/karpathy/llm.c);
-PyTorch appears only in test_gpt2.py, which checks every number.
+There is no framework underneath. Every layer is a function that computes its outputs (forward), followed by one that computes
+its gradients (backward), and all the memory of a run is one flat array, laid out before the first step. Names, layouts and
+formats are those of llm.c (github.com/karpathy/llm.c); PyTorch appears only in test_gpt2.py, which checks every number.
 
     python train_gpt2.py                                               fine-tune GPT-2 124M on Shakespeare
     python train_gpt2.py --model d6 --num_iterations 200 --learning_rate 1e-3 --output_dir data/d6
@@ -145,13 +144,12 @@ def init_weights(params, seed):
             view *= 0.02 / math.sqrt(2 * L) if name in ("attprojw", "fcprojw") else 0.02
 
 # ---- 4. Rows and threads: the only parallel machinery --------------------------------------------------------------
-# Big matrix products are BLAS's business, and it has its own threads. All the rest works on rows, the channels
-# of one token. We cut the rows into blocks that stay in a core's cache from the first operation to the last
-# (NumPy makes one pass over memory per operation: slow in RAM, fast in cache), and spread the blocks over
-# threads, which really run side by side, since NumPy lets go of the interpreter lock while it computes. The two
-# kinds of threads never run on top of each other.
-# Of the widest array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and it
-# leaves the cache. It never depends on the number of threads: same blocks, same sums, same bits.
+# Big matrix products are BLAS's business, and it has its own threads. All the rest works on rows, the channels of one token.
+# We cut the rows into blocks that stay in a core's cache from the first operation to the last (NumPy makes one pass over
+# memory per operation: slow in RAM, fast in cache), and spread the blocks over threads, which really run side by side, since
+# NumPy lets go of the interpreter lock while it computes. The two kinds of threads never run on top of each other: see
+# parallel. Of the widest array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and
+# it leaves the cache. It never depends on the number of threads: same blocks, same sums, same bits.
 BLOCK_BYTES = 512 * 1024
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 THREADS = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(CPUS)
@@ -565,7 +563,7 @@ class GPT2:
     def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1, grad_scale=1.0):
         """One step of AdamW on all parameters; step counts from 1. grad_scale: what clipping multiplies
         the gradients by. Weight decay applies to matrices and embeddings, not to biases and layernorms."""
-        require(self.micro_batches, "update() needs gradients: call forward() and backward() before it")
+        require(self.micro_batches and self.pending is None, "update() needs gradients: call forward() and backward() before it")
         chunks = []
         for name in self.params:
             pgmv = [views[name].reshape(-1) for views in (self.params, self.grads, self.m, self.v)]
@@ -605,18 +603,15 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 #     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
 # llm.c's model file is  256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels,
 #     padded_vocab_size | the 16 tensors in the order of param_shapes, in version 5 as bfloat16, otherwise float32; wte
-#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1). What writes llm.c's
-#     formats is in prepro_tinyshakespeare.py.
+#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1).
 # Nothing is believed before it is checked, and a file becomes real in one moment or not at all.
 
-HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
-            "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias", "attprojw": "h.{}.attn.c_proj.weight",
-            "attprojb": "h.{}.attn.c_proj.bias", "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
-            "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias", "fcprojw": "h.{}.mlp.c_proj.weight",
-            "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
+HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias", **{
+    ours + end[0]: f"h.{{}}.{theirs}.{end}" for end in ("weight", "bias") for ours, theirs in (
+        ("ln1", "ln_1"), ("qkv", "attn.c_attn"), ("attproj", "attn.c_proj"), ("ln2", "ln_2"), ("fc", "mlp.c_fc"),
+        ("fcproj", "mlp.c_proj"))}}
 HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face keeps these as (C_in, C_out)
-ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2, "F32": 4, "I32": 4, "U32": 4,
-              "F64": 8, "I64": 8, "U64": 8}
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 is the upper half of a float32
 MAX_HEADER = 1 << 20                                  # bytes of JSON; GPT-2 XL's header has 70 KB
 
@@ -646,9 +641,7 @@ def sync_folder(folder):
 def read_json(path, text=None):
     """The JSON object in a small file, or in bytes `text` that stood in it: a dict."""
     try:
-        if text is None:
-            with open(path, "rb") as f:
-                text = f.read(min(os.path.getsize(path), MAX_HEADER))
+        text = text or np.fromfile(path, np.uint8, min(os.path.getsize(path), MAX_HEADER)).tobytes()
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON: {error}") from None
@@ -713,8 +706,7 @@ def model_tensors(config):
 
 def open_huggingface(source):
     """The same as open_weights, of a folder, a .safetensors file, or the index of one in several parts."""
-    folder = os.path.isdir(source)
-    if folder:
+    if folder := os.path.isdir(source):
         source = os.path.join(source, "model.safetensors")
         source += "" if os.path.exists(source) else ".index.json"
     told, description = {}, os.path.join(os.path.dirname(source), "config.json")
@@ -775,7 +767,7 @@ def open_weights(source):
     if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.exists(source):
         import prepro_tinyshakespeare
         source = prepro_tinyshakespeare.fetch_weights(source)
-    require(os.path.exists(source), f"--model {source}: no such file or folder, nor gpt2[-medium, -large, -xl], {', '.join(FRESH)}")
+    require(os.path.exists(source), f"--model {source!r}: no such file, nor gpt2[-medium, -large, -xl], {', '.join(FRESH)}")
     return open_llmc(source) if source.endswith(".bin") else open_huggingface(source)
 
 def load_weights(model, tensors):
@@ -794,9 +786,8 @@ def save_pretrained(model, folder):
     """config.json, generation_config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them."""
     c, ends = model.config, dict.fromkeys(["bos_token_id", "eos_token_id"], 50256 if model.config.vocab_size == 50257 else None)
     description = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32", "vocab_size": c.vocab_size,
-                   "n_positions": c.max_seq_len, "n_ctx": c.max_seq_len, "n_embd": c.channels, "n_layer": c.num_layers,
-                   "n_head": c.num_heads, "activation_function": "gelu_new", "layer_norm_epsilon": LN_EPS,
-                   "initializer_range": 0.02, "tie_word_embeddings": True, **ends}
+                   "n_positions": c.max_seq_len, "n_embd": c.channels, "n_layer": c.num_layers, "n_head": c.num_heads,
+                   "activation_function": "gelu_new", "layer_norm_epsilon": LN_EPS, "tie_word_embeddings": True, **ends}
     os.makedirs(folder, exist_ok=True)
     for name, content in (("config.json", description), ("generation_config.json", ends)):
         with atomic_write(os.path.join(folder, name)) as f:
@@ -862,7 +853,7 @@ def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
 
 def sample(logits, temperature, top_k, rng):
     """One token id drawn from softmax(logits / temperature), logits (V,)."""
-    if temperature == 0:
+    if temperature < 1e-30:
         return int(logits.argmax())
     logits = (logits - logits.max()) / temperature
     if 0 < top_k < len(logits):
@@ -938,8 +929,8 @@ def make_model(s, config):
         return sum(plan.values())
     free = available_memory()
     fits, need = bisect.bisect(range(1, s.batch_size + 1), free, key=total), total(s.batch_size)
-    print(f"model: {n // 4:,} parameters: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items()))
-    print("memory: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items()) + f", in all {need / 1e6:.0f} MB", flush=True)
+    say(f"model: {n // 4:,} parameters: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items()))
+    say("memory: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items()) + f", in all {need / 1e6:.0f} MB")
     if fits < s.batch_size:  # no InputError: it is nobody's fault, and no damage of a checkpoint
         raise MemoryError(f"B={s.batch_size}, T={s.sequence_length} needs {need / 1e6:.0f} MB, the machine has {free / 1e6:.0f}: "
                           "use " + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
@@ -1027,15 +1018,22 @@ def picture(values, width=60):
     means = np.array([group.mean() for group in np.array_split(values, min(width, len(values)))])
     return "".join(blocks[round(h)] for h in ((means - means.min()) / max(np.ptp(means), 1e-9) * 7).tolist())
 
+def say(text, end="\n"):
+    """Print at once. Where nobody reads any more (Ctrl-C ends a `| tee` too), to nowhere; SIGPIPE will have told train()."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
 def speak(model, s, step):
     """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
     from prepro_tinyshakespeare import tokenizer
     encode, decode, start = tokenizer(model.config.vocab_size)
     rng, utf8 = np.random.default_rng([s.seed, step]), codecs.getincrementaldecoder("utf-8")("replace")
-    print(s.prompt, end="", flush=True)
+    say(s.prompt, end="")
     for token in model.generate(encode(s.prompt) or [start], s.max_new_tokens, s.temperature, s.top_k, rng):
-        print(utf8.decode(decode(token)), end="", flush=True)
-    print(utf8.decode(b"", final=True))
+        say(utf8.decode(decode(token)), end="")
+    say(utf8.decode(b"", final=True))
 
 def prepare(given):
     """From the flags given to (settings, model, loaders of training and of validation data, state to start from)."""
@@ -1049,19 +1047,19 @@ def prepare(given):
         try:
             s, model, state = load_checkpoint(folder, given)
         except (InputError, OSError) as error:
-            print(f"{folder} is damaged: {error}: taking the one before it")
+            say(f"{folder} is damaged: {error}: taking the one before it")
             continue
         clash = [f"--{name} {given[name]!r} (it was {value!r})" for name, value in state["settings"].items()
                  if name not in MAY_CHANGE and given.get(name, value) != value]
         require(not clash, f"the run in {s.output_dir} can't go on with {', '.join(clash)}: leave that out, or start another")
-        print(f"resuming from {folder}")
+        say(f"resuming from {folder}")
         for newer in old[:old.index(folder)]:  # out of the way of the whole one that will take its name
             shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
             os.replace(newer, f"{newer}.damaged")
         break
     require(model or not (old and s.resume), f"no checkpoint in {s.output_dir} is whole: choose another --output_dir")
     if not model:
-        print("no checkpoint to resume from: starting anew\n" * bool(s.resume), end="")
+        say("no checkpoint to resume from: starting anew\n" * bool(s.resume), end="")
         try:
             if not s.inference_only and not {"input_bin", "input_val_bin"} & given.keys():
                 s.input_bin, s.input_val_bin = prepro.prepare_tinyshakespeare()
@@ -1070,7 +1068,7 @@ def prepare(given):
         except (InputError, OSError) as error:
             if {"model", "input_bin", "input_val_bin", "inference_only", "write_tensors"} & given.keys():
                 raise  # what was asked for by name is not replaced by something else
-            print(f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's own files look like")
+            say(f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's own files look like")
             s, config, weights = SimpleNamespace(**DEFAULTS | EMBEDDED | given), EMBEDDED_CONFIG, None
         if s.inference_only:
             s.batch_size, s.sequence_length, s.recompute = 1, given.get("sequence_length", config.max_seq_len), 4
@@ -1106,14 +1104,14 @@ def train(s, model, loader, val_loader, state, stopped):
                 val_loader.position = [0, 0]
                 loss = sum(model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)) / s.val_max_steps
                 check_finite(loss, "loss", model, step)
-                print(f"val loss {loss:.6f}", flush=True)
+                say(f"val loss {loss:.6f}")
                 log("tel", loss)
             if s.sample_every and step and (last or step % s.sample_every == 0):
-                print("--- sample")
+                say("--- sample")
                 try:
                     speak(model, s, step)
                 except InputError as error:  # no vocabulary: nothing trained is lost for want of a sample
-                    print(f"none: {error}")
+                    say(f"none: {error}")
             evaluated = True
         if s.output_dir and (stop or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
             state.update(step=step, position=loader.position, evaluated=evaluated, log=lines, settings=vars(s))
@@ -1132,8 +1130,8 @@ def train(s, model, loader, val_loader, state, stopped):
         step, evaluated, clip = step + 1, False, s.grad_clip or math.inf
         model.update(lr, weight_decay=s.weight_decay, step=step, grad_scale=clip / norm if norm > clip else 1.0)
         seconds = time.perf_counter() - t0
-        print(f"step {step}/{s.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, lr {lr:.2e}, {seconds * 1e3:.0f} ms, "
-              f"{k * tokens / seconds:.0f} tok/s)", flush=True)
+        say(f"step {step}/{s.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, lr {lr:.2e}, {seconds * 1e3:.0f} ms, "
+              f"{k * tokens / seconds:.0f} tok/s)")
         log("trl", loss)
     seconds, summary = time.perf_counter() - began, [f"{step} updates"]
     for kind, name in (("trl", "train"), ("tel", "val")):
@@ -1144,28 +1142,30 @@ def train(s, model, loader, val_loader, state, stopped):
         model.save_pretrained(s.output_dir)
     if s.output_dir:
         summary += [f"go on with --output_dir {s.output_dir} --resume 1" if stop else f"saved in {s.output_dir}"]
-    print("stopped: " * stop + ", ".join(summary))
+    say("stopped: " * stop + ", ".join(summary))
 
 def main(argv=None):
     """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130 or 143 if stopped."""
     given, stopped = parse(argv), []
     def on_signal(number, frame):
-        if stopped:
+        if number in stopped:
             os._exit(128 + number)
         stopped.append(number)
-        print("\nfinishing this step; once more, and it stops at once", flush=True)
+        with contextlib.suppress(OSError):  # print() may be what the signal interrupted
+            os.write(1, b"\nfinishing this step; once more, and it stops at once\n")
     try:
-        writes = given.get("output_dir") and not given.get("inference_only")
-        with lock(given["output_dir"]) if writes else contextlib.nullcontext():
+        with lock(given["output_dir"]) if given.get("output_dir") and not given.get("inference_only") else contextlib.nullcontext():
             s, model, loader, val_loader, state = prepare(given)
             if s.inference_only:
                 speak(model, s, 0)
             elif s.write_tensors:
                 from prepro_tinyshakespeare import write_tensors
-                print("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
+                say("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
             else:
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, on_signal)
+                if hasattr(signal, "SIGPIPE"):  # nobody reads any more
+                    signal.signal(signal.SIGPIPE, lambda number, frame: stopped.append(number))
                 train(s, model, loader, val_loader, state, stopped)
     except KeyboardInterrupt:
         return 130
