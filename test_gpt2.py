@@ -3772,8 +3772,9 @@ def test_a_reader_that_goes_away_stops_the_run_and_loses_nothing(small_folder, t
 
 
 @posix_only
-def test_a_signal_while_a_line_is_being_printed_loses_nothing(small_folder, tmp_path):
+def test_a_signal_while_a_line_is_being_printed_loses_nothing(small_folder, tmp_path, monkeypatch):
     """Nobody reads for a while, the pipe is full, and the signal finds the program in the middle of print()."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")  # it must find that thread and no other
     with running_command(small_folder, *SMALL_RUN, "--num_iterations", 10 ** 9, "--output_dir", tmp_path, "--val_loss_every", 0,
                          "--sample_every", 0, stderr=subprocess.PIPE) as process:
         read_up_to(process, "step 1/")
