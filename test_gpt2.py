@@ -3789,6 +3789,16 @@ def test_a_signal_while_a_line_is_being_printed_loses_nothing(small_folder, tmp_
 
 
 @posix_only
+def test_a_closed_stdout_is_no_error(small_folder, tmp_path):
+    """A file that is opened then may get its number, 1; nothing must be written there by mistake."""
+    flags = (*SMALL_RUN, "--output_dir", tmp_path, "--sample_every", 0)
+    command = shlex.join([sys.executable, TRAINER, *map(str, flags)]) + " >&-"
+    done = subprocess.run(command, shell=True, cwd=small_folder, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (tmp_path / "main.log").read_text().startswith("s:0 tel:")
+
+
+@posix_only
 def test_a_reader_that_goes_away_while_a_model_speaks_is_no_error(small_folder):
     gpt2.GPT2(SMALL, 1, 8, seed=1).save_pretrained(small_folder / "speaker")
     with running_command(small_folder, "--model", "speaker", "--inference_only", 1, "--max_new_tokens", 3000,

@@ -1014,7 +1014,7 @@ def lock(folder):
 
 def picture(values, width=60):
     """A row of characters whose heights follow the values."""
-    blocks = "▁▂▃▄▅▆▇█" if "utf" in (sys.stdout.encoding or "").lower() else "_.-=+*#@"
+    blocks = "▁▂▃▄▅▆▇█" if "utf" in (getattr(sys.stdout, "encoding", "") or "").lower() else "_.-=+*#@"
     means = np.array([group.mean() for group in np.array_split(values, min(width, len(values)))])
     return "".join(blocks[round(h)] for h in ((means - means.min()) / max(np.ptp(means), 1e-9) * 7).tolist())
 
@@ -1151,8 +1151,8 @@ def main(argv=None):
         if number in stopped:
             os._exit(128 + number)
         stopped.append(number)
-        with contextlib.suppress(OSError):  # print() may be what the signal interrupted
-            os.write(1, b"\nfinishing this step; once more, and it stops at once\n")
+        with contextlib.suppress(OSError, AttributeError):  # print() may be what the signal interrupted
+            os.write(sys.stdout.fileno(), b"\nfinishing this step; once more, and it stops at once\n")
     try:
         with lock(given["output_dir"]) if given.get("output_dir") and not given.get("inference_only") else contextlib.nullcontext():
             s, model, loader, val_loader, state = prepare(given)
@@ -1177,5 +1177,5 @@ def main(argv=None):
 if __name__ == "__main__":
     sys.modules["train_gpt2"] = sys.modules["__main__"]  # so that prepro_tinyshakespeare imports this very module
     np.seterr(all="ignore")                              # what overflows is found by check_finite
-    sys.stdout.reconfigure(errors="replace")             # a sample may hold what the terminal can't show
+    sys.stdout and sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal can't show; None if closed
     sys.exit(main())
