@@ -29,7 +29,7 @@ Throughout this program we have (with GPT-2 124M's values)
 
 The contract for `=` and `+=`, which holds in every backward function (the one exception, dwte, says so)
     gradients of activations     are written with =, whatever stood there before, or in place over dout ...
-    ... but the residual stream's  is added to with +=, for two paths meet in it
+    ... but the residual stream's  is added to with +=, because two paths meet in it
     gradients of parameters      are written with = by the first micro-batch of a step, and added to by
                                  later ones (`add=True`), so that none of them is ever cleared
 
@@ -69,8 +69,8 @@ class GPT2Config:
 # Everything lives in one array, allocated once and filled with zeros. A zeroed page that nobody touches
 # costs no memory, so a run that only generates text never pays for gradients or moments.
 #
-#     |  params  |  grads   |    m     |    v     |  activations                      | work space  |
-#     | wte .. lnfb         (four times the same table)  | encoded | ln1 .. residual3 | dresidual ..|
+#     |  params  |  grads   |    m     |    v     |  activations                             | work space   |
+#     |  wte .. lnfb, four times the same table   | encoded, ln1 .. residual3, lnf .. losses | dresidual .. |
 #
 # A table is an ordered dict name -> shape. Its order is the order in memory. Sizes, views, checkpoints
 # and the coverage of the tests all derive from these two tables.
@@ -95,7 +95,7 @@ def act_shapes(config, B, T, recompute):
     (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 keeps a layer's input and
     computes the layer again (Chen et al., 2016). 4, for generation, has no backward pass: it keeps keys and values."""
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))  # L, until recompute is 1; ...
+    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))  # until_2: L up to recompute = 1
     return {
         "encoded": (B, T, C),
         "ln1": (until_2, B, T, C), "ln1_mean": (until_3, B, T), "ln1_rstd": (until_3, B, T),
@@ -225,7 +225,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Give each token's channels mean 0 and variance 1, then scale and shift (Ba et al., 2016).
     out, inp (B, T, C); mean, rstd (B, T), kept for backward; weight, bias (C,).
         out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)"""
-    np.divide(np.einsum("ij->i", inp), inp.shape[-1], out=mean)
+    np.divide(np.einsum("ij->i", inp), inp.shape[-1], out=mean)  # einsum sums rows three times as fast as inp.sum(axis=-1)
     np.subtract(inp, mean[:, None], out=out)
     var = np.einsum("ij,ij->i", out, out) / inp.shape[-1]
     rstd[:] = 1 / np.sqrt(var + LN_EPS)
@@ -289,8 +289,8 @@ def heads(x, NH, parts=1):
     return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
 
 def head_groups(x, NH, n):
-    """Attention's pieces of work for n queries of x (B, T, ...): a list of indices (b, slice of heads) into what heads()
-    returns, with as many heads as let the scores of a block of queries, (heads, ATT_ROWS, T), stay in cache."""
+    """Attention's work for n queries of x (B, T, ...), in pieces: (b, slice of heads) pairs, each an index into what heads()
+    returns. A piece has as many heads as fit in cache with their scores for one block of queries, (heads, ATT_ROWS, T)."""
     B, T = x.shape[:2]
     step = max(1, 2 * BLOCK_BYTES // (min(ATT_ROWS, n) * T * x.itemsize))
     return [(b, slice(h, h + step)) for b in range(B) for h in range(0, NH, step)]
@@ -302,7 +302,7 @@ def attention_forward(out, lse, qkv, NH):
         att[t, t2] = q[t] . k[t2] / sqrt(hs)    for t2 <= t, otherwise -inf
         p[t, :]    = softmax(att[t, :])         (Vaswani et al., 2017)
         out[t]     = sum over t2 of p[t, t2] * v[t2]
-    A block of queries sees only the keys up to its own end, which saves nearly half of the work. p is
+    A block of queries sees only the keys up to its own end, which saves nearly half of the work when T is long. p is
     never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022)."""
     B, T, C3 = qkv.shape
     n, scale, groups = out.shape[1], (C3 // 3 // NH) ** -0.5, head_groups(qkv, NH, out.shape[1])
@@ -331,7 +331,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
         p   = softmax(att)           datt = p * (dp - sum of p * dp over a row)
         att = q @ k.T * scale        dq = datt @ k * scale,    dk = datt.T @ q * scale
     The softmax: p[i] = exp(att[i]) / sum(exp(att)) changes by p[i] * ((i == j) - p[j]) per change of att[j], and
-    summing that times dp[i] over i gives its line. The sum of p * dp is that of dout * out, as out = p @ v: hs
+    summing that times dp[i] over i gives the line for datt. The sum of p * dp is that of dout * out, as out = p @ v: hs
     products per row instead of T."""
     B, T, C = out.shape
     scale, groups = (C // NH) ** -0.5, head_groups(qkv, NH, T)
@@ -361,11 +361,11 @@ GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh) the slope at 0 of 
 GELU_CUBE = 0.044715                 # fitted by Hendrycks & Gimpel (2016), and what GPT-2 was trained with
 @by_rows(2)
 def gelu_forward(out, inp):
-    """A smooth gate, applied to each number x: out = 0.5 * x * (1 + tanh(s * (x + 0.044715 * x^3)))."""
+    """A smooth gate, on each number x: out = 0.5 * x * (1 + tanh(u)), u = s * (x + 0.044715 * x^3), s = GELU_SCALE."""
     np.multiply(inp, inp, out=out)      # x^2
     out *= GELU_SCALE * GELU_CUBE
     out += GELU_SCALE
-    out *= inp                          # u = s * (x + 0.044715 * x^3)
+    out *= inp                          # u
     np.tanh(out, out=out)
     out += 1
     out *= inp
@@ -373,7 +373,7 @@ def gelu_forward(out, inp):
 
 @by_rows(2)
 def gelu_backward(dout, inp):
-    """dout becomes dinp, in place. With u as above and th = tanh(u), whose derivative is 1 - th^2:
+    """dout becomes dinp, in place. With s and u as in gelu_forward and th = tanh(u), whose derivative is 1 - th^2:
         out  = 0.5 * x * (1 + th)
         dinp = dout * 0.5 * (1 + th + x * (1 - th^2) * s * (1 + 3 * 0.044715 * x^2))
              = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * s * (1 + 3 * 0.044715 * x^2))"""
@@ -442,8 +442,8 @@ class GPT2:
 
     def forward_rows(self, tokens, first=0):
         """Compute every activation up to lnf for tokens (b, n) at positions first .. first+n-1; returns lnf (b, n, C).
-        In training that is the whole batch. In generation b is 1, and the positions before `first` have left their
-        keys and values in acts["qkv"], so that n new tokens cost n positions."""
+        In training that is the whole batch. In generation b is 1, and the positions before `first` have left their keys and
+        values in acts["qkv"] (not if recompute = 3, where layers share it), so that n new tokens cost n positions."""
         require(not self.micro_batches or self.pending is None, "the last forward pass waits for its backward() or zero_grad()")
         (b, n), params, acts, self.pending = tokens.shape, self.params, self.acts, None
         rows = np.s_[:b, first:first + n]
@@ -482,7 +482,7 @@ class GPT2:
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """The mean cross-entropy, in nats, of predicting targets (B, T) from inputs (B, T): a float. With train, the
         classifier's backward pass runs at once (see there), and backward() is to follow; the gradients will be
-        those of loss * grad_scale, 1/k where k micro-batches make a step. From the second on, dwte is added to here."""
+        those of loss * grad_scale, 1/k where k micro-batches make a step. dwte's part is written (later: added to) right here."""
         inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
         require(inputs.shape == targets.shape == self.acts["losses"].shape,
                 f"inputs {inputs.shape}, targets {targets.shape}: expected {self.acts['losses'].shape}")
@@ -495,7 +495,7 @@ class GPT2:
         """acts["losses"] from acts["lnf"], and with dloss (see crossentropy_softmax_backward) also dlnf, which is left
         in acts["dln"], and the classifier's part of dwte. The logits would be the largest array of all, B*T*V. But
         rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients. The larger
-        the piece, the faster: in a step's first micro-batch the memory of the other gradients, rooms[0], is free as well."""
+        the piece, the faster: we take the larger of the two rooms, the first only while it is free (no gradients in it yet)."""
         acts, wte, room = self.acts, self.params["wte"], max(self.rooms[self.micro_batches > 0:], key=lambda room: room.shape[1])
         acts["logits"], step = room, room.shape[1]
         lnf, dlnf, losses, targets = (x.reshape(1, targets.size, *x.shape[2:])  # one row of tokens, to be cut anywhere
@@ -508,7 +508,7 @@ class GPT2:
             if dloss is not None:
                 dlogits = logits  # which hold probabilities now, and their own gradient after this line
                 crossentropy_softmax_backward(dlogits, targets[rows], dloss)
-                matmul_backward(dlnf[rows], self.grads["wte"], None, dlogits, lnf[rows], wte, start or self.micro_batches)
+                matmul_backward(dlnf[rows], self.grads["wte"], None, dlogits, lnf[rows], wte, add=start or self.micro_batches)
 
     # ---- 7. Model backward: the same lines, reversed ---------------------------------------------------------------
     def backward(self):
@@ -519,7 +519,7 @@ class GPT2:
         params, grads, acts, NH = self.params, self.grads, self.acts, self.config.num_heads
         add, inputs = self.micro_batches > 0, self.pending
         dres, dln, dfch = acts["dresidual"], acts["dln"], acts["dfch"]
-        dqkv = dfch.reshape(-1)[:3 * dres.size].reshape(*inputs.shape, -1)  # the same memory, used in turns
+        dqkv = dfch.reshape(-1)[:3 * dres.size].reshape(*inputs.shape, -1)  # the first three quarters of dfch, used in turns
         def layernorm(dinp, dout, inp, mean, rstd, weight, *dparams):
             for dparam, total in zip(dparams, layernorm_backward(dinp, dout, inp, mean, rstd, weight)):
                 accumulate(dparam, total, add)
@@ -556,7 +556,7 @@ class GPT2:
 
     # ---- 8. AdamW --------------------------------------------------------------------------------------------------
     def grad_norm(self):
-        """The length of the gradient seen as one vector of all parameters: a float."""
+        """The length of the gradient seen as one vector of all parameters: a float. Only between backward() and update()."""
         chunks = [self.flat[1, i:i + ADAMW_CHUNK] for i in range(0, self.flat.shape[1], ADAMW_CHUNK)]
         return math.sqrt(sum(parallel(lambda i: float(np.dot(chunks[i], chunks[i])), len(chunks))))
 
@@ -579,11 +579,11 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         v = beta2 * v + (1 - beta2) * g^2       the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
     m and v start at 0; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for that. decay is learning_rate * weight_decay.
-    c1 and c2 are numbers: with the fraction expanded by sqrt(c2) they go into eps and the learning rate, two passes less."""
+    c1, c2 are numbers: fraction times sqrt(c2) above and below, they move into eps and the learning rate: two passes fewer."""
     c1, c2 = 1 - beta1 ** step, 1 - beta2 ** step
     if grad_scale != 1.0:
         g *= grad_scale
-    t = g - m
+    t = g - m  # m + (1 - beta1) * (g - m): the same, with one temporary
     t *= 1 - beta1
     m += t
     np.multiply(g, g, out=t)
