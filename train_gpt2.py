@@ -1145,7 +1145,7 @@ def train(s, model, loader, val_loader, state, stopped):
     say("stopped: " * stop + ", ".join(summary))
 
 def main(argv=None):
-    """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130 or 143 if stopped."""
+    """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130, 141 or 143 if stopped."""
     given, stopped = parse(argv), []
     def on_signal(number, frame):
         if number in stopped:
