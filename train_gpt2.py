@@ -606,10 +606,11 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 #     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1).
 # Nothing is believed before it is checked, and a file becomes real in one moment or not at all.
 
-HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias", **{
-    ours + end[0]: f"h.{{}}.{theirs}.{end}" for end in ("weight", "bias") for ours, theirs in (
-        ("ln1", "ln_1"), ("qkv", "attn.c_attn"), ("attproj", "attn.c_proj"), ("ln2", "ln_2"), ("fc", "mlp.c_fc"),
-        ("fcproj", "mlp.c_proj"))}}
+HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
+            "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias", "attprojw": "h.{}.attn.c_proj.weight",
+            "attprojb": "h.{}.attn.c_proj.bias", "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
+            "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias", "fcprojw": "h.{}.mlp.c_proj.weight",
+            "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
 HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face keeps these as (C_in, C_out)
 ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
 FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 is the upper half of a float32
@@ -922,7 +923,8 @@ def available_memory():
 
 def make_model(s, config):
     """Print the memory plan, refuse it if the machine plainly has not got that much, else allocate the model."""
-    n = 4 * size(param_shapes(config))  # bytes
+    n, most = 4 * size(param_shapes(config)), config.max_seq_len  # bytes, tokens
+    require(s.sequence_length <= most, f"the model's context is {most}: use --sequence_length {most} or less")
     plan = {"parameters": n} if s.inference_only else {"parameters": n, "gradients": n, "moments": 2 * n}
     def total(B):
         plan["activations"] = 4 * size(act_shapes(config, B, s.sequence_length, s.recompute))
@@ -1019,11 +1021,9 @@ def picture(values, width=60):
     return "".join(blocks[round(h)] for h in ((means - means.min()) / max(np.ptp(means), 1e-9) * 7).tolist())
 
 def say(text, end="\n"):
-    """Print at once. Where nobody reads any more (Ctrl-C ends a `| tee` too), to nowhere; SIGPIPE will have told train()."""
-    try:
+    """Print at once; if nobody reads any more (Ctrl-C ends a `| tee` too), in vain. SIGPIPE has then told train() to stop."""
+    with contextlib.suppress(BrokenPipeError):
         print(text, end=end, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def speak(model, s, step):
     """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
