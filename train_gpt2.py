@@ -450,8 +450,7 @@ class GPT2:
         residual = acts["encoded"][rows]
         encoder_forward(residual, tokens, params["wte"], params["wpe"][first:first + n])
         for l in range(self.config.num_layers):
-            self.forward_layer(l, residual, rows)
-            p, a = layer(params, l), layer(acts, l, rows)
+            p, a = self.forward_layer(l, residual, rows)
             matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
             residual_forward(a.residual3, a.residual2, a.fcproj)
             residual = a.residual3
@@ -460,9 +459,9 @@ class GPT2:
         return lnf
 
     def forward_layer(self, l, residual, rows):
-        """Layer l from its input, residual, up to fch_gelu: what backward needs of it, hence what recompute = 3 calls again."""
+        """Layer l from residual, its input, up to fch_gelu: all that backward needs of it. Returns its views (params, acts)."""
         p, a, NH = layer(self.params, l), layer(self.acts, l, rows), self.config.num_heads
-        qkv = layer(self.acts, l, (rows[0], slice(rows[1].stop))).qkv  # attention looks back to position 0
+        qkv = self.acts["qkv"][l % len(self.acts["qkv"])][rows[0], :rows[1].stop]  # attention looks back to position 0
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
         matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
         attention_forward(a.atty, a.att_lse, qkv, NH)
@@ -471,6 +470,7 @@ class GPT2:
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
         matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
         gelu_forward(a.fch_gelu, a.fch)
+        return p, a
 
     def check_tokens(self, tokens, what):
         """tokens as an integer array; InputError if it isn't one, or if an id is outside the vocabulary."""
