@@ -1,1172 +1,2604 @@
 """
 GPT-2, trained in NumPy: the whole algorithm, written out.
 
-There is no framework underneath. Every layer is a function that computes its outputs (forward), followed by one that computes
-its gradients (backward), and all the memory of a run is one flat array, laid out before the first step. Names, layouts and
-formats are those of llm.c (github.com/karpathy/llm.c); PyTorch appears only in test_gpt2.py, which checks every number.
+There is no framework underneath. Every layer is a function that computes its output (forward),
+followed by a function that computes its gradients (backward). All the memory of a run is one flat
+array, which is laid out before the first step. Names, layouts and formats are those of llm.c
+(github.com/karpathy/llm.c). PyTorch appears only in test_gpt2.py, which checks every number.
 
-    python train_gpt2.py                                               fine-tune GPT-2 124M on Shakespeare
+    python train_gpt2.py
+        fine-tunes GPT-2 124M on Shakespeare
+
     python train_gpt2.py --model d6 --num_iterations 200 --learning_rate 1e-3 --output_dir data/d6
-                                                                       train a small one from scratch, keep it
-    python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"            let a model speak
+        trains a small model from scratch and keeps it
 
-What it refuses to do: no tensor class, no autograd, no layer objects, no devices, no mixed precision.
-Sections 1 to 8 are the algorithm: 2 Configuration, 3 Memory, 4 Rows and threads, 5 Layers, 6 Model forward,
-7 Model backward, 8 AdamW. Sections 9 to 12 make it a tool: 9 Weights, 10 Data, 11 Sampling, 12 Training.
+    python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"
+        lets a model continue a text
 
-Throughout this program we have (with GPT-2 124M's values)
-    B   batch size, sequences per batch              4
-    T   sequence length, tokens per sequence         64, at most max_seq_len = 1024
-    V   vocabulary size                              50257 = 256 bytes + 50000 merges + <|endoftext|>
-    L   layers, also called blocks                   12
-    C   channels, the width of the residual stream   768
-    NH  attention heads                              12
-    hs  head size, C / NH                            64
-    OC  output channels of a matmul                  C, 3C or 4C; V for the classifier
-    l, b, t      the number of a layer, of a sequence in the batch, of a position in the sequence
-    inp, out     what a layer reads, what it writes; its parameters are weight and bias
-    dsomething   the gradient of the loss with respect to something, of the same shape
+There is no tensor class here, no autograd, no layer object, no device and no mixed precision.
 
-The contract for `=` and `+=`, which holds in every backward function (the one exception, dwte, says so)
-    gradients of activations     are written with =, whatever stood there before, or in place over dout ...
-    ... but the residual stream's  is added to with +=, because two paths meet in it
-    gradients of parameters      are written with = by the first micro-batch of a step, and added to by
-                                 later ones (`add=True`), so that none of them is ever cleared
+Sections 1 to 8 are the algorithm:
 
-Everything is float32; the layers themselves take any float type, and the tests run them in float64."""
-# ---- 1. What this file stands on -----------------------------------------------------------------------------------
-import argparse, bisect, codecs, contextlib, ctypes, functools, glob, json, math, os, shutil, signal, sys, time, zlib
-from concurrent.futures import ThreadPoolExecutor
+    1  what this file stands on             5  the model forward
+    2  the configuration                    6  the model backward
+    3  memory                               7  AdamW
+    4  layers                               8  data, one training step, sampling
+
+The sections after them make it a tool: threads, weights, checkpoints, the loop, the command line.
+
+Throughout this program we have (with the values of GPT-2 124M)
+
+    B     batch size, sequences per batch                 4
+    T     sequence length, tokens per sequence            64, at most max_seq_len = 1024
+    V     vocabulary size                                 50257: 256 bytes, 50000 merges, 1 end
+    L     layers, also called blocks                      12
+    C     channels, the width of the residual stream      768
+    NH    attention heads                                 12
+    hs    head size, C / NH                               64
+    OC    output channels of a matmul                     C, 3C or 4C; V for the classifier
+
+    b, t, h, l   number of a sequence, of a position in it, of a head, of a layer
+    inp, out     what a layer reads and what it writes; its parameters are weight and bias
+    dsomething   the gradient of the loss with respect to something, in the shape of something
+
+Whether a backward function overwrites (=) or adds (+=) follows three rules:
+
+    1. The gradient of an activation is overwritten, whatever stood there before.
+    2. The gradient of the residual stream is added to, because in every layer two paths meet there.
+    3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
+       the later ones. The argument `add` says which. So gradients are never cleared.
+
+There are two exceptions, both in the embeddings. wte is used twice, by the encoder and by the
+classifier. The classifier comes first in the backward pass and follows rule 3; when it takes the
+tokens in several pieces, only the first piece overwrites. The encoder then always adds. And wpe has
+rows for positions that a short sequence does not reach; their gradient is set to 0.
+
+Everything is float32. The layers take any float type, and the tests run them in float64.
+"""
+
+# --------------------------------------------------------------------------------------------------
+# 1. What this file stands on
+
+import argparse
+import codecs
+import contextlib
+import ctypes
+import functools
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # BLAS threads wait for 2^20 cycles, then sleep
-import numpy as np  # 2.1 or newer; tiktoken and requests are imported where they are used
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program
 
-class InputError(ValueError):
-    """Something from outside is not as it must be. Its message is one line: found, expected, remedy."""
+# BLAS threads that have nothing to do wait for 2^20 cycles and then sleep. By default they keep a
+# core busy for a tenth of a second, which costs 12 % of a step at T = 1024.
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
-def require(condition, message):
-    """Raise InputError(message) unless the condition holds."""
-    if not condition:
-        raise InputError(message)
+import numpy as np  # 2.1 or newer
 
-# ---- 2. Configuration: the five numbers that make a GPT-2 ----------------------------------------------------------
+import prepro_tinyshakespeare as prepro  # text, tokens, downloads and every file format
+from prepro_tinyshakespeare import InputError, require  # require(condition, message)
+
+# --------------------------------------------------------------------------------------------------
+# 2. The configuration: five numbers make a GPT-2
+
+
 @dataclass(frozen=True)
 class GPT2Config:
-    """The shape of a model. The defaults are GPT-2 124M, the smallest of the four that OpenAI released."""
+    """The shape of a model. The defaults are GPT-2 124M, the smallest that OpenAI released."""
+
     max_seq_len: int = 1024
     vocab_size: int = 50257
     num_layers: int = 12
     num_heads: int = 12
     channels: int = 768
+
     def __post_init__(self):
         for name, value in asdict(self).items():
-            require(type(value) is int and value > 0, f"{name} is {value!r}, expected a positive integer")
-        require(self.channels % self.num_heads == 0, f"{self.channels} channels can't be shared by {self.num_heads} heads")
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
+            object.__setattr__(self, name, int(value))  # the class is frozen from here on
 
-# ---- 3. Memory: two tables, one blob -------------------------------------------------------------------------------
-# Everything lives in one array, allocated once and filled with zeros. A zeroed page that nobody touches
-# costs no memory, so a run that only generates text never pays for gradients or moments.
+        C, NH = self.channels, self.num_heads
+        require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. Memory: two tables and one blob
 #
-#     |  params  |  grads   |    m     |    v     |  activations                             | work space   |
-#     |  wte .. lnfb, four times the same table   | encoded, ln1 .. residual3, lnf .. losses | dresidual .. |
+# Everything lives in one array, the blob. It is allocated once, filled with zeros. A page of zeros
+# costs no memory until somebody writes to it.
 #
-# A table is an ordered dict name -> shape. Its order is the order in memory. Sizes, views, checkpoints
-# and the coverage of the tests all derive from these two tables.
+#     | params     | grads      | m          | v          | activations     | work space      |
+#     | wte..lnfb  | wte..lnfb  | wte..lnfb  | wte..lnfb  | encoded..losses | dresidual..dln1 |
+#
+#     | <------- flat: four rows of equal length -------------> | <------------- acts ----------> |
+#
+# A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
+# checkpoints and the coverage of the tests all follow from the two tables below.
+
 
 def param_shapes(config):
-    """The parameters, with llm.c's names, order and layouts: a matmul's weight is (OC, C)."""
+    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C)."""
     V, L, C = config.vocab_size, config.num_layers, config.channels
     return {
-        "wte": (V, C),                   # token embeddings, and the classifier's weight: they are tied
+        "wte": (V, C),  # token embeddings; the classifier uses the same matrix
         "wpe": (config.max_seq_len, C),  # position embeddings
-        "ln1w": (L, C), "ln1b": (L, C), "qkvw": (L, 3 * C, C), "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C), "attprojb": (L, C), "ln2w": (L, C), "ln2b": (L, C),
-        "fcw": (L, 4 * C, C), "fcb": (L, 4 * C), "fcprojw": (L, C, 4 * C), "fcprojb": (L, C),
-        "lnfw": (C,), "lnfb": (C,),
+        "ln1w": (L, C),
+        "ln1b": (L, C),
+        "qkvw": (L, 3 * C, C),
+        "qkvb": (L, 3 * C),
+        "attprojw": (L, C, C),
+        "attprojb": (L, C),
+        "ln2w": (L, C),
+        "ln2b": (L, C),
+        "fcw": (L, 4 * C, C),
+        "fcb": (L, 4 * C),
+        "fcprojw": (L, C, 4 * C),
+        "fcprojb": (L, C),
+        "lnfw": (C,),
+        "lnfb": (C,),
     }
 
-LOGITS_ROWS = 256  # where the classifier finds no better room, it works through this many tokens at a time
-def act_shapes(config, B, T, recompute):
-    """The activations, in the order in which they are computed, then backward's work space. Where the leading dimension
-    is L, every layer keeps its own for the backward pass. Where it is 1, all layers share one: recompute = 0 keeps all,
-    which is what you want when you compare another implementation with this one; 1 shares what backward does not need
-    (attproj, fcproj) and fch_gelu, which it computes again; 2 also ln1 and ln2, likewise; 3 keeps a layer's input and
-    computes the layer again (Chen et al., 2016). 4, for generation, has no backward pass: it keeps keys and values."""
+
+LOGITS_ROWS = 256  # the classifier takes this many tokens at a time
+
+
+def act_shapes(config, B, T, recompute=1, training=True):
+    """The activations in the order in which they are computed, then the backward pass's work space.
+
+    recompute   see SHARED_BY_LAYERS
+    training    False: a model that only generates and validates has no work space for backward
+    """
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    until_1, until_2, until_3, until_4 = (L if recompute < level else 1 for level in (1, 2, 3, 4))  # until_2: L up to recompute = 1
-    return {
+    shapes = {
         "encoded": (B, T, C),
-        "ln1": (until_2, B, T, C), "ln1_mean": (until_3, B, T), "ln1_rstd": (until_3, B, T),
-        "qkv": (1 if recompute == 3 else L, B, T, 3 * C),  # in generation: keys and values of earlier tokens
-        "att_lse": (until_3, B, T, NH),  # log of the softmax's sum: of T * T numbers, T are stored
-        "atty": (until_3, B, T, C), "attproj": (until_1, B, T, C), "residual2": (until_3, B, T, C),
-        "ln2": (until_2, B, T, C), "ln2_mean": (until_3, B, T), "ln2_rstd": (until_3, B, T),
-        "fch": (until_3, B, T, 4 * C), "fch_gelu": (until_1, B, T, 4 * C),
-        "fcproj": (until_1, B, T, C), "residual3": (until_4, B, T, C),
-        "lnf": (B, T, C), "lnf_mean": (B, T), "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),   # a piece; then its probabilities; then its gradient; see classifier
+        "ln1": (L, B, T, C),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "qkv": (L, B, T, 3 * C),  # queries, keys, values
+        "att_lse": (L, B, T, NH),  # of the T * T numbers of a softmax, T are kept: see attention
+        "atty": (L, B, T, C),
+        "attproj": (L, B, T, C),
+        "residual2": (L, B, T, C),
+        "ln2": (L, B, T, C),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
+        "fch": (L, B, T, 4 * C),
+        "fch_gelu": (L, B, T, 4 * C),
+        "fcproj": (L, B, T, C),
+        "residual3": (L, B, T, C),
+        "lnf": (B, T, C),
+        "lnf_mean": (B, T),
+        "lnf_rstd": (B, T),
+        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; in turns logits, probs and dlogits
         "losses": (B, T),
-        "dresidual": (B, T, C),          # the gradient of the residual stream, from the top down
-        "dln": (B, T, C),                # dlnf, then in every layer: dln2, datty, dln1
-        "dfch": (B, T, 4 * C),           # in every layer: dfch_gelu, dfch, and then, being free, dqkv
     }
-NOT_PER_LAYER = {"wte", "wpe", "lnfw", "lnfb", "encoded", "lnf", "lnf_mean", "lnf_rstd",
-                 "logits", "losses", "dresidual", "dln", "dfch"}
 
-def size(shapes):
-    """Number of elements of a whole table."""
+    shared = SHARED_BY_LAYERS[recompute] if training else SHARED_IN_GENERATION
+    for name in shared:
+        shapes[name] = (1, *shapes[name][1:])
+
+    if training:
+        shapes |= {
+            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
+            "dlnf": (B, T, C),  # written by forward already: see GPT2.classifier
+            "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
+            "dln2": (B, T, C),
+            "datty": (B, T, C),
+            "dqkv": (B, T, 3 * C),
+            "dln1": (B, T, C),
+        }
+    return shapes
+
+
+# These have no leading dimension for the layer. All others are indexed [l] first.
+NOT_PER_LAYER = {
+    "wte", "wpe", "lnfw", "lnfb",
+    "encoded", "lnf", "lnf_mean", "lnf_rstd", "logits", "losses",
+    "dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1",
+}  # fmt: skip
+
+# The backward pass needs what forward computed. It can be kept, or computed again (Chen et al.,
+# 2016). What is computed again is kept for one layer at a time, in memory that all layers share.
+SHARED_BY_LAYERS = {
+    # 0 keeps everything. Use it to compare another implementation with this one.
+    0: [],
+    # 1 computes layernorm and GELU again, which takes 1 to 2 % of a step, and shares the outputs of
+    # the two projections, which backward never reads.
+    1: ["ln1", "attproj", "ln2", "fch_gelu", "fcproj"],
+    # 2 keeps a layer's output, residual3, and computes the next layer again from it.
+    2: ["ln1", "ln1_mean", "ln1_rstd", "qkv", "att_lse", "atty", "attproj", "residual2",
+        "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "fcproj"],
+}  # fmt: skip
+
+# Without a backward pass, only the keys and values of earlier tokens are needed again.
+SHARED_IN_GENERATION = [*SHARED_BY_LAYERS[2], "residual3"]
+SHARED_IN_GENERATION.remove("qkv")
+
+
+def count(shapes):
+    """Number of elements of all tensors in a table."""
     return sum(math.prod(shape) for shape in shapes.values())
+
 
 def carve(flat, shapes):
     """Cut a flat array into named views, in the table's order: {"wte": (V, C) view, ...}."""
-    views, start = {}, 0
+    views = {}
+    start = 0
     for name, shape in shapes.items():
-        views[name] = flat[start:start + math.prod(shape)].reshape(shape)
-        start += math.prod(shape)
+        stop = start + math.prod(shape)
+        views[name] = flat[start:stop].reshape(shape)
+        start = stop
     return views
 
-def layer(views, l, rows=...):
-    """Layer l's own views, as attributes: layer(params, 3).qkvw is params["qkvw"][3]. A tensor that all layers share
-    has a leading dimension of 1, hence the modulo. rows, for activations: an index into (B, T), as np.s_[:1, 5:6] makes it."""
-    return SimpleNamespace(**{n: view[l % len(view)][rows] for n, view in views.items() if n not in NOT_PER_LAYER})
+
+def layer(views, l):
+    """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3]."""
+    own = SimpleNamespace()
+    for name, view in views.items():
+        if name not in NOT_PER_LAYER:
+            shared = len(view) == 1
+            setattr(own, name, view[0 if shared else l])
+    return own
+
 
 def init_weights(params, seed):
-    """As for GPT-2 (Radford et al., 2019): normal, standard deviation 0.02, but the projections into the residual stream
-    divided by sqrt(2L), because 2L of them add up there; layernorm weights 1; biases stay 0, as they are in a new blob."""
-    rng, L = np.random.default_rng(seed), len(params["qkvw"])
+    """Fill the parameters of a new model, as GPT-2 does (Radford et al., 2019).
+
+    Weights are normal with a standard deviation of 0.02. The two projections into the residual
+    stream have 0.02 / sqrt(2L), because the outputs of 2L of them are added up there. The weights
+    of layernorm are 1. Biases are 0, as they are in a new blob.
+    """
+    rng = np.random.default_rng(seed)
+    L = len(params["qkvw"])
+
     for name, view in params.items():
+        is_bias = name.endswith("b")
         if name in ("ln1w", "ln2w", "lnfw"):
             view[...] = 1
-        elif not name.endswith("b"):
+        elif not is_bias:
             rng.standard_normal(out=view.reshape(-1), dtype=view.dtype)
-            view *= 0.02 / math.sqrt(2 * L) if name in ("attprojw", "fcprojw") else 0.02
+            into_residual = name in ("attprojw", "fcprojw")
+            view *= 0.02 / math.sqrt(2 * L) if into_residual else 0.02
 
-# ---- 4. Rows and threads: the only parallel machinery --------------------------------------------------------------
-# Big matrix products are BLAS's business, and it has its own threads. All the rest works on rows, the channels of one token.
-# We cut the rows into blocks that stay in a core's cache from the first operation to the last (NumPy makes one pass over
-# memory per operation: slow in RAM, fast in cache), and spread the blocks over threads, which really run side by side, since
-# NumPy lets go of the interpreter lock while it computes. The two kinds of threads never run on top of each other: see
-# parallel. Of the widest array, a block has BLOCK_BYTES. Smaller, and the threads fight over the interpreter lock; larger, and
-# it leaves the cache. It never depends on the number of threads: same blocks, same sums, same bits.
-BLOCK_BYTES = 512 * 1024
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-THREADS = os.environ.get("OPENBLAS_NUM_THREADS") or os.environ.get("OMP_NUM_THREADS") or str(CPUS)
-ROW_THREADS = BLAS_THREADS = int(THREADS.split(",")[0])  # "4,2" is OpenMP's way to speak of nested threads
-POOL = ThreadPoolExecutor(max_workers=64)  # starts a thread only when it needs one
 
-def find_blas_threads_setter():
-    """The function of NumPy's own OpenBLAS that sets its number of threads, or one that does nothing."""
-    here = os.path.dirname(np.__file__)
-    for path in glob.glob(here + "/../numpy.libs/*openblas*") + glob.glob(here + "/.dylibs/*openblas*"):
-        with contextlib.suppress(OSError, AttributeError):
-            return ctypes.CDLL(path).scipy_openblas_set_num_threads64_
-    return lambda n: None
+# --------------------------------------------------------------------------------------------------
+# 4. Layers: each forward is followed by its backward
+#
+# A backward function receives dout, the gradient of the loss with respect to its forward's output.
+# It applies the chain rule and gives the gradient with respect to the forward's inputs.
+#
+#     function              overwritten           added to   by `add`         only read
+#     encoder_forward       out                                               inp, wte, wpe
+#     encoder_backward                            dwte       dwpe             dout, inp
+#     layernorm_forward     out, mean, rstd                                   inp, weight, bias
+#     layernorm_backward                          dinp       dweight, dbias   the others
+#     matmul_forward        out                                               inp, weight, bias
+#     matmul_backward       dinp                             dweight, dbias   dout, inp, weight
+#     attention_forward     out, lse                                          qkv
+#     attention_backward    dqkv                                              the others
+#     gelu_forward          out                                               inp
+#     gelu_backward         dinp                                              dout, inp
+#     residual_forward      out                                               inp1, inp2
+#     crossentropy_
+#       softmax_forward     losses; logits, in place, become probs            targets
+#       softmax_backward    probs, in place, become dlogits                   targets, dloss
+#
+# "By `add`" is rule 3 of the header: overwritten if add is False, added to if it is True. Arguments
+# may not overlap, with one exception: gelu_backward's dinp may be its dout. No function returns
+# anything.
+#
+# A matrix product is done by BLAS, on all cores. The other layers work on rows: a row is what
+# belongs to one token, and the rows do not depend on each other. NumPy makes one pass over memory
+# for each operation, which is slow when the arrays are larger than a core's cache. So those layers
+# are written for a block of rows, and the decorator `by_rows` runs them on one block after the
+# other. `parallel`, in section 9, spreads the blocks over threads.
 
-set_blas_threads = find_blas_threads_setter()
-with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc: M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, so that freed
-    ctypes.CDLL(None).mallopt(-3, 32 << 20), ctypes.CDLL(None).mallopt(-1, 1 << 30)  # temporaries keep their pages
+BLOCK_BYTES = 512 * 1024  # of the widest array in a block: half the L2 cache of a core, or less
 
-def parallel(task, n):
-    """[task(0), ..., task(n - 1)], computed by ROW_THREADS threads while BLAS is held to one thread."""
-    results, todo = [None] * n, iter(range(n))
-    def work():
-        for i in todo:  # whoever is free takes the next
-            results[i] = task(i)
-    set_blas_threads(1)
-    helpers = [POOL.submit(work) for _ in range(min(ROW_THREADS, n) - 1)]
-    work()
-    for helper in helpers:
-        helper.result()
-    set_blas_threads(BLAS_THREADS)
-    return results
 
 def by_rows(count):
-    """Decorator: run a layer on blocks of rows, in parallel. The first `count` arguments hold something for every token,
-    shape (B, T, ...); the body sees a block of them as (rows, ...). The others it sees whole. If it returns arrays (sums
-    over its rows), they are added up in the order of the blocks."""
+    """Make a layer that was written for a block of rows work on whole arrays.
+
+    The first `count` arguments have something for each token, with shape (B, T, ...). The decorated
+    body sees a block of them as (rows, ...), the other arguments as they are. If the body returns
+    sums over its rows, they are added up in the order of the blocks. The size of a block does not
+    depend on the number of threads, so neither do the results, to the last bit.
+    """
+
     def decorate(body):
         @functools.wraps(body)
         def run(*args):
-            rows = [a.reshape(-1, *a.shape[2:], copy=False) for a in args[:count]]  # never a copy
-            step = max(1, BLOCK_BYTES // max(a[0].nbytes for a in rows))
-            n = -(-len(rows[0]) // step)  # rounded up
-            sums = parallel(lambda i: body(*(a[i * step:(i + 1) * step] for a in rows), *args[count:]), n)
-            return None if sums[0] is None else [functools.reduce(np.add, parts) for parts in zip(*sums)]
+            arrays = [a.reshape(-1, *a.shape[2:], copy=False) for a in args[:count]]
+            bytes_per_row = max(a[0].nbytes for a in arrays)
+            rows_per_block = max(1, BLOCK_BYTES // bytes_per_row)
+            num_blocks = math.ceil(len(arrays[0]) / rows_per_block)
+
+            def block(i):
+                rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
+                return body(*(a[rows] for a in arrays), *args[count:])
+
+            sums = parallel(block, num_blocks)
+            if sums[0] is not None:
+                return [functools.reduce(np.add, parts) for parts in zip(*sums, strict=True)]
+
         return run
+
     return decorate
 
-# ---- 5. Layers, each forward followed by its backward --------------------------------------------------------------
-# A backward function receives dout, the gradient of the loss with respect to its forward's output, and
-# applies the chain rule. A derivation quotes the forward line it differentiates.
-
-def encoder_forward(out, inp, wte, wpe):
-    """out (B, T, C): a token's embedding plus its position's. inp (B, T) integers, wte (V, C), wpe (T, C)."""
-    np.take(wte, inp, axis=0, out=out, mode="clip")  # the ids were checked; "raise" would buffer a copy
-    out += wpe
-
-def encoder_backward(dwte, dwpe, dout, inp, add):
-    """out[b, t] = wte[inp[b, t]] + wpe[t]: each row of dout goes to one row of dwte and one of dwpe. dwte is always added
-    to, even by the first micro-batch: the classifier (section 6) has written its part before."""
-    for token, row in zip(inp.flat, dout.reshape(-1, dout.shape[-1])):
-        dwte[token] += row
-    accumulate(dwpe[:dout.shape[1]], dout.sum(axis=0), add)
-    if not add:
-        dwpe[dout.shape[1]:] = 0  # positions beyond T took no part
 
 def accumulate(grad, value, add):
-    """grad = value, or, for parameters from a step's second micro-batch on, grad += value."""
-    np.add(grad, value, out=grad) if add else np.copyto(grad, value)
+    """grad = value, or grad += value if `add`: rule 3 of the header."""
+    if add:
+        grad += value
+    else:
+        grad[...] = value
 
-LN_EPS = 1e-5  # keeps the division by the standard deviation finite; OpenAI's value
+
+def encoder_forward(out, inp, wte, wpe):
+    """Each token becomes the sum of two vectors: one for what it is, one for where it stands.
+
+    out (B, T, C); inp (B, T) token ids; wte (V, C); wpe (T, C), the first T rows of the parameter
+
+        out[b, t] = wte[inp[b, t]] + wpe[t]
+    """
+    np.take(wte, inp, axis=0, out=out, mode="clip")  # mode="raise" would make a copy first
+    out += wpe
+
+
+def encoder_backward(dwte, dwpe, dout, inp, add):
+    """Each row of dout belongs to one row of wte and to one row of wpe.
+
+    dwte (V, C) is always added to, since the classifier has written its part before
+    dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
+
+        dwte[inp[b, t]] += dout[b, t]
+        dwpe[t]          = sum over b of dout[b, t]
+    """
+    B, T, C = dout.shape
+    for token, row in zip(inp.reshape(-1), dout.reshape(-1, C), strict=True):
+        dwte[token] += row
+
+    accumulate(dwpe[:T], dout.sum(axis=0), add)
+    if not add:
+        dwpe[T:] = 0  # no token stood at these positions
+
+
+LN_EPS = 1e-5  # keeps rstd finite when all channels are equal; OpenAI's value
+
+
 @by_rows(4)
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Give each token's channels mean 0 and variance 1, then scale and shift (Ba et al., 2016).
-    out, inp (B, T, C); mean, rstd (B, T), kept for backward; weight, bias (C,).
-        out = (inp - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)"""
-    np.divide(np.einsum("ij->i", inp), inp.shape[-1], out=mean)  # einsum sums rows three times as fast as inp.sum(axis=-1)
+
+    out, inp (B, T, C); mean, rstd (B, T), kept for backward; weight, bias (C,)
+
+        mean = sum of inp / C
+        var  = sum of (inp - mean)^2 / C        the biased variance: / C, not / (C - 1)
+        rstd = 1 / sqrt(var + 1e-5)
+        out  = (inp - mean) * rstd * weight + bias
+
+    For the three channels 1, 2, 6: mean 3, var (4 + 1 + 9) / 3 = 4.667, rstd 0.463. With weight 1
+    and bias 0, out is -0.926, -0.463, 1.389.
+    """
+    C = inp.shape[-1]
+    np.divide(np.einsum("nc->n", inp), C, out=mean)  # einsum takes a third of the time of inp.sum
+
     np.subtract(inp, mean[:, None], out=out)
-    var = np.einsum("ij,ij->i", out, out) / inp.shape[-1]
+    var = np.einsum("nc,nc->n", out, out) / C
     rstd[:] = 1 / np.sqrt(var + LN_EPS)
+
     out *= rstd[:, None]
     out *= weight
     out += bias
 
+
+def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add):
+    """dinp, dout, inp (B, T, C); mean, rstd (B, T); dweight, dbias, weight (C,).
+
+    dinp is the residual stream's gradient, so it is added to. dweight and dbias follow `add`.
+
+    Call norm[i] = (inp[i] - mean) * rstd, for channel i of one token. The forward pass is
+
+        out[i] = norm[i] * weight[i] + bias[i]
+
+    and, since all tokens share weight and bias,
+
+        dweight[i] = sum over tokens of dout[i] * norm[i]
+        dbias[i]   = sum over tokens of dout[i]
+        dnorm[i]   = dout[i] * weight[i]
+
+    Now from dnorm to dinp. If one channel inp[j] grows by a small amount e,
+
+        mean grows by     e / C
+        var  grows by     e * 2 * (inp[j] - mean) / C
+        rstd grows by     (that of var) * -1/2 * rstd^3  =  -e * rstd^2 * norm[j] / C
+
+    and so norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
+
+        e * rstd * ((1 if i == j, else 0) - 1 / C - norm[i] * norm[j] / C)
+
+    Multiplied by dnorm[i] and summed over i, this is e * dinp[j]:
+
+        dinp[j] = rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
+    """
+    sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
+    dweight_sum, dbias_sum = sums
+    accumulate(dweight, dweight_sum, add)
+    accumulate(dbias, dbias_sum, add)
+
+
 @by_rows(5)
-def layernorm_backward(dinp, dout, inp, mean, rstd, weight):
-    """Returns the sums (dweight, dbias) over the rows; dinp is the residual stream's, so it is added to.
-    With norm = (inp - mean) * rstd the forward is out = norm * weight + bias, so
-        dweight = sum of dout * norm,    dbias = sum of dout,    dnorm = dout * weight.
-    mean and rstd depend on every channel of inp. Through them, dnorm loses the two directions in which
-    inp can move without norm changing: up and down as a whole, and in proportion to norm itself:
-        dinp = (dnorm - average(dnorm) - norm * average(dnorm * norm)) * rstd"""
+def layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight):
+    """Add to dinp for a block of rows, and return the sums (dweight, dbias) over these rows."""
+    C = inp.shape[-1]
     norm = inp - mean[:, None]
     norm *= rstd[:, None]
-    dweight, dbias = np.einsum("ij,ij->j", dout, norm), np.einsum("ij->j", dout)
+
+    dweight = np.einsum("nc,nc->c", dout, norm)
+    dbias = np.einsum("nc->c", dout)
+
     dnorm = dout * weight
-    along = np.einsum("ij,ij->i", dnorm, norm) / inp.shape[-1]
-    dnorm -= (np.einsum("ij->i", dnorm) / inp.shape[-1])[:, None]
-    norm *= along[:, None]
+    average = np.einsum("nc->n", dnorm) / C
+    average_with_norm = np.einsum("nc,nc->n", dnorm, norm) / C
+
+    dnorm -= average[:, None]
+    norm *= average_with_norm[:, None]
     dnorm -= norm
     dnorm *= rstd[:, None]
     dinp += dnorm
     return dweight, dbias
 
+
 def rows_of(x):
     """(B, T, C) seen as (B*T, C): one large matrix product is faster than B small ones."""
     return x.reshape(-1, x.shape[-1], copy=False)
 
+
 def matmul_forward(out, inp, weight, bias=None):
-    """out (B, T, OC) = inp (B, T, C) @ weight.T + bias; weight (OC, C), C being whatever inp has. Most time is spent here.
-    weight.T is a view with its strides exchanged, which BLAS reads as it is: nothing is copied."""
+    """The linear layer, in which a step spends most of its time.
+
+    out (B, T, OC); inp (B, T, C), where C is whatever inp has; weight (OC, C); bias (OC,)
+
+        out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
+
+    weight.T exchanges the strides of a view. BLAS reads it as it is, and nothing is copied.
+    """
     np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     if bias is not None:
         out += bias
 
+
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
-    """out[n, o] = sum over c of inp[n, c] * weight[o, c] + bias[o]. So
-        dinp[n, c]    = sum over o of dout[n, o] * weight[o, c]     dinp    = dout @ weight
-        dweight[o, c] = sum over n of dout[n, o] * inp[n, c]        dweight = dout.T @ inp
-        dbias[o]      = sum over n of dout[n, o]                    dbias   = ones @ dout"""
-    dout, inp = rows_of(dout), rows_of(inp)
+    """dinp, inp (B, T, C); dout (B, T, OC); dweight, weight (OC, C); dbias (OC,), or None.
+
+    Call n a row, one of the B*T pairs (b, t). The forward pass is
+
+        out[n, o] = sum over c of inp[n, c] * weight[o, c] + bias[o]
+
+    so the loss depends on inp[n, c] through every o, and on weight[o, c] through every n:
+
+        dinp[n, c]    = sum over o of dout[n, o] * weight[o, c]       dinp    = dout @ weight
+        dweight[o, c] = sum over n of dout[n, o] * inp[n, c]          dweight = dout.T @ inp
+        dbias[o]      = sum over n of dout[n, o]                      dbias   = ones @ dout
+    """
+    dout = rows_of(dout)
+    inp = rows_of(inp)
+
     np.matmul(dout, weight, out=rows_of(dinp))
-    if not add:
+    if add:
+        add_product(dweight, dout, inp)
+    else:
         np.matmul(dout.T, inp, out=dweight)
-    else:  # NumPy can't make BLAS add, so we do it, block by block, while the product is in cache
-        step = max(1, 2 * BLOCK_BYTES // inp[0].nbytes)
-        def block(i):
-            dweight[i * step:(i + 1) * step] += dout[:, i * step:(i + 1) * step].T @ inp
-        parallel(block, -(-len(weight) // step))
     if dbias is not None:
-        accumulate(dbias, np.ones(len(dout), dout.dtype) @ dout, add)
+        ones = np.ones(len(dout), dout.dtype)
+        accumulate(dbias, ones @ dout, add)
 
-ATT_ROWS = 128  # attention goes by blocks of this many positions
-FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)  # -inf where key t2 > query t
-def heads(x, NH, parts=1):
-    """(B, T, parts * C) seen as (parts, B, NH, T, hs): every head has hs neighbouring channels for its own."""
-    B, T, width = x.shape
-    return x.reshape(B, T, parts, NH, width // parts // NH, copy=False).transpose(2, 0, 3, 1, 4)
 
-def head_groups(x, NH, n):
-    """Attention's work for n queries of x (B, T, ...), in pieces: (b, slice of heads) pairs, each an index into what heads()
-    returns. A piece has as many heads as fit in cache with their scores for one block of queries, (heads, ATT_ROWS, T)."""
-    B, T = x.shape[:2]
-    step = max(1, 2 * BLOCK_BYTES // (min(ATT_ROWS, n) * T * x.itemsize))
-    return [(b, slice(h, h + step)) for b in range(B) for h in range(0, NH, step)]
+def add_product(dweight, dout, inp):
+    """dweight += dout.T @ inp, some rows of dweight at a time.
+
+    NumPy has no way to let BLAS add to what is there. A block of the product is small enough to be
+    added while it is still in cache.
+    """
+    rows_per_block = max(1, 2 * BLOCK_BYTES // inp[0].nbytes)
+
+    def block(i):
+        rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
+        dweight[rows] += dout[:, rows].T @ inp
+
+    parallel(block, math.ceil(len(dweight) / rows_per_block))
+
+
+ATT_ROWS = 128  # attention takes this many positions at a time
+FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
+
+
+def hide_future(att):
+    """att (..., n, n), n <= ATT_ROWS, of n queries and their own n keys: -inf where key > query."""
+    n = att.shape[-1]
+    att += FUTURE[:n, :n]
+
+
+def split_heads(x, NH):
+    """(B, T, C) seen as (B, NH, T, hs). Head h has the channels from h * hs to (h + 1) * hs."""
+    B, T, C = x.shape
+    return x.reshape(B, T, NH, C // NH, copy=False).transpose(0, 2, 1, 3)
+
+
+def split_qkv(qkv, NH):
+    """Queries, keys and values, each seen as (B, NH, T, hs), of qkv (B, T, 3C).
+
+    q[b, h, t, i] = qkv[b, t, h * hs + i]; k is found C channels further, v another C further.
+    """
+    C = qkv.shape[-1] // 3
+    q = split_heads(qkv[..., :C], NH)
+    k = split_heads(qkv[..., C : 2 * C], NH)
+    v = split_heads(qkv[..., 2 * C :], NH)
+    return q, k, v
+
+
+def head_groups(B, NH, queries, T, itemsize):
+    """Attention's work, cut into pieces: a list of (b, slice of heads).
+
+    Heads and sequences do not depend on each other. A piece has as many heads of one sequence as
+    fit in cache with the scores of one block of queries, which have the shape (heads, ATT_ROWS, T).
+    """
+    bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
+    heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
+
+    groups = []
+    for b in range(B):
+        for h in range(0, NH, heads_per_group):
+            groups.append((b, slice(h, h + heads_per_group)))
+    return groups
+
 
 def attention_forward(out, lse, qkv, NH):
-    """Each position looks at itself and those before it: the only layer that mixes information across time.
-    qkv (B, T, 3C): queries, keys, values. out (B, n, C) and lse (B, n, NH) are for the last n of the T
-    positions: all in training, one for each new token in generation. For each head
-        att[t, t2] = q[t] . k[t2] / sqrt(hs)    for t2 <= t, otherwise -inf
-        p[t, :]    = softmax(att[t, :])         (Vaswani et al., 2017)
+    """Each position looks at itself and at those before it (Vaswani et al., 2017).
+
+    This is the only layer in which information moves from one position to another.
+
+    qkv (B, T, 3C); out (B, n, C) and lse (B, n, NH) are those of the last n of the T positions. In
+    training n is T. In generation n is the number of new tokens, usually 1.
+
+    Each head h computes, with its own hs channels of the query q[t], the key k[t2] and the value
+    v[t2] (see split_qkv):
+
+        att[t, t2] = q[t] . k[t2] / sqrt(hs)          for t2 <= t, otherwise -inf
+        p[t, t2]   = exp(att[t, t2]) / sum over t2 of exp(att[t, t2])
         out[t]     = sum over t2 of p[t, t2] * v[t2]
-    A block of queries sees only the keys up to its own end, which saves nearly half of the work when T is long. p is
-    never stored: lse = log(sum(exp(att))) is enough to compute it again (Dao et al., 2022)."""
-    B, T, C3 = qkv.shape
-    n, scale, groups = out.shape[1], (C3 // 3 // NH) ** -0.5, head_groups(qkv, NH, out.shape[1])
-    (q, k, v), (out,), lse = heads(qkv, NH, 3), heads(out, NH), lse.transpose(0, 2, 1)[..., None]
-    def block(i):
+        lse[t]     = log(sum over t2 of exp(att[t, t2]))
+
+    p would take T * T numbers for each head. It is not kept: lse, the natural logarithm of the
+    softmax's denominator, is enough to compute p again in backward (Dao et al., 2022).
+    """
+    B, T, _ = qkv.shape
+    n = out.shape[1]
+
+    q, k, v = split_qkv(qkv, NH)
+    q = q[:, :, T - n :]
+    out = split_heads(out, NH)
+    lse = lse.transpose(0, 2, 1)
+    groups = head_groups(B, NH, n, T, qkv.itemsize)
+
+    def group(i):
         at = groups[i]
-        q_, k_, v_ = q[at][:, T - n:] * scale, k[at], v[at]
-        if n > 1:  # they are read more than once: worth bringing their numbers together
-            k_, v_ = np.ascontiguousarray(k_), np.ascontiguousarray(v_)
-        for n0 in range(0, n, ATT_ROWS):
-            n1 = min(n0 + ATT_ROWS, n)
-            t0, t1 = T - n + n0, T - n + n1
-            att = q_[:, n0:n1] @ k_[:, :t1].swapaxes(-1, -2)               # (heads, t1 - t0, t1)
-            att[..., t0:] += FUTURE[:t1 - t0, :t1 - t0]
-            peak = att.max(axis=-1, keepdims=True)
-            att -= peak                                                    # so that exp can't overflow
-            np.exp(att, out=att)
-            total = np.einsum("htc->ht", att)[..., None]
-            np.divide(att @ v_[:, :t1], total, out=out[at][:, n0:n1])
-            lse[at][:, n0:n1] = np.log(total) + peak
-    parallel(block, len(groups))
+        attention_forward_heads(out[at], lse[at], q[at], k[at], v[at])
+
+    parallel(group, len(groups))
+
+
+def attention_forward_heads(out, lse, q, k, v):
+    """Some heads of one sequence: out, q (heads, n, hs); lse (heads, n); k, v (heads, T, hs).
+
+    A block of queries is compared with the keys up to its own end only. When T is long, this saves
+    nearly half of the work.
+    """
+    _, n, hs = q.shape
+    past = k.shape[1] - n  # positions before the first query
+
+    q = q * hs**-0.5
+    if n > 1:  # keys and values are read more than once, so it pays to bring them together
+        k = np.ascontiguousarray(k)
+        v = np.ascontiguousarray(v)
+
+    for start in range(0, n, ATT_ROWS):
+        stop = min(start + ATT_ROWS, n)
+        visible = past + stop
+
+        att = q[:, start:stop] @ k[:, :visible].swapaxes(-1, -2)  # (heads, stop - start, visible)
+        hide_future(att[..., past + start :])
+
+        peak = att.max(axis=-1, keepdims=True)  # subtracted, so that exp can't overflow
+        att -= peak
+        np.exp(att, out=att)
+        total = np.einsum("hqk->hq", att)[..., None]
+
+        np.divide(att @ v[:, :visible], total, out=out[:, start:stop])  # (heads, stop - start, hs)
+        lse[:, start:stop] = (np.log(total) + peak)[..., 0]
+
 
 def attention_backward(dqkv, dout, out, lse, qkv, NH):
-    """dqkv (B, T, 3C) from dout (B, T, C). By blocks of keys: keys t0 to t1 are seen by queries from t0 on.
-        out = p @ v                  dv = p.T @ dout,    dp = dout @ v.T
-        p   = softmax(att)           datt = p * (dp - sum of p * dp over a row)
-        att = q @ k.T * scale        dq = datt @ k * scale,    dk = datt.T @ q * scale
-    The softmax: p[i] = exp(att[i]) / sum(exp(att)) changes by p[i] * ((i == j) - p[j]) per change of att[j], and
-    summing that times dp[i] over i gives the line for datt. The sum of p * dp is that of dout * out, as out = p @ v: hs
-    products per row instead of T."""
-    B, T, C = out.shape
-    scale, groups = (C // NH) ** -0.5, head_groups(qkv, NH, T)
-    (q, k, v), (dq, dk, dv) = heads(qkv, NH, 3), heads(dqkv, NH, 3)
-    (out,), (dout,), lse = heads(out, NH), heads(dout, NH), lse.transpose(0, 2, 1)[..., None]
-    def block(i):
-        at = groups[i]
-        q_, k_, v_, dout_ = q[at] * scale, *(np.ascontiguousarray(x[at]) for x in (k, v, dout))
-        lse_, row_sum, dq_ = lse[at], np.einsum("htc,htc->ht", dout_, out[at])[..., None], np.zeros_like(q_)
-        for t0 in range(0, T, ATT_ROWS):
-            t1 = min(t0 + ATT_ROWS, T)
-            keys, queries = np.s_[:, t0:t1], np.s_[:, t0:]
-            p = q_[queries] @ k_[keys].swapaxes(-1, -2)                    # att: (heads, T - t0, t1 - t0)
-            p -= lse_[queries]
-            p[:, :t1 - t0] += FUTURE[:t1 - t0, :t1 - t0]
-            np.exp(p, out=p)                                               # p, as in the forward pass
-            np.matmul(p.swapaxes(-1, -2), dout_[queries], out=dv[at][keys])
-            datt = dout_[queries] @ v_[keys].swapaxes(-1, -2)              # dp
-            datt -= row_sum[queries]
-            datt *= p
-            np.matmul(datt.swapaxes(-1, -2), q_[queries], out=dk[at][keys])  # q_ is scaled already
-            dq_[queries] += datt @ k_[keys]
-        np.multiply(dq_, scale, out=dq[at])
-    parallel(block, len(groups))
+    """dqkv, qkv (B, T, 3C); dout, out (B, T, C); lse (B, T, NH). dqkv is overwritten.
 
-GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh) the slope at 0 of the cumulative normal it imitates
-GELU_CUBE = 0.044715                 # fitted by Hendrycks & Gimpel (2016), and what GPT-2 was trained with
+    The forward pass, for each head and with scale = 1 / sqrt(hs), is
+
+        att = q @ k.T * scale         (T, T)
+        p   = softmax(att)            (T, T), each row by itself
+        out = p @ v                   (T, hs)
+
+    From its last line to its first, by the rules for a matrix product:
+
+        dp   = dout @ v.T             (T, T)
+        dv   = p.T @ dout             (T, hs)
+        datt = see below              (T, T)
+        dq   = datt @ k * scale       (T, hs)
+        dk   = datt.T @ q * scale     (T, hs)
+
+    The softmax of one row: p[i] = exp(att[i]) / total, where total is the sum over all i. If att[j]
+    grows by a small amount e, exp(att[j]) and total both grow by e * exp(att[j]), so
+
+        p[j]            grows by   e * p[j] * (1 - p[j])
+        p[i], i != j,   grows by   e * p[i] * (0 - p[j])
+
+    Multiplied by dp[i] and summed over i, this is e * datt[j]:
+
+        datt[j] = p[j] * (dp[j] - sum over i of p[i] * dp[i])
+
+    The sum on the right need not be taken over T numbers. With dp[i] = dout . v[i] it becomes
+    dout . (sum over i of p[i] * v[i]) = dout . out, a sum over hs numbers.
+
+    For two scores 0 and log(3), p is 1/4 and 3/4. Then dp = (1, 0) gives the sum 1/4, and
+    datt = (1/4 * 3/4, 3/4 * -1/4) = (3/16, -3/16).
+    """
+    B, T, _ = qkv.shape
+    q, k, v = split_qkv(qkv, NH)
+    dq, dk, dv = split_qkv(dqkv, NH)
+    out = split_heads(out, NH)
+    dout = split_heads(dout, NH)
+    lse = lse.transpose(0, 2, 1)
+    groups = head_groups(B, NH, T, T, qkv.itemsize)
+
+    def group(i):
+        at = groups[i]
+        attention_backward_heads(
+            dq[at], dk[at], dv[at], dout[at], out[at], lse[at], q[at], k[at], v[at]
+        )
+
+    parallel(group, len(groups))
+
+
+def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
+    """Some heads of one sequence: lse (heads, T), all others (heads, T, hs).
+
+    It goes by blocks of keys. The keys from t0 to t1 are seen by the queries from t0 on.
+    """
+    _, T, hs = q.shape
+    scale = hs**-0.5
+    q = q * scale
+    k = np.ascontiguousarray(k)
+    v = np.ascontiguousarray(v)
+    dout = np.ascontiguousarray(dout)
+
+    lse = lse[..., None]
+    dout_dot_out = np.einsum("htc,htc->ht", dout, out)[..., None]
+    dq_sum = np.zeros_like(q)
+
+    for t0 in range(0, T, ATT_ROWS):
+        t1 = min(t0 + ATT_ROWS, T)
+        keys = np.s_[:, t0:t1]
+        queries = np.s_[:, t0:]
+
+        p = q[queries] @ k[keys].swapaxes(-1, -2)  # att, of shape (heads, T - t0, t1 - t0)
+        p -= lse[queries]
+        hide_future(p[:, : t1 - t0])
+        np.exp(p, out=p)  # exp(att - lse) is p of the forward pass
+        np.matmul(p.swapaxes(-1, -2), dout[queries], out=dv[keys])
+
+        datt = dout[queries] @ v[keys].swapaxes(-1, -2)  # dp, of the same shape as p
+        datt -= dout_dot_out[queries]
+        datt *= p
+        np.matmul(datt.swapaxes(-1, -2), q[queries], out=dk[keys])  # q is scaled already
+        dq_sum[queries] += datt @ k[keys]
+
+    np.multiply(dq_sum, scale, out=dq)
+
+
+GELU_SCALE = math.sqrt(2 / math.pi)  # gives the tanh the slope of the normal distribution at 0
+GELU_CUBE = 0.044715  # fitted by Hendrycks & Gimpel (2016); GPT-2 was trained with it
+
+
 @by_rows(2)
 def gelu_forward(out, inp):
-    """A smooth gate, on each number x: out = 0.5 * x * (1 + tanh(u)), u = s * (x + 0.044715 * x^3), s = GELU_SCALE."""
-    np.multiply(inp, inp, out=out)      # x^2
+    """A smooth gate: large numbers pass, very negative ones become 0. out, inp (B, T, 4C).
+
+    On each number x by itself, with s = sqrt(2 / pi):
+
+        u   = s * (x + 0.044715 * x^3)
+        out = 0.5 * x * (1 + tanh(u))
+    """
+    np.multiply(inp, inp, out=out)  # x^2
     out *= GELU_SCALE * GELU_CUBE
     out += GELU_SCALE
-    out *= inp                          # u
+    out *= inp  # u
     np.tanh(out, out=out)
     out += 1
     out *= inp
     out *= 0.5
 
-@by_rows(2)
-def gelu_backward(dout, inp):
-    """dout becomes dinp, in place. With s and u as in gelu_forward and th = tanh(u), whose derivative is 1 - th^2:
+
+@by_rows(3)
+def gelu_backward(dinp, dout, inp):
+    """dinp, dout, inp (B, T, 4C). dinp may be dout, which it then replaces.
+
+    With u as in gelu_forward and th = tanh(u), whose derivative is (1 - th^2) * u':
+
         out  = 0.5 * x * (1 + th)
-        dinp = dout * 0.5 * (1 + th + x * (1 - th^2) * s * (1 + 3 * 0.044715 * x^2))
-             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * s * (1 + 3 * 0.044715 * x^2))"""
-    square = inp * inp
-    th = square * (GELU_SCALE * GELU_CUBE)
+        u'   = s * (1 + 3 * 0.044715 * x^2)
+        dinp = dout * 0.5 * ((1 + th) + x * (1 - th^2) * u')
+             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * u')
+    """
+    x_squared = inp * inp
+    th = x_squared * (GELU_SCALE * GELU_CUBE)
     th += GELU_SCALE
     th *= inp
     np.tanh(th, out=th)
-    square *= 3 * GELU_CUBE * GELU_SCALE
-    square += GELU_SCALE
-    square *= inp                       # x * s * (1 + 3 * 0.044715 * x^2): x times the derivative of u
-    square *= 1 - th
-    square += 1
+
+    slope = x_squared  # in the same memory
+    slope *= 3 * GELU_CUBE * GELU_SCALE
+    slope += GELU_SCALE  # u'
+    slope *= inp
+    slope *= 1 - th
+    slope += 1
+
     th += 1
     th *= 0.5
-    th *= square
-    dout *= th
+    slope *= th
+    np.multiply(dout, slope, out=dinp)
+
 
 def residual_forward(out, inp1, inp2):
-    """out = inp1 + inp2. Its backward is no code at all: dinp1 = dinp2 = dout."""
+    """out = inp1 + inp2, all (B, T, C). Its backward needs no code: dinp1 = dinp2 = dout."""
     np.add(inp1, inp2, out=out)
+
 
 @by_rows(3)
 def crossentropy_softmax_forward(losses, logits, targets):
-    """losses[n] = -log(softmax(logits[n])[targets[n]]), in nats; logits (B, T, V) become probabilities."""
+    """The loss of each token: minus the logarithm of the probability of what came next, in nats.
+
+    losses, targets (B, T); logits (B, T, V), overwritten by the probabilities
+
+        probs  = exp(logits) / sum of exp(logits)
+        losses = -log(probs[target]) = log(sum of exp(logits)) - logits[target]
+
+    The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines.
+    """
     logits -= logits.max(axis=-1, keepdims=True)
     np.negative(logits[np.arange(len(targets)), targets], out=losses)
+
     probs = np.exp(logits, out=logits)
     total = np.einsum("nv->n", probs)
     losses += np.log(total)
     probs *= (1 / total)[:, None]
 
+
 @by_rows(2)
 def crossentropy_softmax_backward(probs, targets, dloss):
-    """probs (B, T, V) become dlogits, in place. dloss: the weight of one token's loss, a number.
-    loss = log(sum(exp(logits))) - logits[target], and the log's derivative is exp(logits) / sum(...), so
-        dlogits = (probs - (1 at the target, 0 elsewhere)) * dloss"""
-    dlogits = probs
+    """probs (B, T, V) from the forward pass, overwritten by dlogits; targets (B, T).
+
+    dloss is one number: how much the loss of one token counts, 1 / (B*T) when the loss is the mean.
+
+        loss = log(sum over i of exp(logits[i])) - logits[target]
+
+    The derivative of the logarithm by logits[i] is exp(logits[i]) / sum = probs[i], so
+
+        dlogits[i] = (probs[i] - (1 if i is the target, else 0)) * dloss
+    """
+    dlogits = probs  # in the same memory
     dlogits[np.arange(len(targets)), targets] -= 1
     dlogits *= dloss
 
-# ---- 6. Model forward: a line or two per layer ---------------------------------------------------------------------
+
+# --------------------------------------------------------------------------------------------------
+# 5. The model forward: a line or two for each layer
+#
+# Where the time of a step goes (124M, B = 4, T = 64, two cores): of 1096 ms, the matrix products
+# take 847, AdamW 124, attention 43, the norm of the gradient 14, everything else 68.
+
+
 class GPT2:
-    """A GPT-2 and all the memory it will ever use: params, grads, m, v, acts are dicts of named views of `blob`.
-    config: GPT2Config; batch_size, sequence_length: the B and T of its batches; seed: of fresh weights, None
-    leaves them zero, to be loaded; recompute: see act_shapes; dtype: float32, or float64 in tests."""
-    def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1, dtype=np.float32):
-        B, T, most = batch_size, sequence_length, config.max_seq_len
-        require(B > 0 and 0 < T <= most, f"batch size {B}, sequence length {T}: at least 1, and the model's context is {most}")
-        require(recompute in (0, 1, 2, 3, 4), f"recompute is {recompute!r}, expected 0 to 3 or, only to generate, 4")
-        self.config, self.batch_size, self.sequence_length, self.recompute = config, B, T, recompute
-        params, acts = param_shapes(config), act_shapes(config, B, T, recompute)
-        n, line = size(params), 64 // np.dtype(dtype).itemsize  # a cache line has 64 bytes: start at one
-        self.blob = np.zeros(4 * n + size(acts) + line, dtype)
-        self.blob = self.blob[-self.blob.ctypes.data % 64 // self.blob.itemsize:][:4 * n + size(acts)]
-        self.flat = self.blob[:4 * n].reshape(4, n)  # rows: parameters, gradients, m, v
-        self.params, self.grads, self.m, self.v = (carve(part, params) for part in self.flat)
-        self.acts, V = carve(self.blob[4 * n:], acts), config.vocab_size
-        spare = self.flat[1, self.params["wte"].size:]  # all gradients but dwte: until backward() writes them, room for logits
-        rows = min(B * T, len(spare) // V)
-        self.rooms = spare[:rows * V].reshape(1, rows, V), self.acts["logits"]  # see classifier: the first is free at times only
-        self.micro_batches = 0  # backward passes since the last update: the first one sets, later ones add
-        self.pending = None     # the inputs of a forward pass whose backward pass is still to come
+    """A GPT-2 and all the memory that it will ever use.
+
+    config                        GPT2Config
+    batch_size, sequence_length   B and T of its batches
+    seed                          of fresh weights; None leaves them zero, to be read from a file
+    recompute                     0, 1 or 2: see SHARED_BY_LAYERS
+    training                      False: a model that generates and validates, without gradients
+    dtype                         float32; the tests also use float64
+
+    params, grads, m, v, acts are dicts of named views of the array `blob`. flat is its first part:
+    four rows, each of which holds all parameters, gradients, m or v.
+
+    One step is forward(), backward(), update(). Several micro-batches make one step if forward()
+    and backward() are called for each of them before update(). `stage` says what grads hold:
+
+        "empty"    nothing of use
+        "first"    forward() of the first micro-batch is done, backward() is to follow
+        "full"     the gradients of all micro-batches so far
+        "later"    forward() of a later micro-batch is done, backward() is to follow
+
+    or, after a call that was interrupted, a sentence that says so.
+    """
+
+    def __init__(
+        self,
+        config,
+        batch_size=4,
+        sequence_length=64,
+        seed=1337,
+        recompute=1,
+        training=True,
+        dtype=np.float32,
+    ):
+        B, T = batch_size, sequence_length
+        require(B > 0, f"batch size {B}: expected at least 1")
+        require(
+            0 < T <= config.max_seq_len,
+            f"sequence length {T}: expected 1 to {config.max_seq_len}, the model's context",
+        )
+        require(
+            recompute in SHARED_BY_LAYERS,
+            f"recompute is {recompute!r}, expected one of {list(SHARED_BY_LAYERS)}",
+        )
+        self.config = config
+        self.batch_size = B
+        self.sequence_length = T
+        self.recompute = recompute
+        self.training = training
+
+        shapes = param_shapes(config)
+        acts = act_shapes(config, B, T, recompute, training)
+        n = count(shapes)
+        rows = 4 if training else 1  # without training there are parameters only
+        self.blob = np.zeros(rows * n + count(acts), dtype)
+        self.flat = self.blob[: rows * n].reshape(rows, n)
+
+        self.params = carve(self.flat[0], shapes)
+        self.grads = carve(self.flat[1], shapes) if training else {}
+        self.m = carve(self.flat[2], shapes) if training else {}
+        self.v = carve(self.flat[3], shapes) if training else {}
+        self.acts = carve(self.blob[rows * n :], acts)
+
+        self.stage = "empty"
+        self.inputs = None  # of the last forward pass; encoder_backward needs them
+        self.updates = 0  # how many there have been; AdamW counts them
+        self.keys_owner = None  # whose earlier tokens have their keys and values in acts["qkv"]
         if seed is not None:
             init_weights(self.params, seed)
 
+    @classmethod
+    def from_pretrained(
+        cls, source, batch_size=4, sequence_length=64, recompute=1, training=True
+    ):
+        """A model with weights from outside.
+
+        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a folder of Hugging Face's; a
+        .safetensors file; or a .bin file of llm.c's. Errors: InputError, OSError.
+        """
+        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
+        prepro.save_huggingface(folder, asdict(self.config), self.params)
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
+        """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
+
+        temperature   0 always takes the likeliest token
+        top_k         above 0, choose among the k likeliest
+        rng           a NumPy Generator, or a seed
+        """
+        tokens = self.check_tokens(list(tokens), "prompt")
+        rng = np.random.default_rng(0 if rng is None else rng)
+        return generate_tokens(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
+
+    def __getstate__(self):
+        """What copy.deepcopy and pickle need to make a model whose views are its own blob's."""
+        return {
+            "config": self.config,
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "recompute": self.recompute,
+            "training": self.training,
+            "blob": self.blob,
+            "stage": self.stage,
+            "inputs": self.inputs,
+            "updates": self.updates,
+        }
+
+    def __setstate__(self, state):
+        self.__init__(
+            state["config"],
+            state["batch_size"],
+            state["sequence_length"],
+            seed=None,
+            recompute=state["recompute"],
+            training=state["training"],
+            dtype=state["blob"].dtype,
+        )
+        self.blob[...] = state["blob"]
+        self.stage = state["stage"]
+        self.inputs = state["inputs"]
+        self.updates = state["updates"]
+
+    def check_tokens(self, tokens, what):
+        """tokens as an integer array, or InputError if one of them is no id of the vocabulary."""
+        tokens = np.asarray(tokens)
+        V = self.config.vocab_size
+        require(
+            tokens.size > 0 and tokens.dtype.kind in "iu",
+            f"{what}: expected integers, found {tokens.size} of {tokens.dtype}",
+        )
+        lowest, highest = tokens.min(), tokens.max()
+        require(
+            0 <= lowest and highest < V,
+            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
+        )
+        return tokens
+
+    def forward(self, inputs, targets, train=True, grad_scale=1.0):
+        """The mean cross-entropy, in nats, of predicting targets from inputs: a float.
+
+        inputs, targets (B, T) integers; targets[b, t] is what comes after inputs[b, t]
+
+        train        False: for validation, without a backward pass
+        grad_scale   the gradients will be those of loss * grad_scale. It is 1/k where k
+                     micro-batches make one step
+        """
+        inputs = self.check_tokens(inputs, "inputs")
+        targets = self.check_tokens(targets, "targets")
+        expected = (self.batch_size, self.sequence_length)
+        require(
+            inputs.shape == targets.shape == expected,
+            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
+        )
+        require(
+            self.training or not train,
+            "a model made with training=False has no gradients: use forward(..., train=False)",
+        )
+
+        self.forward_rows(inputs)
+        if not train:
+            self.classifier(targets)
+            return float(self.acts["losses"].mean())
+
+        add = self.stage == "full"
+        if add:
+            self.stage = "forward() was interrupted while it added to the gradients"
+        self.classifier(targets, dloss=grad_scale / targets.size, add=add)
+        self.inputs = inputs.copy()
+        self.stage = "later" if add else "first"
+        return float(self.acts["losses"].mean())
+
     def forward_rows(self, tokens, first=0):
-        """Compute every activation up to lnf for tokens (b, n) at positions first .. first+n-1; returns lnf (b, n, C).
-        In training that is the whole batch. In generation b is 1, and the positions before `first` have left their keys and
-        values in acts["qkv"] (not if recompute = 3, where layers share it), so that n new tokens cost n positions."""
-        require(not self.micro_batches or self.pending is None, "the last forward pass waits for its backward() or zero_grad()")
-        (b, n), params, acts, self.pending = tokens.shape, self.params, self.acts, None
-        rows = np.s_[:b, first:first + n]
-        residual = acts["encoded"][rows]
-        encoder_forward(residual, tokens, params["wte"], params["wpe"][first:first + n])
+        """All layers up to lnf for tokens (b, n) at the positions first to first + n.
+
+        In training the tokens are a whole batch. In generation b is 1, and the positions before
+        `first` have left their keys and values in acts["qkv"], so that n new tokens cost n
+        positions. Returns lnf (b, n, C).
+        """
+        require(
+            self.stage in ("empty", "first", "full"),
+            f"{self.waiting()}: call backward() or zero_grad() first",
+        )
+        if self.stage == "first":
+            self.stage = "empty"  # the activations that its backward() needs are overwritten now
+        self.keys_owner = None
+
+        b, n = tokens.shape
+        params, acts = self.params, self.acts
+
+        residual = acts["encoded"][:b, :n]
+        encoder_forward(residual, tokens, params["wte"], params["wpe"][first : first + n])
         for l in range(self.config.num_layers):
-            p, a = self.forward_layer(l, residual, rows)
+            p, a = self.forward_layer(l, residual, first)
             matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
             residual_forward(a.residual3, a.residual2, a.fcproj)
             residual = a.residual3
-        lnf = acts["lnf"][rows]
-        layernorm_forward(lnf, acts["lnf_mean"][rows], acts["lnf_rstd"][rows], residual, params["lnfw"], params["lnfb"])
+
+        lnf = acts["lnf"][:b, :n]
+        mean = acts["lnf_mean"][:b, :n]
+        rstd = acts["lnf_rstd"][:b, :n]
+        layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
         return lnf
 
-    def forward_layer(self, l, residual, rows):
-        """Layer l from residual, its input, up to fch_gelu: all that backward needs of it. Returns its views (params, acts)."""
-        p, a, NH = layer(self.params, l), layer(self.acts, l, rows), self.config.num_heads
-        qkv = self.acts["qkv"][l % len(self.acts["qkv"])][rows[0], :rows[1].stop]  # attention looks back to position 0
+    def forward_layer(self, l, residual, first=0):
+        """Layer l from residual (b, n, C), its input, up to fch_gelu: all that its backward needs.
+
+        Returns the layer's parameters and its activations for these tokens, as layer() makes them.
+        """
+        b, n, _ = residual.shape
+        p = layer(self.params, l)
+        a = layer(self.acts, l)
+
+        qkv_so_far = a.qkv[:b, : first + n]  # attention looks back to position 0
+        new_qkv = a.qkv[:b, first : first + n]
+        for name, view in vars(a).items():
+            setattr(a, name, view[:b, :n])  # in training, all of it
+
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-        matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
-        attention_forward(a.atty, a.att_lse, qkv, NH)
+        matmul_forward(new_qkv, a.ln1, p.qkvw, p.qkvb)
+        attention_forward(a.atty, a.att_lse, qkv_so_far, self.config.num_heads)
         matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
         residual_forward(a.residual2, residual, a.attproj)
+
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
         matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
         gelu_forward(a.fch_gelu, a.fch)
         return p, a
 
-    def check_tokens(self, tokens, what):
-        """tokens as an integer array; InputError if it isn't one, or if an id is outside the vocabulary."""
-        tokens, V = np.asarray(tokens), self.config.vocab_size
-        require(tokens.size and tokens.dtype.kind in "iu", f"{what}: expected integers, found {tokens.size} of {tokens.dtype}")
-        require(0 <= tokens.min() and tokens.max() < V, f"{what}: ids {tokens.min()} to {tokens.max()}, expected 0 to {V - 1}")
-        return tokens
+    def classifier(self, targets, dloss=None, add=False):
+        """acts["losses"] from acts["lnf"]; and, if dloss is given, the classifier's backward pass.
 
-    def forward(self, inputs, targets, train=True, grad_scale=1.0):
-        """The mean cross-entropy, in nats, of predicting targets (B, T) from inputs (B, T): a float. With train, the
-        classifier's backward pass runs at once (see there), and backward() is to follow; the gradients will be
-        those of loss * grad_scale, 1/k where k micro-batches make a step. dwte's part is written (later: added to) right here."""
-        inputs, targets = self.check_tokens(inputs, "inputs"), self.check_tokens(targets, "targets")
-        require(inputs.shape == targets.shape == self.acts["losses"].shape,
-                f"inputs {inputs.shape}, targets {targets.shape}: expected {self.acts['losses'].shape}")
-        self.forward_rows(inputs)
-        self.classifier(targets, grad_scale / targets.size if train else None)
-        self.pending = inputs.copy() if train else None
-        return float(self.acts["losses"].mean())
+        The logits (B, T, V) would be the largest array of all. Each token's logits only serve its
+        own loss, so we take some tokens at a time, LOGITS_ROWS, all the way: logits, probabilities,
+        losses, gradients. This is why the classifier's backward pass runs here, and not in
+        backward(): the logits of these tokens are gone when the next ones come. It leaves dlnf, and
+        its part of dwte. dloss is the weight of one token's loss.
+        """
+        wte = self.params["wte"]
+        lnf = as_one_sequence(self.acts["lnf"])
+        losses = as_one_sequence(self.acts["losses"])
+        targets = as_one_sequence(targets)
 
-    def classifier(self, targets, dloss=None):
-        """acts["losses"] from acts["lnf"], and with dloss (see crossentropy_softmax_backward) also dlnf, which is left
-        in acts["dln"], and the classifier's part of dwte. The logits would be the largest array of all, B*T*V. But
-        rows are independent here, so we take a piece of them all the way: logits, probabilities, losses, gradients. The larger
-        the piece, the faster: we take the larger of the two rooms, the first only while it is free (no gradients in it yet)."""
-        acts, wte, room = self.acts, self.params["wte"], max(self.rooms[self.micro_batches > 0:], key=lambda room: room.shape[1])
-        acts["logits"], step = room, room.shape[1]
-        lnf, dlnf, losses, targets = (x.reshape(1, targets.size, *x.shape[2:])  # one row of tokens, to be cut anywhere
-                                      for x in (acts["lnf"], acts["dln"], acts["losses"], targets))
-        for start in range(0, targets.size, step):
-            rows = np.s_[:, start:start + step]
-            logits = room[:, :targets[rows].size]
-            matmul_forward(logits, lnf[rows], wte)
-            crossentropy_softmax_forward(losses[rows], logits, targets[rows])
+        num_tokens = targets.size
+        for start in range(0, num_tokens, LOGITS_ROWS):
+            stop = min(start + LOGITS_ROWS, num_tokens)
+            piece = np.s_[:, start:stop]
+
+            logits = self.acts["logits"][:, : stop - start]
+            matmul_forward(logits, lnf[piece], wte)
+            crossentropy_softmax_forward(losses[piece], logits, targets[piece])
+
             if dloss is not None:
-                dlogits = logits  # which hold probabilities now, and their own gradient after this line
-                crossentropy_softmax_backward(dlogits, targets[rows], dloss)
-                matmul_backward(dlnf[rows], self.grads["wte"], None, dlogits, lnf[rows], wte, add=start or self.micro_batches)
+                dwte = self.grads["wte"]
+                dlnf = as_one_sequence(self.acts["dlnf"])
+                dlogits = logits  # in the same memory, which holds the probabilities now
+                crossentropy_softmax_backward(dlogits, targets[piece], dloss)
+                add_piece = add or start > 0
+                matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
 
-    # ---- 7. Model backward: the same lines, reversed ---------------------------------------------------------------
+    def waiting(self):
+        """What keeps the model from doing something else, in words for an error message."""
+        if self.stage in ("first", "later"):
+            return "the last forward() waits for its backward()"
+        if self.stage in ("empty", "full"):
+            return "there is no forward() to go back from"
+        return self.stage
+
+    # ----------------------------------------------------------------------------------------------
+    # 6. The model backward: the same lines, reversed
+
     def backward(self):
-        """Fill grads with the gradients of the last forward pass; the first since an update or zero_grad writes
-        them, later ones add. From here on rooms[0] holds gradients."""
-        require(self.pending is not None, "backward() needs a training forward pass before it: call forward()")
-        require(self.recompute < 4, "recompute = 4 keeps nothing for a backward pass: use 0, 1, 2 or 3")
-        params, grads, acts, NH = self.params, self.grads, self.acts, self.config.num_heads
-        add, inputs = self.micro_batches > 0, self.pending
-        dres, dln, dfch = acts["dresidual"], acts["dln"], acts["dfch"]
-        dqkv = dfch.reshape(-1)[:3 * dres.size].reshape(*inputs.shape, -1)  # the first three quarters of dfch, used in turns
-        def layernorm(dinp, dout, inp, mean, rstd, weight, *dparams):
-            for dparam, total in zip(dparams, layernorm_backward(dinp, dout, inp, mean, rstd, weight)):
-                accumulate(dparam, total, add)
-        dres[...] = 0
-        layernorm(dres, dln, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"],
-                  grads["lnfw"], grads["lnfb"])
-        for l in reversed(range(self.config.num_layers)):
+        """Fill grads with the gradients of the last forward pass.
+
+        The first micro-batch since an update or zero_grad overwrites them, later ones add.
+        """
+        require(
+            self.stage in ("first", "later"),
+            f"backward() needs a training forward pass before it, but {self.waiting()}: "
+            "call zero_grad(), then forward()",
+        )
+        add = self.stage == "later"
+        self.stage = "backward() was interrupted, and the gradients are incomplete"
+
+        params, grads, acts = self.params, self.grads, self.acts
+        L, NH = self.config.num_layers, self.config.num_heads
+        dresidual, dlnf, dfch = acts["dresidual"], acts["dlnf"], acts["dfch"]
+        dln2, datty, dqkv, dln1 = acts["dln2"], acts["datty"], acts["dqkv"], acts["dln1"]
+
+        # The classifier has left dlnf.
+        dresidual[...] = 0
+        layernorm_backward(
+            dresidual, grads["lnfw"], grads["lnfb"],
+            dlnf, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"], add,
+        )  # fmt: skip
+
+        for l in reversed(range(L)):
             p, g, a = layer(params, l), layer(grads, l), layer(acts, l)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            if self.recompute == 3 and l < self.config.num_layers - 1:  # the last layer's are still there
-                self.forward_layer(l, residual, np.s_[:, :inputs.shape[1]])
-            if 1 <= self.recompute <= 2:
-                gelu_forward(a.fch_gelu, a.fch)
-            if self.recompute == 2:
-                layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
-            # residual3 = residual2 + fcproj: dres is the gradient of both, and stays where it is
-            matmul_backward(dfch, g.fcprojw, g.fcprojb, dres, a.fch_gelu, p.fcprojw, add)
-            gelu_backward(dfch, a.fch)
-            matmul_backward(dln, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
-            layernorm(dres, dln, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, g.ln2w, g.ln2b)
-            # residual2 = residual + attproj: the same again
-            if self.recompute == 2:
-                layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-            matmul_backward(dln, g.attprojw, g.attprojb, dres, a.atty, p.attprojw, add)
-            attention_backward(dqkv, dln, a.atty, a.att_lse, a.qkv, NH)
-            matmul_backward(dln, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
-            layernorm(dres, dln, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, g.ln1w, g.ln1b)
-        encoder_backward(grads["wte"], grads["wpe"], dres, inputs, add)
-        self.pending, self.micro_batches, acts["logits"] = None, self.micro_batches + 1, self.rooms[1]
+            self.recompute_layer(l, residual)
+
+            # residual3 = residual2 + fcproj: dresidual is the gradient of both.
+            matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
+            gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
+            matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
+            layernorm_backward(
+                dresidual, g.ln2w, g.ln2b, dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
+            )
+
+            # residual2 = residual + attproj: the same again.
+            matmul_backward(datty, g.attprojw, g.attprojb, dresidual, a.atty, p.attprojw, add)
+            attention_backward(dqkv, datty, a.atty, a.att_lse, a.qkv, NH)
+            matmul_backward(dln1, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
+            layernorm_backward(
+                dresidual, g.ln1w, g.ln1b, dln1, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, add
+            )
+
+        encoder_backward(grads["wte"], grads["wpe"], dresidual, self.inputs, add)
+        self.stage = "full"
+
+    def recompute_layer(self, l, residual):
+        """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS."""
+        p = layer(self.params, l)
+        a = layer(self.acts, l)
+        last = self.config.num_layers - 1
+
+        if self.recompute == 1:
+            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
+            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
+            gelu_forward(a.fch_gelu, a.fch)
+
+        if self.recompute == 2 and l < last:  # what the last layer computed is still there
+            self.forward_layer(l, residual)
 
     def zero_grad(self):
-        """Forget the gradients. Nothing is cleared: the next forward pass puts logits in their place, backward() new gradients."""
-        self.pending, self.micro_batches = None, 0
+        """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
+        self.stage = "empty"
 
-    # ---- 8. AdamW --------------------------------------------------------------------------------------------------
-    def grad_norm(self):
-        """The length of the gradient seen as one vector of all parameters: a float. Only between backward() and update()."""
-        chunks = [self.flat[1, i:i + ADAMW_CHUNK] for i in range(0, self.flat.shape[1], ADAMW_CHUNK)]
-        return math.sqrt(sum(parallel(lambda i: float(np.dot(chunks[i], chunks[i])), len(chunks))))
+    # ----------------------------------------------------------------------------------------------
+    # 7. AdamW
 
-    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1, grad_scale=1.0):
-        """One step of AdamW on all parameters; step counts from 1. grad_scale: what clipping multiplies
-        the gradients by. Weight decay applies to matrices and embeddings, not to biases and layernorms."""
-        require(self.micro_batches and self.pending is None, "update() needs gradients: call forward() and backward() before it")
+    def grad_norm(self, part=np.s_[:]):
+        """The length of the gradient, as one vector of all parameters, or of a part of it: a float.
+
+        It may be called between backward() and update().
+        """
+        require(
+            self.stage == "full",
+            f"grad_norm() needs gradients: call forward() and backward() first ({self.stage})",
+        )
+        grads = self.flat[1, part]
+
+        def squares(i):
+            chunk = grads[i * ADAMW_CHUNK : (i + 1) * ADAMW_CHUNK]
+            return float(np.dot(chunk, chunk))
+
+        return math.sqrt(sum(parallel(squares, math.ceil(len(grads) / ADAMW_CHUNK))))
+
+    def update(
+        self,
+        learning_rate,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        step=None,
+        grad_scale=1.0,
+        part=np.s_[:],
+    ):
+        """One step of AdamW on all parameters.
+
+        weight_decay   applies to matrices and embeddings, not to biases and layernorms
+        step           the number of this update, from 1; the model counts by itself if it is None
+        grad_scale     what clipping multiplies the gradients by
+        part           the slice of the flat vector of parameters that is updated
+        """
+        require(
+            self.stage == "full",
+            f"update() needs gradients: call forward() and backward() first ({self.stage})",
+        )
+        step = self.updates + 1 if step is None else step
+        require(step >= 1, f"update(step={step}): steps are counted from 1")
+        self.stage = "update() was interrupted, and some parameters have changed, others have not"
+
+        p, g, m, v = self.flat
+        begin, end, _ = part.indices(len(p))
         chunks = []
-        for name in self.params:
-            pgmv = [views[name].reshape(-1) for views in (self.params, self.grads, self.m, self.v)]
-            decay = 0.0 if "ln" in name or name.endswith("b") else learning_rate * weight_decay
-            chunks += [(*(x[i:i + ADAMW_CHUNK] for x in pgmv), decay) for i in range(0, pgmv[0].size, ADAMW_CHUNK)]
-        parallel(lambda i: adamw(*chunks[i], learning_rate, beta1, beta2, eps, step, grad_scale), len(chunks))
-        self.zero_grad()
+        start = 0
+        for name, shape in param_shapes(self.config).items():
+            stop = start + math.prod(shape)
+            decay = learning_rate * weight_decay if is_decayed(name) else 0.0
+            for i in range(max(start, begin), min(stop, end), ADAMW_CHUNK):
+                chunk = slice(i, min(i + ADAMW_CHUNK, stop, end))
+                chunks.append((chunk, decay))
+            start = stop
 
-ADAMW_CHUNK = 1 << 17  # elements: five arrays of 512 KiB. Smaller, and the threads fight over the lock
+        def update_chunk(i):
+            chunk, decay = chunks[i]
+            adamw(
+                p[chunk], g[chunk], m[chunk], v[chunk],
+                decay, learning_rate, beta1, beta2, eps, step, grad_scale,
+            )  # fmt: skip
+
+        parallel(update_chunk, len(chunks))
+        self.updates = step
+        self.stage = "empty"
+
+
+ADAMW_CHUNK = 1 << 17  # elements: five arrays of 512 KiB. Smaller chunks cost more than they gain
+
+
+def is_decayed(name):
+    """Whether weight decay applies to a parameter: to matrices and embeddings."""
+    return not name.startswith("ln") and not name.endswith("b")
+
+
 def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
-    """AdamW (Loshchilov & Hutter, 2017) on a chunk of parameters p, gradients g and moments m, v, in place.
-        m = beta1 * m + (1 - beta1) * g         the gradient's running mean
-        v = beta2 * v + (1 - beta2) * g^2       the running mean of its square
+    """AdamW (Loshchilov & Hutter, 2017) on parameters p, gradients g and moments m, v: flat arrays.
+
+    p, m and v are updated in place; g is multiplied by grad_scale.
+
+        m = beta1 * m + (1 - beta1) * g              the running mean of the gradient
+        v = beta2 * v + (1 - beta2) * g^2            the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
-    m and v start at 0; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for that. decay is learning_rate * weight_decay.
-    c1, c2 are numbers: fraction times sqrt(c2) above and below, they move into eps and the learning rate: two passes fewer."""
-    c1, c2 = 1 - beta1 ** step, 1 - beta2 ** step
+
+    m and v start at 0 and are too small at first; c1 = 1 - beta1^step and c2 = 1 - beta2^step make
+    up for it. decay is learning_rate * weight_decay.
+
+    c1 and c2 are numbers, while m and v are arrays. We multiply the fraction by sqrt(c2), above and
+    below, and get a formula with two passes over memory fewer:
+
+        p = p - decay * p - (learning_rate * sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))
+    """
+    c1 = 1 - beta1**step
+    c2 = 1 - beta2**step
     if grad_scale != 1.0:
         g *= grad_scale
-    t = g - m  # m + (1 - beta1) * (g - m): the same, with one temporary
-    t *= 1 - beta1
-    m += t
-    np.multiply(g, g, out=t)
-    t -= v
-    t *= 1 - beta2
-    v += t
-    np.sqrt(v, out=t)
-    t += eps * math.sqrt(c2)
-    np.divide(m, t, out=t)
-    t *= learning_rate * math.sqrt(c2) / c1
+
+    change = g - m  # m + (1 - beta1) * (g - m) is the formula above
+    change *= 1 - beta1
+    m += change
+
+    np.multiply(g, g, out=change)  # the same for v
+    change -= v
+    change *= 1 - beta2
+    v += change
+
+    np.sqrt(v, out=change)
+    change += eps * math.sqrt(c2)
+    np.divide(m, change, out=change)
+    change *= learning_rate * math.sqrt(c2) / c1
     if decay:
         p *= 1 - decay
-    p -= t
+    p -= change
 
-# ---- 9. Weights: reading them and writing them ---------------------------------------------------------------------
-# safetensors, Hugging Face's format, is  8 bytes: n, little-endian
-#     | n bytes of JSON: {name: {"dtype", "shape", "data_offsets": [begin, end]}, ...} | the tensors, without holes.
-# llm.c's model file is  256 int32: 20240326, version, max_seq_len, vocab_size, num_layers, num_heads, channels,
-#     padded_vocab_size | the 16 tensors in the order of param_shapes, in version 5 as bfloat16, otherwise float32; wte
-#     is followed by rows of zeros up to padded_vocab_size, a multiple of 128 (not in version 1).
-# Nothing is believed before it is checked, and a file becomes real in one moment or not at all.
 
-HF_NAMES = {"wte": "wte.weight", "wpe": "wpe.weight", "ln1w": "h.{}.ln_1.weight", "ln1b": "h.{}.ln_1.bias",
-            "qkvw": "h.{}.attn.c_attn.weight", "qkvb": "h.{}.attn.c_attn.bias", "attprojw": "h.{}.attn.c_proj.weight",
-            "attprojb": "h.{}.attn.c_proj.bias", "ln2w": "h.{}.ln_2.weight", "ln2b": "h.{}.ln_2.bias",
-            "fcw": "h.{}.mlp.c_fc.weight", "fcb": "h.{}.mlp.c_fc.bias", "fcprojw": "h.{}.mlp.c_proj.weight",
-            "fcprojb": "h.{}.mlp.c_proj.bias", "lnfw": "ln_f.weight", "lnfb": "ln_f.bias"}
-HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}  # Hugging Face keeps these as (C_in, C_out)
-ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2, "F32": 4, "I32": 4, "F64": 8, "I64": 8}
-FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 is the upper half of a float32
-MAX_HEADER = 1 << 20                                  # bytes of JSON; GPT-2 XL's header has 70 KB
+# --------------------------------------------------------------------------------------------------
+# 8. Data, one training step, and sampling
 
-@contextlib.contextmanager
-def atomic_write(path):
-    """A binary file to write to, which takes the place of `path` only when it is whole and on the disk."""
-    temporary = f"{path}.tmp"  # always the same, so that what a killed run left is taken up by the next
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-            require(os.path.getsize(temporary) == f.tell(), f"{path}: not all of it reached the disk: nothing was replaced")
-        os.replace(temporary, path)
-        sync_folder(os.path.dirname(path))
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-def sync_folder(folder):
-    """Make a rename in a folder survive a power cut, where the system can (Windows opens no folders)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder or ".", os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-def read_json(path, text=None):
-    """The JSON object in a small file, or in bytes `text` that stood in it: a dict."""
-    try:
-        text = text or np.fromfile(path, np.uint8, min(os.path.getsize(path), MAX_HEADER)).tobytes()
-        value = json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON: {error}") from None
-    require(isinstance(value, dict), f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-def read_safetensors(path):
-    """The header of a .safetensors file, checked: {name: (path, offset, dtype, shape)} and its metadata."""
-    total = os.path.getsize(path)
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        require(8 <= total >= n + 8 and n <= MAX_HEADER, f"{path}: no .safetensors file: {total} bytes, a header of {n}")
-        header = read_json(path, f.read(n))
-    metadata, tensors, end = header.pop("__metadata__", {}), {}, 0
-    require(isinstance(metadata, dict), f"{path}: __metadata__ is no JSON object")
-    def sizes(x):
-        return isinstance(x, list) and len(x) < 9 and all(type(i) is int and 0 <= i < 1 << 48 for i in x)
-    for name, t in header.items():
-        require(isinstance(t, dict) and sizes(t.get("shape")) and sizes(t.get("data_offsets")), f"{path}: tensor {name!r}: "
-                f"expected dtype, shape and data_offsets, found {t!r:.99}")
-        require(t.get("dtype") in list(ITEM_BYTES), f"{path}: tensor {name!r} has the unknown dtype {t.get('dtype')!r}")
-    for name, t in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        begin, end = end, end + math.prod(t["shape"]) * ITEM_BYTES[t["dtype"]]
-        require(t["data_offsets"] == [begin, end], f"{path}: tensor {name!r}, {t['dtype']} {t['shape']}, lies at "
-                f"{t['data_offsets']}, expected {[begin, end]}")
-        tensors[name] = (path, 8 + n + begin, t["dtype"], tuple(t["shape"]))
-    require(8 + n + end == total, f"{path}: has {total} bytes, its header describes {8 + n + end}: fetch it again")
-    return tensors, metadata
-
-def write_safetensors(path, tensors, metadata):
-    """tensors {name: float32 array}, metadata {str: str}. A transposed view is copied, one at a time."""
-    header, end = {"__metadata__": metadata}, 0
-    for name, array in tensors.items():
-        header[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [end, end + 4 * array.size]}
-        end += 4 * array.size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with atomic_write(path) as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for array in tensors.values():
-            f.write(np.ascontiguousarray(array, "<f4"))
-
-def read_tensor(out, tensor, name):
-    """Read a tensor (path, offset, dtype, shape) into the view out, in pieces: there is never a second copy."""
-    path, offset, dtype, shape = tensor
-    step = max(1, (1 << 20) // max(1, math.prod(shape[1:])))
-    with open(path, "rb") as f:
-        f.seek(offset)
-        for i in range(0, len(out), step):
-            piece = np.fromfile(f, FLOATS[dtype], out[i:i + step].size)
-            require(piece.size == out[i:i + step].size, f"{path}: ends in the middle of {name}")
-            if dtype == "BF16":
-                piece = (piece.astype("<u4") << 16).view("<f4")
-            require(np.isfinite(piece).all(), f"{path}: {name} holds a value that is not finite")
-            out[i:i + step] = piece.reshape(out[i:i + step].shape)
-
-def model_tensors(config):
-    """(name, l, shape) of every tensor that a file holds, in order; params[name][l] is its view, with l = ... for all of it."""
-    for name, shape in param_shapes(config).items():
-        for l in [...] if name in NOT_PER_LAYER else range(config.num_layers):
-            yield name, l, shape if l is ... else shape[1:]
-
-def open_huggingface(source):
-    """The same as open_weights, of a folder, a .safetensors file, or the index of one in several parts."""
-    if folder := os.path.isdir(source):
-        source = os.path.join(source, "model.safetensors")
-        source += "" if os.path.exists(source) else ".index.json"
-    told, description = {}, os.path.join(os.path.dirname(source), "config.json")
-    if folder or os.path.basename(source).startswith("model.safetensors") and os.path.exists(description):
-        told = read_json(description)  # it alone says how many heads there are
-    files, found = [source], {}
-    if source.endswith(".json"):  # several files, and an index that tells which tensor is where
-        parts = read_json(source).get("weight_map")
-        require(isinstance(parts, dict) and all(isinstance(p, str) and p == os.path.basename(p) and p.isprintable()
-                and p.endswith(".safetensors") for p in parts.values()), f"{source}: expected a weight_map to files beside it")
-        files = [os.path.join(os.path.dirname(source), part) for part in sorted(set(parts.values()))]
-    for file in files:
-        for name, tensor in read_safetensors(file)[0].items():
-            name = name.removeprefix("transformer.")
-            require(name not in found, f"{source}: tensor {name!r} is there twice")
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, no parameter
-                found[name] = tensor
-    def shape(name):
-        return found[name][3] if name in found else ()
-    require(len(shape("wte.weight")) == len(shape("wpe.weight")) == 2, f"{source}: expected GPT-2's matrices wte.weight "
-            f"and wpe.weight, found shapes {shape('wte.weight')} and {shape('wpe.weight')}")
-    (V, C), maxT, L = shape("wte.weight"), shape("wpe.weight")[0], sum(n.endswith(".ln_1.weight") for n in found)
-    NH = told.get("n_head", C // 64 if C % 64 == 0 else None)
-    for key, value in {"model_type": "gpt2", "vocab_size": V, "n_positions": maxT, "n_embd": C, "n_layer": L, "n_inner": 4 * C,
-                       "activation_function": "gelu_new", "layer_norm_epsilon": LN_EPS, "tie_word_embeddings": True,
-                       "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}.items():
-        require(told.get(key) in (None, value), f"{source}: its config.json says {key} = {told.get(key)!r}, expected {value!r}")
-    require(type(NH) is int, f"{source}: how many heads? {C} channels are no multiple of 64, and no config.json says n_head")
-    config, tensors, head = GPT2Config(maxT, V, L, NH, C), {}, found.pop("lm_head.weight", None)
-    for name, l, want in model_tensors(config):
-        key, want = HF_NAMES[name].format(l), want[::-1] if name in HF_TRANSPOSED else want
-        require(shape(key) == want, f"{source}: tensor {key!r}: expected shape {want}, found {shape(key) or 'none'}")
-        require(found[key][2] in FLOATS, f"{source}: tensor {key!r} is {found[key][2]}, expected {', '.join(FLOATS)}")
-        tensors[name, l] = found.pop(key)
-    require(not found, f"{source}: tensor {next(iter(found), '')!r} is no part of a GPT-2")
-    if head is not None:
-        one, two = (np.memmap(t[0], np.uint8, "r", t[1], math.prod(t[3]) * ITEM_BYTES[t[2]]) for t in (head, tensors["wte", ...]))
-        require(np.array_equal(one, two), f"{source}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
-    return config, tensors
-
-def open_llmc(path):
-    """The same as open_weights, of an llm.c model file."""
-    magic, version, maxT, V, L, NH, C, padded = [*np.fromfile(path, "<i4", 8).tolist(), *[0] * 8][:8]
-    require(magic == 20240326, f"{path}: no llm.c model: it begins with {magic}, expected 20240326")
-    require(version in (1, 3, 5), f"{path}: version {version}, expected 1 or 3 (float32) or 5 (bfloat16)")
-    config, tensors, offset, dtype = GPT2Config(maxT, V, L, NH, C), {}, 1024, "BF16" if version == 5 else "F32"
-    padding = padded - V if version > 1 else 0
-    need = offset + (size(param_shapes(config)) + padding * C) * ITEM_BYTES[dtype]
-    require(padding >= 0, f"{path}: padded vocabulary of {padded} for {V} tokens: no model's header")
-    require(os.path.getsize(path) == need, f"{path}: has {os.path.getsize(path)} bytes, its header describes {need}")
-    for name, l, shape in model_tensors(config):
-        tensors[name, l] = (path, offset, dtype, shape)
-        offset += (math.prod(shape) + (padding * C if name == "wte" else 0)) * ITEM_BYTES[dtype]
-    return config, tensors
-
-def open_weights(source):
-    """(config, {(name, l): tensor}) of one of OpenAI's four names, a folder, a .safetensors or an llm.c .bin file."""
-    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl") and not os.path.exists(source):
-        import prepro_tinyshakespeare
-        source = prepro_tinyshakespeare.fetch_weights(source)
-    require(os.path.exists(source), f"--model {source!r}: no such file, nor gpt2[-medium, -large, -xl], {', '.join(FRESH)}")
-    return open_llmc(source) if source.endswith(".bin") else open_huggingface(source)
-
-def load_weights(model, tensors):
-    """Read what open_weights found into its place in the blob; returns the model."""
-    for (name, l), tensor in tensors.items():
-        view, transposed = model.params[name][l], name in HF_TRANSPOSED and not tensor[0].endswith(".bin")
-        read_tensor(view.T if transposed else view, tensor, name if l is ... else f"{name} of layer {l}")
-    return model
-
-def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1):
-    """A GPT2 with weights from outside; open_weights says what source may be. Errors: InputError, OSError."""
-    config, tensors = open_weights(source)
-    return load_weights(cls(config, batch_size, sequence_length, None, recompute), tensors)
-
-def save_pretrained(model, folder):
-    """config.json, generation_config.json and model.safetensors, as Hugging Face's GPT2LMHeadModel reads them."""
-    c, ends = model.config, dict.fromkeys(["bos_token_id", "eos_token_id"], 50256 if model.config.vocab_size == 50257 else None)
-    description = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "dtype": "float32", "vocab_size": c.vocab_size,
-                   "n_positions": c.max_seq_len, "n_embd": c.channels, "n_layer": c.num_layers, "n_head": c.num_heads,
-                   "activation_function": "gelu_new", "layer_norm_epsilon": LN_EPS, "tie_word_embeddings": True, **ends}
-    os.makedirs(folder, exist_ok=True)
-    for name, content in (("config.json", description), ("generation_config.json", ends)):
-        with atomic_write(os.path.join(folder, name)) as f:
-            f.write(json.dumps(content, indent=2).encode())
-    tensors = {"transformer." + HF_NAMES[name].format(l): model.params[name][l].T if name in HF_TRANSPOSED else
-               model.params[name][l] for name, l, _ in model_tensors(c)}
-    write_safetensors(os.path.join(folder, "model.safetensors"), tensors, {"format": "pt"})
-
-# ---- 10. Data: token files and batches -----------------------------------------------------------------------------
-# llm.c's token file: 256 int32: 20240520, version 1, number of tokens | the tokens as uint16. They are mapped
-# into memory, not read. A batch is the next B*T tokens, and its targets are the same, one token further.
-
-def open_tokens(path, least):
-    """The tokens of a file, as a memory map of uint16 with at least `least` elements."""
-    header, nbytes = np.fromfile(path, "<i4", 256).tolist(), os.path.getsize(path)
-    require(len(header) == 256 and header[0] == 20240520,
-            f"{path}: no token file: magic number {header[:1]}, expected 20240520: write it with prepro_tinyshakespeare.py")
-    require(header[1] == 1, f"{path}: token file of version {header[1]}, expected 1")
-    require(nbytes == 1024 + 2 * header[2], f"{path}: has {nbytes} bytes, {header[2]} tokens make {1024 + 2 * header[2]}")
-    require(header[2] >= least, f"{path}: has {header[2]} tokens, a batch needs B*T + 1 = {least}: use a smaller --batch_size")
-    return np.memmap(path, "<u2", "r", 1024)
 
 class DataLoader:
-    """Batches in llm.c's order: shard after shard, over and over. source: a glob pattern of token files, or an array
-    of token ids; position: [shard, offset in it]."""
-    def __init__(self, source, B, T, vocab_size):
-        self.B, self.T, self.top, files = B, T, vocab_size - 1, isinstance(source, str)
-        self.names = sorted(glob.glob(source)) if files else ["the text"]
-        require(self.names, f"{source}: no such token file: write one with python prepro_tinyshakespeare.py")
-        self.shards = [open_tokens(path, B * T + 1) for path in self.names] if files else [source]
+    """Batches of consecutive tokens, shard after shard, over and over.
+
+    source        an array of token ids, or a pattern of token files: see open_shards
+    shuffle_seed  None: one passage after the other, as llm.c's CPU trainer takes them. A number:
+                  the passages of a shard in an order that is drawn anew for each epoch
+    rank, size    of `size` processes that share the data, this is number `rank`
+
+    A shard is cut into windows of T tokens, and a batch is B windows. position is what the next
+    batch depends on: [shard, offset, epoch], where offset counts the tokens seen of this shard.
+    """
+
+    def __init__(self, source, B, T, vocab_size, shuffle_seed=None, rank=0, size=1):
+        self.B, self.T = B, T
+        self.shuffle_seed = shuffle_seed
+        self.rank, self.size = rank, size
+        self.names, self.shards = open_shards(source)
         self.sizes = [len(shard) for shard in self.shards]
-        self.seek([0, 0])
+
+        for name, shard in zip(self.names, self.shards, strict=True):
+            require(
+                len(shard) >= B * T + 1,
+                f"{name}: has {len(shard)} tokens, a batch needs B*T + 1 = {B * T + 1}: "
+                "use a smaller --batch_size",
+            )
+            highest = shard.max()
+            require(
+                highest < vocab_size,
+                f"{name}: holds token {highest}, the model's vocabulary ends at {vocab_size - 1}",
+            )
+        self.seek([0, 0, 0])
 
     def seek(self, position):
-        """Go to a position, and make sure that its shard holds no id beyond the vocabulary."""
-        self.position, highest = list(position), self.shards[position[0]].max()
-        require(highest <= self.top, f"{self.names[position[0]]}: holds token {highest}, the model's vocabulary ends at {self.top}")
+        """Go to a position. Two numbers are a shard and an offset in it, in epoch 0."""
+        shard, offset, epoch = [*position, 0][:3]
+        self.position = [shard, offset, epoch]
+        self.first, self.order = self.windows(shard, epoch)
+
+    def windows(self, shard, epoch):
+        """Where the first window of a shard begins, and the order in which windows are taken."""
+        num_tokens, B, T = self.sizes[shard], self.B, self.T
+        if self.shuffle_seed is None:
+            return 0, np.arange((num_tokens - 1) // T)
+
+        rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
+        first = int(rng.integers(min(T, num_tokens - B * T)))  # other windows in each epoch
+        return first, rng.permutation((num_tokens - 1 - first) // T)
 
     def next_batch(self):
-        """inputs, targets (B, T), int64."""
-        (shard, start), n = self.position, self.B * self.T
-        tokens = np.array(self.shards[shard][start:start + n + 1], np.int64)
-        self.position[1] += n
-        if start + 2 * n + 1 > len(self.shards[shard]):
-            self.seek([(shard + 1) % len(self.shards), 0])
-        return tokens[:-1].reshape(self.B, self.T), tokens[1:].reshape(self.B, self.T)
+        """inputs, targets (B, T), int64. The targets are the inputs, one token further."""
+        for turn in range(self.size):  # the batches of the other processes are passed over
+            if turn == self.rank:
+                inputs, targets = self.read_batch()
+            self.advance()
+        return inputs, targets
 
-# ---- 11. Sampling --------------------------------------------------------------------------------------------------
-def generate(model, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
-    """Continue a list of token ids: an iterator over max_new_tokens new ids, each as soon as it is known. temperature
-    0 always takes the likeliest, top_k > 0 chooses among the k likeliest. Each token costs one position (see
-    forward_rows), unless recompute = 3; when the context is full, its newer half becomes the beginning of a new one."""
-    rng, T = rng or np.random.default_rng(0), model.sequence_length
-    window, done = model.check_tokens(list(tokens), "prompt").tolist()[-T:], 0
+    def read_batch(self):
+        """The batch at the present position."""
+        shard, offset, _ = self.position
+        tokens = self.shards[shard]
+        next_window = offset // self.T
+
+        inputs = np.empty((self.B, self.T), np.int64)
+        targets = np.empty((self.B, self.T), np.int64)
+        for b in range(self.B):
+            start = self.first + self.order[next_window + b] * self.T
+            stop = start + self.T
+            inputs[b] = tokens[start:stop]
+            targets[b] = tokens[start + 1 : stop + 1]
+        return inputs, targets
+
+    def advance(self):
+        """Go to the next batch: in this shard, in the next one, or in the first of a new epoch."""
+        shard, offset, epoch = self.position
+        offset += self.B * self.T
+        if offset // self.T + self.B <= len(self.order):
+            self.position = [shard, offset, epoch]
+        elif shard + 1 < len(self.shards):
+            self.seek([shard + 1, 0, epoch])
+        else:
+            self.seek([0, 0, epoch + 1])
+
+
+def train_step(
+    model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0, step=None,
+    check=lambda value, what: None,
+):  # fmt: skip
+    """One update from the next micro_batches batches of the loader: returns (loss, norm).
+
+    grad_clip   the largest norm of the gradient, 0 for any; a longer one is scaled down to it
+    check       called with a loss or a norm and its name as soon as it is known
+    """
+    loss = 0.0
+    for _ in range(micro_batches):
+        inputs, targets = loader.next_batch()
+        loss += model.forward(inputs, targets, grad_scale=1 / micro_batches) / micro_batches
+        check(loss, "loss")
+        model.backward()
+
+    norm = model.grad_norm()
+    check(norm, "gradient norm")
+    clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
+    model.update(learning_rate, weight_decay=weight_decay, step=step, grad_scale=clip)
+    return loss, norm
+
+
+def as_one_sequence(x):
+    """(B, T, ...) seen as (1, B*T, ...), which can be cut anywhere."""
+    return x.reshape(1, -1, *x.shape[2:], copy=False)
+
+
+def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
+    """GPT2.generate, whose arguments are described there.
+
+    Each new token costs one position, because the keys and values of those before it are kept in
+    acts["qkv"]. (Not so when the layers share that, as with recompute = 2: then the whole window is
+    computed for each token.) When the context is full, its newer half begins a new one.
+    """
+    T = model.sequence_length
+    keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
+    owner = object()  # another generator, or another forward pass, may come in between
+    window = tokens[-T:]
+    done = 0  # how many tokens of the window have their keys and values in acts["qkv"]
+
     for _ in range(max_new_tokens):
         if len(window) > T:
-            window, done = window[-max(1, T // 2):], 0
+            window = window[-max(1, T // 2) :]
+            done = 0
+        if model.keys_owner is not owner or not keeps_keys:
+            done = 0
+
         lnf = model.forward_rows(np.array([window[done:]]), first=done)
-        done, logits = len(window) * (model.recompute != 3), model.acts["logits"][:, :1]
+        model.keys_owner = owner
+        done = len(window)
+
+        logits = model.acts["logits"][:, :1]
         matmul_forward(logits, lnf[:, -1:], model.params["wte"])
         window.append(sample(logits[0, 0], temperature, top_k, rng))
         yield window[-1]
+
 
 def sample(logits, temperature, top_k, rng):
     """One token id drawn from softmax(logits / temperature), logits (V,)."""
     if temperature < 1e-30:
         return int(logits.argmax())
+
     logits = (logits - logits.max()) / temperature
     if 0 < top_k < len(logits):
-        logits[logits < np.partition(logits, -top_k)[-top_k]] = -np.inf
+        kth_largest = np.partition(logits, -top_k)[-top_k]
+        logits[logits < kth_largest] = -np.inf
+
     cumulative = np.exp(logits, out=logits).cumsum()
-    return int(min(np.searchsorted(cumulative, rng.random(dtype=np.float32) * cumulative[-1], "right"), len(logits) - 1))
+    drawn = rng.random(dtype=np.float32) * cumulative[-1]
+    token = np.searchsorted(cumulative, drawn, "right")
+    return int(min(token, len(logits) - 1))
 
-GPT2.from_pretrained, GPT2.save_pretrained, GPT2.generate = classmethod(from_pretrained), save_pretrained, generate
 
-# ---- 12. Training and the command line -----------------------------------------------------------------------------
-FLAGS = {  # name: (default, meaning). The one place where defaults stand; they are those of llm.c's CPU trainer
-    "model": ("gpt2", "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48: fresh weights; or a folder, .safetensors or .bin"),
-    "input_bin": ("data/tiny_shakespeare_train.bin", "training tokens: a path or a glob pattern"),
-    "input_val_bin": ("data/tiny_shakespeare_val.bin", "validation tokens, likewise"),
-    "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
-    "batch_size": (4, "B, sequences per batch"),
-    "sequence_length": (64, "T, tokens per sequence (when only generating: the model's whole context)"),
-    "total_batch_size": (0, "tokens per update, a multiple of B*T; 0: B*T"), "num_iterations": (40, "updates"),
-    "learning_rate": (1e-4, "its peak"), "warmup_iters": (0, "updates over which it rises to the peak"),
-    "learning_rate_decay_frac": (1.0, "fraction of the peak to which a cosine takes it by the end"),
-    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"), "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
-    "val_loss_every": (10, "updates between validations; 0: none"), "val_max_steps": (5, "batches per validation"),
-    "sample_every": (20, "updates between samples; 0: none"), "inference_only": (0, "1: continue --prompt and train nothing"),
-    "overfit_single_batch": (0, "1: train on the first batch again and again"),
-    "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
-    "recompute": (1, "0: store everything; 1: compute GELU again in backward; 2: layernorm too; 3: whole layers"),
-    "checkpoint_every": (0, "updates between checkpoints in --output_dir; 0: only when stopped"),
-    "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
-    "seed": (1337, "of fresh weights and of samples"), "prompt": ("", "text to continue; if empty, a new text begins"),
-    "max_new_tokens": (64, "length of a sample, in tokens"), "top_k": (0, "sample among the k likeliest; 0: among all"),
-    "temperature": (1.0, "of samples: below 1 bolder, above 1 wilder, 0 always the likeliest token"),
-}
-DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
-MAY_CHANGE = {"num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every", "resume",
-              "output_dir", "max_new_tokens", "temperature", "top_k", "prompt"}     # when a run is resumed
-FRESH = {"d6": 384, "d12": 768, "d24": 1024, "d36": 1280, "d48": 1600}  # dL: L layers, channels, heads of 64
-EMBEDDED_CONFIG = GPT2Config(64, 256, 4, 4, 128)  # what trains where nothing can be fetched: a vocabulary of bytes,
-EMBEDDED = {"model": "bytes", "input_bin": "", "batch_size": 8, "num_iterations": 1200, "learning_rate": 2e-3,  # a minute
-            "warmup_iters": 50, "learning_rate_decay_frac": 0.05, "weight_decay": 0.1, "grad_clip": 1.0, "val_loss_every": 200,
-            "val_max_steps": 30, "sample_every": 1200, "max_new_tokens": 400, "temperature": 0.7}
+# --------------------------------------------------------------------------------------------------
+# Here the algorithm ends, and you may stop reading. What follows makes a tool of it.
+# --------------------------------------------------------------------------------------------------
+# 9. Threads
+#
+# There are two kinds. BLAS has threads of its own, which serve the large matrix products. The
+# threads of `parallel` run blocks of rows; they run side by side because NumPy lets go of the
+# interpreter lock while it computes. While they run, BLAS is held to one thread, so that the two
+# kinds never compete for a core.
 
-def parse(argv):
-    """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
-    examples = "\n\n" + __doc__.split("\n\n")[2]
-    parser = argparse.ArgumentParser(usage=examples, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, (default, text) in FLAGS.items():
-        def value(text, kind=type(default), low=int(name in ("batch_size", "sequence_length", "val_max_steps"))):
-            if kind is not str and not low <= kind(text) < 1 << 63:
-                raise ValueError
-            return kind(text)
-        value.__name__ = {int: "whole number", float: "number", str: "text"}[type(default)]
-        parser.add_argument(f"--{name}", type=value, metavar="X", help=f"{text} (default: {default!r})")
-    return vars(parser.parse_args(argv))
 
-def available_memory():
-    """Bytes this process may still take of the machine, its container and its own limit; inf if nothing tells."""
-    free = [math.inf]
-    with contextlib.suppress(OSError, IndexError):  # MemAvailable, in KiB
-        free.append(1024 * int(open("/proc/meminfo").read().split("MemAvailable:")[1].split()[0]))
-    with contextlib.suppress(OSError, ValueError):  # "max", where the container sets no limit
-        free.append(int(open("/sys/fs/cgroup/memory.max").read()) - int(open("/sys/fs/cgroup/memory.current").read()))
-    with contextlib.suppress(ImportError):          # not on Windows
-        import resource
-        free.append(resource.getrlimit(resource.RLIMIT_AS)[0] % (1 << 64))  # -1 means no limit
-    return min(free)
+def threads_wanted():
+    """OPENBLAS_NUM_THREADS or OMP_NUM_THREADS, if one is a number, else the number of cores."""
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
+        if first.isdecimal() and int(first) > 0:
+            return int(first)
 
-def make_model(s, config):
-    """Print the memory plan, refuse it if the machine plainly has not got that much, else allocate the model."""
-    n, most = 4 * size(param_shapes(config)), config.max_seq_len  # bytes, tokens
-    require(s.sequence_length <= most, f"the model's context is {most}: use --sequence_length {most} or less")
-    plan = {"parameters": n} if s.inference_only else {"parameters": n, "gradients": n, "moments": 2 * n}
-    def total(B):
-        plan["activations"] = 4 * size(act_shapes(config, B, s.sequence_length, s.recompute))
-        return sum(plan.values())
-    free = available_memory()
-    fits, need = bisect.bisect(range(1, s.batch_size + 1), free, key=total), total(s.batch_size)
-    say(f"model: {n // 4:,} parameters: " + ", ".join(f"{k} {v}" for k, v in asdict(config).items()))
-    say("memory: " + ", ".join(f"{k} {v / 1e6:.0f}" for k, v in plan.items()) + f", in all {need / 1e6:.0f} MB")
-    if fits < s.batch_size:  # no InputError: it is nobody's fault, and no damage of a checkpoint
-        raise MemoryError(f"B={s.batch_size}, T={s.sequence_length} needs {need / 1e6:.0f} MB, the machine has {free / 1e6:.0f}: "
-                          "use " + (f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"))
-    return GPT2(config, s.batch_size, s.sequence_length, None, s.recompute)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
-def learning_rate(step, s):
-    """Of the update that follows `step` others: a rise to the peak, then half a cosine down."""
-    if step < s.warmup_iters:
-        return s.learning_rate * (step + 1) / s.warmup_iters
-    done, low = (step - s.warmup_iters) / (s.num_iterations - s.warmup_iters), s.learning_rate * s.learning_rate_decay_frac
-    return low + (s.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * done))
 
-def check_finite(value, what, model, step):
-    """InputError if a loss or a norm is NaN or infinite, naming the tensor where that began, in the order of computation."""
-    if not math.isfinite(value):
-        tables, names = (model.params, model.acts) if what == "loss" else (model.grads,), [*model.params, *model.acts]
-        order = [(n, l) for l in range(model.config.num_layers) for n in names if n not in NOT_PER_LAYER]
-        first, last = ("wte", "wpe", "encoded"), model.config.num_layers - 1
-        order = [(n, None) for n in first] + order + [(n, None) for n in names if n in NOT_PER_LAYER and n not in first]
-        bad = (f"{name}{'' if l is None else f' of layer {l}'}" for name, l in (order if what == "loss" else reversed(order))
-               for t in tables if name in t and (l in (None, last) or len(t[name]) > 1)  # shared: holds the last layer's
-               and not np.isfinite(t[name] if l is None else t[name][l % len(t[name])]).all())
-        raise InputError(f"update {step + 1}: the {what} is {value}; it began in {next(bad, 'the last sum')}. The last checkpoint "
-                         "is as it was. Try a smaller --learning_rate, or --grad_clip 1")
+def find_blas_threads_setter():
+    """The function of NumPy's own OpenBLAS that sets its number of threads.
 
-def checkpoints(folder):
+    Where NumPy has another BLAS, a function that does nothing.
+    """
+    here = os.path.dirname(np.__file__)
+    libraries = glob.glob(here + "/../numpy.libs/*openblas*")
+    libraries += glob.glob(here + "/.dylibs/*openblas*")
+
+    for path in libraries:
+        with contextlib.suppress(OSError, AttributeError):
+            return ctypes.CDLL(path).scipy_openblas_set_num_threads64_
+    return lambda n: None
+
+
+def keep_freed_pages():
+    """Tell glibc to keep freed memory, so that temporaries need not be mapped and zeroed again.
+
+    Saves 4 % of a step at B = 4, T = 64. Other systems have no mallopt.
+    """
+    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def make_pool():
+    """The threads of `parallel`. Each is started when it is needed first."""
+    global POOL
+    POOL = ThreadPoolExecutor(max_workers=64)
+
+
+ROW_THREADS = BLAS_THREADS = threads_wanted()
+set_blas_threads = find_blas_threads_setter()
+keep_freed_pages()
+make_pool()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=make_pool)  # threads do not come along into a new process
+
+
+def parallel(task, n):
+    """[task(0), ..., task(n - 1)], computed by ROW_THREADS threads while BLAS has one."""
+    results = [None] * n
+    numbers = iter(range(n))
+
+    def work():
+        for i in numbers:  # whoever is free takes the next
+            results[i] = task(i)
+
+    helpers = []
+    set_blas_threads(1)
+    try:
+        for _ in range(min(ROW_THREADS, n) - 1):
+            with contextlib.suppress(RuntimeError):  # no more threads are to be had
+                helpers.append(POOL.submit(work))
+        work()
+    finally:
+        wait(helpers)
+        set_blas_threads(BLAS_THREADS)
+
+    for helper in helpers:
+        helper.result()
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Weights and tokens from files
+#
+# The formats are described in prepro_tinyshakespeare.py, which checks whatever it reads.
+
+
+def open_shards(source):
+    """(names, arrays of token ids) of a pattern of token files, or of one array.
+
+    A token file is mapped into memory, not read.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return ["the text"], [source]
+
+    names = sorted(glob.glob(os.fspath(source)))
+    require(
+        names,
+        f"{source}: no such token file: write one with python prepro_tinyshakespeare.py",
+    )
+    return names, [prepro.open_tokens(name) for name in names]
+
+
+def check_vocabulary(loader, vocab_size, what):
+    """InputError if a model of GPT-2's tokens is given a file of bytes."""
+    highest = max(int(shard.max()) for shard in loader.shards)
+    of_bytes = vocab_size >= 50257 and highest < 256
+    require(
+        not of_bytes,
+        f"{what} {loader.names[0]}: holds bytes, and the model's vocabulary is GPT-2's: write its "
+        "tokens without --bytes 1, or use --model bytes",
+    )
+
+
+def load_pretrained(cls, source, batch_size, sequence_length, recompute, training):
+    """GPT2.from_pretrained, whose arguments are described there."""
+    path = find_weights(source)
+    config = GPT2Config(**prepro.read_sizes(path))
+    tensors = prepro.find_tensors(path, param_shapes(config))
+    model = cls(config, batch_size, sequence_length, None, recompute, training)
+    prepro.read_tensors(tensors, model.params)
+    return model
+
+
+def find_weights(source):
+    """The path of a model: of a name that OpenAI gave, fetched if need be, or source itself."""
+    source = os.fspath(source)
+    if source in prepro.WEIGHTS and not os.path.exists(source):
+        return prepro.fetch_weights(source)
+
+    names = ", ".join([*prepro.WEIGHTS, *FRESH, "bytes"])
+    require(os.path.exists(source), f"--model {source!r}: no such file, and none of {names}")
+
+    stopped_run = list_checkpoints(source)
+    if stopped_run and not holds_weights(source):
+        raise InputError(
+            f"{source}: holds checkpoints of a run that was stopped: use --model {stopped_run[0]}"
+        )
+    return source
+
+
+def write_tensors(model, inputs, targets, folder):
+    """Write what a port to another language checks itself against, in llm.c's two formats.
+
+    The model, and one batch (B, T) with its logits, its loss and all gradients. Returns the paths:
+    FOLDER/gpt2_124M.bin and FOLDER/gpt2_124M_debug_state.bin for 124 million parameters.
+    """
+    millions = round(model.flat.shape[1] / 1e6)
+    model_path = os.path.join(folder, f"gpt2_{millions}M.bin")
+    state_path = os.path.join(folder, f"gpt2_{millions}M_debug_state.bin")
+    prepro.write_llmc_model(model_path, asdict(model.config), model.params)
+
+    model.zero_grad()
+    loss = model.forward(inputs, targets)
+    model.backward()
+
+    def logits_pieces():
+        lnf = rows_of(model.acts["lnf"])
+        for i in range(0, len(lnf), LOGITS_ROWS):
+            yield lnf[i : i + LOGITS_ROWS] @ model.params["wte"].T
+
+    prepro.write_llmc_state(state_path, inputs, targets, logits_pieces(), loss, model.grads)
+    return [model_path, state_path]
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Checkpoints
+#
+# DIR/checkpoint_STEP is a folder with what save_pretrained writes; main.log; and
+# optimizer.safetensors, which holds AdamW's m and v, each one row laid out like the parameters,
+# and, as metadata, the state of the run in JSON. Each part has a checksum in it. The folder is
+# written under another name and then renamed. The last two checkpoints are kept.
+
+
+@dataclass
+class Run:
+    """A run of the training loop: the model, its data, and how far it is."""
+
+    args: SimpleNamespace  # the value of every flag
+    model: GPT2
+    stopped: list  # the numbers of the signals that have come
+    loader: DataLoader = None
+    val_loader: DataLoader = None
+    step: int = 0  # updates done
+    position: list = None  # of the loader, when the run was saved
+    evaluated: bool = False  # whether the validation and the sample of this step are done
+    log: list = None  # the lines of main.log
+    tokens: list = None  # the number of tokens in each shard of the training data
+    tokens_crc32: list = None  # and their checksums
+    saved_as_evaluated: bool = None  # what the checkpoint of this step says about `evaluated`
+
+
+def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "checkpoint_" + "[0-9]" * 8)), reverse=True) if folder else []
+    if not folder:
+        return []
+    pattern = os.path.join(glob.escape(folder), "checkpoint_" + "[0-9]" * 8)
+    return sorted(glob.glob(pattern), reverse=True)
+
 
 def checksums(model, folder):
-    """CRC-32s of parameters, m and v as they stand in the blob, and of a checkpoint's small files."""
-    files = (np.fromfile(os.path.join(folder, n), np.uint8) for n in ("config.json", "generation_config.json", "main.log"))
-    return [zlib.crc32(data) for data in (model.flat[0], model.flat[2], model.flat[3], *files)]
+    """CRC-32s of parameters, m and v as they stand in the blob, and of the small files."""
+    sums = [zlib.crc32(model.flat[row]) for row in (0, 2, 3)]
+    for name in ("config.json", "generation_config.json", "main.log"):
+        data = np.fromfile(os.path.join(folder, name), np.uint8)
+        sums.append(zlib.crc32(data))
+    return sums
+
 
 def save_checkpoint(model, folder, state):
-    """DIR/checkpoint_STEP: what save_pretrained writes; main.log; and optimizer.safetensors: AdamW's m and v, each one row
-    laid out like the parameters, and as metadata the state of the run, in JSON. The last two checkpoints are kept."""
-    final, temporary = os.path.join(folder, f"checkpoint_{state['step']:08d}"), os.path.join(folder, "checkpoint.tmp")
-    if final not in checkpoints(folder):
-        shutil.rmtree(temporary, ignore_errors=True)
-        model.save_pretrained(temporary)
-        with atomic_write(os.path.join(temporary, "main.log")) as f:
-            f.write("".join(f"{line}\n" for line in state["log"]).encode())
-        text = json.dumps({**state, "log": None, "crc32": checksums(model, temporary)})
-        write_safetensors(os.path.join(temporary, "optimizer.safetensors"), {"m": model.flat[2], "v": model.flat[3]},
-                          {"state": text, "crc32": str(zlib.crc32(text.encode()))})
-        os.replace(temporary, final)
-        sync_folder(folder)
-    for old in checkpoints(folder)[2:]:
+    """Write DIR/checkpoint_STEP, and delete all but the last two.
+
+    state: a dict of what a run needs besides the model, see state_of; "log" are main.log's lines.
+    """
+    final = os.path.join(folder, f"checkpoint_{state['step']:08d}")
+    temporary = os.path.join(folder, "checkpoint.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+
+    model.save_pretrained(temporary)
+    write_log(os.path.join(temporary, "main.log"), state["log"])
+
+    text = json.dumps({**state, "log": None, "crc32": checksums(model, temporary)})
+    metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
+    moments = {"m": model.flat[2], "v": model.flat[3]}
+    prepro.write_safetensors(os.path.join(temporary, "optimizer.safetensors"), moments, metadata)
+
+    replace_folder(temporary, final)
+    for old in list_checkpoints(folder)[2:]:
         shutil.rmtree(old, ignore_errors=True)
 
-def load_checkpoint(folder, given):
-    """(settings, model, state) of a checkpoint, with what is given of MAY_CHANGE; InputError if a bit of it is wrong."""
-    moments, metadata = read_safetensors(os.path.join(folder, "optimizer.safetensors"))
-    text = str(metadata.get("state")).encode(errors="replace")
-    require(str(zlib.crc32(text)) == metadata.get("crc32"), "its state does not match its checksum")
-    state, (config, weights) = read_json(folder, text), open_huggingface(folder)
-    state["log"] = np.fromfile(os.path.join(folder, "main.log"), np.uint8).tobytes().decode(errors="replace").splitlines()
-    s = SimpleNamespace(**DEFAULTS | state["settings"] | {name: given[name] for name in MAY_CHANGE & given.keys()})
-    model = load_weights(make_model(s, config), weights)
-    for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
-        require(moments.get(name, " " * 4)[2:] == ("F32", row.shape), f"{name} is not as expected")
-        read_tensor(row, moments[name], name)
-    require(state["crc32"] == checksums(model, folder), "its data does not match its checksum")
-    return s, model, state
 
-def lock(folder):
-    """Keep the folder to this process until it ends, however it ends. Returns a file that must stay open."""
+def state_of(run):
+    """What a checkpoint keeps of a run, besides the model."""
+    return {
+        "step": run.step,
+        "position": run.loader.position,
+        "evaluated": run.evaluated,
+        "log": run.log,
+        "settings": vars(run.args),
+        "tokens": run.tokens,
+        "tokens_crc32": run.tokens_crc32,
+    }
+
+
+def replace_folder(temporary, final):
+    """Rename a folder. One that has this name already is moved away first, and deleted at last."""
+    old = f"{final}.old"
+    if os.path.exists(final):
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
+    os.replace(temporary, final)
+    prepro.sync_folder(os.path.dirname(final))
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_replaced(folder):
+    """Give a checkpoint its name back if the run was killed within replace_folder."""
+    for old in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.old")):
+        final = old.removesuffix(".old")
+        if not os.path.exists(final):
+            os.replace(old, final)
+
+
+def read_state(folder):
+    """(state, m and v as StoredTensors) of a checkpoint. InputError unless all is as it must be."""
+    path = os.path.join(folder, "optimizer.safetensors")
+    moments, metadata = prepro.read_safetensors(path)
+    text = str(metadata.get("state")).encode(errors="replace")
+    right = str(zlib.crc32(text)) == metadata.get("crc32")
+    require(right, "its state does not match its checksum")
+
+    state = prepro.parse_json(text, path)
+    settings = state.get("settings")
+    require(isinstance(settings, dict), "its settings are not as expected")
+    for name, value in settings.items():
+        known = name in DEFAULTS and isinstance(value, (type(DEFAULTS[name]), int))
+        known = known and isinstance(value, str) == isinstance(DEFAULTS[name], str)
+        require(known, f"its setting {name!r} is not as expected")
+    if "shuffle" not in settings:  # written before there was such a flag
+        settings["shuffle"] = 0
+        settings["recompute"] = {2: 1, 3: 2}.get(settings.get("recompute"), 1)
+
+    require(prepro.are_sizes(state.get("crc32")), "its checksums are not as expected")
+    sums = state.get("tokens_crc32", [])
+    require(prepro.are_sizes(sums), "its checksums are not as expected")
+    step, position = state.get("step"), state.get("position")
+    require(type(step) is int and step >= 0, "its step is not as expected")
+    right = prepro.are_sizes(position) and len(position) in (2, 3)
+    require(right, "its position is not as expected")
+    require(prepro.are_sizes(state.get("tokens")), "its tokens are not as expected")
+    require(type(state.get("evaluated")) is bool, "its state is not as expected")
+    return state, moments
+
+
+def load_checkpoint(folder, named):
+    """(args, model, state) of a checkpoint, with the flags in `named` that may change.
+
+    InputError if a bit of it is wrong.
+    """
+    state, moments = read_state(folder)
+    changed = {name: value for name, value in named.items() if name in MAY_CHANGE}
+    args = SimpleNamespace(**DEFAULTS | state["settings"] | changed)
+
+    config = GPT2Config(**prepro.read_sizes(folder))
+    tensors = prepro.find_tensors(folder, param_shapes(config))
+    model = make_model(args, config)
+    with Progress(f"reading {folder}"):
+        prepro.read_tensors(tensors, model.params)
+        for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
+            stored = moments.get(name)
+            right = stored is not None and (stored.dtype, stored.shape) == ("F32", row.shape)
+            require(right, f"{name} is not as expected")
+            prepro.read_tensor(row, stored, name)
+        right = state["crc32"] == checksums(model, folder)
+        require(right, "its data does not match its checksum")
+
+    model.updates = state["step"]
+    log = np.fromfile(os.path.join(folder, "main.log"), np.uint8).tobytes()
+    state["log"] = log.decode(errors="replace").splitlines()
+    return args, model, state
+
+
+def resume(named, stopped):
+    """The Run of the newest whole checkpoint in --output_dir. None if there is no checkpoint."""
+    output_dir = named.get("output_dir", "")
+    recover_replaced(output_dir)
+    folders = list_checkpoints(output_dir)
+    for folder in folders:
+        try:
+            args, model, state = load_checkpoint(folder, named)
+        except (InputError, OSError) as error:
+            print_now(f"{folder} is damaged: {error}: taking the one before it")
+            continue
+
+        refuse_changed_flags(args, named)
+        print_now(f"resuming from {folder}")
+        for newer in folders[: folders.index(folder)]:  # a whole one will take its name
+            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
+            os.replace(newer, f"{newer}.damaged")
+        return Run(
+            args=args,
+            model=model,
+            stopped=stopped,
+            step=state["step"],
+            position=state["position"],
+            evaluated=state["evaluated"],
+            saved_as_evaluated=state["evaluated"],
+            log=state["log"],
+            tokens=state["tokens"],
+            tokens_crc32=state.get("tokens_crc32"),
+        )
+
+    whole = not folders
+    require(whole, f"no checkpoint in {output_dir} is whole: choose another --output_dir")
+    require(
+        not holds_weights(output_dir),
+        f"{output_dir} holds weights, but no checkpoint to resume from: fine-tune from them with "
+        f"--model {output_dir} and another --output_dir",
+    )
+    print_now("no checkpoint to resume from: starting anew")
+    return None
+
+
+def refuse_changed_flags(args, named):
+    """InputError if a flag is named that a resumed run can't change."""
+    clashes = []
+    for name, value in named.items():
+        before = getattr(args, name)
+        if value != before:
+            clashes.append(f"--{name} {value!r} (it was {before!r})")
+    require(
+        not clashes,
+        f"the run in {args.output_dir} can't go on with {', '.join(clashes)}: leave that out, or "
+        "start another",
+    )
+
+
+def holds_weights(folder):
+    """Whether a folder holds the weights of a finished run."""
+    return os.path.exists(os.path.join(folder, "model.safetensors"))
+
+
+def refuse_used_folder(folder):
+    """InputError if a folder holds a run, which a new run would overwrite."""
+    log = os.path.join(folder, "main.log")
+    used = list_checkpoints(folder) or holds_weights(folder)
+    used = used or os.path.exists(log) and os.path.getsize(log) > 0
+    require(
+        not used,
+        f"{folder} holds a run: go on with --resume 1, or choose another --output_dir",
+    )
+
+
+def lock_folder(folder):
+    """Keep a folder to this process until it ends. Returns a file that must stay open."""
     os.makedirs(folder, exist_ok=True)
     handle = open(os.path.join(folder, ".lock"), "ab")
     try:
         if os.name == "nt":
             import msvcrt
+
             msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return handle
     except OSError:
-        raise InputError(f"{folder}: another run is writing there: choose another --output_dir") from None
+        handle.close()
+        raise InputError(
+            f"{folder}: another run is writing there: choose another --output_dir"
+        ) from None
 
-def picture(values, width=60):
+
+# --------------------------------------------------------------------------------------------------
+# 12. The training loop
+
+
+def train(run):
+    """Train, validate, sample and save, until all updates are done or a signal has come."""
+    args = run.args
+    tokens_per_step = args.total_batch_size or args.batch_size * args.sequence_length
+    micro_batches = count_micro_batches(args)
+    first_step = run.step
+    began = time.perf_counter()
+    seconds = None  # that the last update took
+    loader = FirstBatch(run.loader) if args.overfit_single_batch else run.loader
+    if args.output_dir:
+        write_log(os.path.join(args.output_dir, "main.log"), run.log)
+
+    while True:
+        last = run.step >= args.num_iterations
+        if not run.evaluated:
+            run.evaluated = evaluate(run, last)
+
+        stop = bool(run.stopped)  # asked once, because a signal may come at any moment
+        if args.output_dir and (last or stop or is_due(run.step, args.checkpoint_every)):
+            save(run, run.step > first_step)
+        if last or stop:
+            break
+
+        learning_rate = learning_rate_at(run.step, args)
+        started = time.perf_counter()
+        with Progress(f"step {run.step + 1}", seconds):
+            loss, norm = train_step(
+                run.model, loader, micro_batches,
+                learning_rate, args.weight_decay, args.grad_clip, run.step + 1,
+                functools.partial(check_finite, model=run.model, step=run.step),
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+
+        run.step += 1
+        run.evaluated = False
+        print_now(
+            f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
+            f"lr {learning_rate:.2e}, {seconds * 1e3:.0f} ms, "
+            f"{tokens_per_step / seconds:.0f} tok/s)"
+        )
+        write_log_line(run, "trl", loss)
+
+    seconds = time.perf_counter() - began
+    finish(run, seconds, (run.step - first_step) * tokens_per_step / seconds, last)
+
+
+class FirstBatch:
+    """A loader that gives the first batch again and again."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def next_batch(self):
+        self.loader.seek([0, 0, 0])
+        return self.loader.next_batch()
+
+
+def count_micro_batches(args):
+    """How many batches make one update. InputError if --total_batch_size is no multiple of B*T."""
+    tokens = args.batch_size * args.sequence_length
+    total = args.total_batch_size or tokens
+    nearest = max(1, total // tokens) * tokens
+    require(
+        total == nearest,
+        f"--total_batch_size {total} is no multiple of B*T = {tokens}: try {nearest}",
+    )
+    return total // tokens
+
+
+def is_due(step, every):
+    """Whether something that is done after every so many updates is due; never if every is 0."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def learning_rate_at(step, args):
+    """Of the update that follows `step` others: a rise to the peak, then half a cosine down."""
+    peak = args.learning_rate
+    if step < args.warmup_iters:
+        return peak * (step + 1) / args.warmup_iters
+
+    low = peak * args.learning_rate_decay_frac
+    done = (step - args.warmup_iters) / (args.num_iterations - args.warmup_iters)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def evaluate(run, last):
+    """Validate and sample, where that is due. Returns False if a signal came before it was done."""
+    args = run.args
+    if run.stopped:
+        return False
+
+    if args.val_loss_every and (last or run.step % args.val_loss_every == 0):
+        loss = validate(run)
+        if loss is None:
+            return False
+        check_finite(loss, "loss", run.model, run.step)
+        print_now(f"val loss {loss:.6f}")
+        write_log_line(run, "tel", loss)
+
+    if args.sample_every and run.step and (last or run.step % args.sample_every == 0):
+        print_now("--- sample")
+        try:
+            print_sample(run.model, args, run.step, run.stopped)
+        except InputError as error:  # no vocabulary: nothing trained is lost for want of a sample
+            print_now(f"none: {error}")
+    return True
+
+
+def validate(run):
+    """The mean loss of the first val_max_steps batches of the validation data. None if stopped."""
+    steps = run.args.val_max_steps
+    run.val_loader.seek([0, 0, 0])
+    losses = []
+    with Progress("validating") as progress:
+        for i in range(steps):
+            if run.stopped:
+                return None
+            inputs, targets = run.val_loader.next_batch()
+            losses.append(run.model.forward(inputs, targets, train=False))
+            progress.done = (i + 1) / steps
+    return sum(losses) / steps
+
+
+def save(run, changed):
+    """A checkpoint of this step; if the disk is full, ask for room, so that nothing is lost."""
+    folder = run.args.output_dir
+    exists = os.path.join(folder, f"checkpoint_{run.step:08d}") in list_checkpoints(folder)
+    if exists and not changed and run.saved_as_evaluated == run.evaluated:
+        return
+
+    while True:
+        try:
+            with Progress(f"saving to {folder}"):
+                save_checkpoint(run.model, folder, state_of(run))
+            run.saved_as_evaluated = run.evaluated
+            return
+        except (OSError, InputError) as error:
+            shutil.rmtree(os.path.join(folder, "checkpoint.tmp"), ignore_errors=True)
+            kept = list_checkpoints(folder)
+            message = f"can't save to {folder}: {prepro.reason(error)}; the last whole checkpoint "
+            message += f"is {kept[0]}" if kept else "is none"
+            if not (sys.stdin and sys.stdin.isatty()):
+                raise InputError(message) from None
+            print_now(f"{message}. Make room and press Enter, or give up with Ctrl-C")
+            sys.stdin.readline()
+
+
+def finish(run, seconds, tokens_per_second, last):
+    """Leave the weights in --output_dir, and print the last line."""
+    args = run.args
+    complete = last and not run.stopped
+    if args.output_dir and complete:
+        publish_weights(args.output_dir)
+
+    summary = [f"{run.step} updates"]
+    for kind, name in (("trl", "train"), ("tel", "val")):
+        losses = [float(line.split(":")[2]) for line in run.log if f" {kind}:" in line]
+        if losses:
+            curve = sparkline(losses)
+            summary.append(f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {curve}")
+    summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
+    if args.output_dir and complete:
+        summary.append(f"saved in {args.output_dir}")
+    elif args.output_dir:
+        summary.append(f"go on with --output_dir {args.output_dir} --resume 1")
+    print_now(("" if complete else "stopped: ") + ", ".join(summary))
+
+
+def publish_weights(folder):
+    """Put the last checkpoint's weights into the folder itself, as hard links where that works."""
+    checkpoint = list_checkpoints(folder)[0]
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        source = os.path.join(checkpoint, name)
+        temporary = os.path.join(folder, f"{name}.tmp")
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, os.path.join(folder, name))
+    prepro.sync_folder(folder)
+
+
+def check_finite(value, what, model, step):
+    """InputError if a loss or a norm is NaN or infinite. It names the tensor where that began."""
+    if math.isfinite(value):
+        return
+    tables = (model.params, model.acts) if what == "loss" else (model.grads,)
+    names = in_order_of_computation(model.config.num_layers)
+    if what != "loss":
+        names.reverse()
+
+    culprit = "the last sum"
+    for name, l in names:
+        view = find_view(tables, name, l, model.config.num_layers)
+        if view is not None and not np.isfinite(view).all():
+            culprit = name if l is None else f"{name} of layer {l}"
+            break
+    raise InputError(
+        f"update {step + 1}: the {what} is {value}; it began in {culprit}. The last checkpoint is "
+        "as it was. Try a smaller --learning_rate, or --grad_clip 1"
+    )
+
+
+def in_order_of_computation(num_layers):
+    """(name, l) of every tensor that forward uses, in order; l is None outside the layers."""
+    first = ["wte", "wpe", "encoded"]
+    of_layers = [
+        "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
+        "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb",
+        "ln1_mean", "ln1_rstd", "ln1", "qkv", "att_lse", "atty", "attproj", "residual2",
+        "ln2_mean", "ln2_rstd", "ln2", "fch", "fch_gelu", "fcproj", "residual3",
+    ]  # fmt: skip
+    last = ["lnfw", "lnfb", "lnf_mean", "lnf_rstd", "lnf", "logits", "losses"]
+
+    names = [(name, None) for name in first]
+    for l in range(num_layers):
+        names += [(name, l) for name in of_layers]
+    names += [(name, None) for name in last]
+    return names
+
+
+def find_view(tables, name, l, num_layers):
+    """A tensor in one of the tables. None if it is not there, or if a later layer overwrote it."""
+    for table in tables:
+        if name not in table:
+            continue
+        view = table[name]
+        if l is None:
+            return view
+        if len(view) == num_layers:
+            return view[l]
+        return view[0] if l == num_layers - 1 else None  # shared: holds the last layer's
+    return None
+
+
+def write_log(path, lines):
+    """Write main.log anew."""
+    with prepro.atomic_write(path) as file:
+        for line in lines:
+            file.write(f"{line}\n".encode())
+
+
+def write_log_line(run, kind, loss):
+    """Add a line to main.log, in llm.c's format: trl is a training loss, tel a validation loss."""
+    line = f"s:{run.step} {kind}:{loss:.4f}"
+    run.log.append(line)
+    if run.args.output_dir:
+        with open(os.path.join(run.args.output_dir, "main.log"), "a") as file:
+            file.write(line + "\n")
+
+
+def sparkline(values, width=60):
     """A row of characters whose heights follow the values."""
-    blocks = "▁▂▃▄▅▆▇█" if "utf" in (getattr(sys.stdout, "encoding", "") or "").lower() else "_.-=+*#@"
-    means = np.array([group.mean() for group in np.array_split(values, min(width, len(values)))])
-    return "".join(blocks[round(h)] for h in ((means - means.min()) / max(np.ptp(means), 1e-9) * 7).tolist())
+    encoding = getattr(sys.stdout, "encoding", "") or ""
+    blocks = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
 
-def say(text, end="\n"):
-    """Print at once; if nobody reads any more (Ctrl-C ends a `| tee` too), in vain. SIGPIPE has then told train() to stop."""
+    groups = np.array_split(values, min(width, len(values)))
+    means = np.array([group.mean() for group in groups])
+    heights = (means - means.min()) / max(np.ptp(means), 1e-9)
+    return "".join(blocks[round(height * 7)] for height in heights.tolist())
+
+
+def print_now(text, end="\n"):
+    """Print at once. If nobody reads any more, SIGPIPE has told the run to stop."""
     with contextlib.suppress(BrokenPipeError):
         print(text, end=end, flush=True)
 
-def speak(model, s, step):
+
+class Progress:
+    """A line on the terminal that says what takes so long. It appears after two seconds.
+
+    with Progress("validating") as progress: progress.done = 0.5
+    """
+
+    def __init__(self, what, expected=None):
+        self.what = what
+        self.expected = expected  # seconds
+        self.done = None  # a fraction, where it is known
+
+    def __enter__(self):
+        self.started = time.monotonic()
+        self.shown = False
+        self.ended = threading.Event()
+        if sys.stderr and sys.stderr.isatty():
+            threading.Thread(target=self.show, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def show(self):
+        """Write the line anew each second, until the end."""
+        while not self.ended.wait(1.0):
+            seconds = time.monotonic() - self.started
+            if seconds < 2:
+                continue
+            left = None
+            if self.done:
+                left = seconds / self.done - seconds
+            elif self.expected:
+                left = self.expected - seconds
+            estimate = f", {max(0, left):.0f} s left" if left is not None else ""
+            self.shown = True
+            line = f"\r\033[K{self.what}: {seconds:.0f} s{estimate}"
+            print(line, end="", file=sys.stderr, flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. The command line
+
+# name: (default, meaning). The defaults are those of llm.c's CPU trainer.
+FLAGS = {
+    "model": (
+        "gpt2",
+        "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48 or bytes: fresh weights; or a folder, "
+        ".safetensors or .bin",
+    ),
+    "input_bin": (
+        "data/tiny_shakespeare_train.bin",
+        "training tokens: a path or a glob pattern",
+    ),
+    "input_val_bin": ("data/tiny_shakespeare_val.bin", "validation tokens, likewise"),
+    "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
+    "batch_size": (4, "B, sequences per batch"),
+    "sequence_length": (
+        64,
+        "T, tokens per sequence (when only generating: the model's whole context)",
+    ),
+    "total_batch_size": (0, "tokens per update, a multiple of B*T; 0: B*T"),
+    "num_iterations": (40, "updates"),
+    "learning_rate": (1e-4, "its peak"),
+    "warmup_iters": (0, "updates over which it rises to the peak"),
+    "learning_rate_decay_frac": (
+        1.0,
+        "fraction of the peak to which a cosine takes it by the end",
+    ),
+    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"),
+    "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
+    "shuffle": (
+        0,
+        "1: take the passages of the text in an order drawn anew for each epoch; that is the "
+        "default for fresh weights",
+    ),
+    "val_loss_every": (10, "updates between validations; 0: none"),
+    "val_max_steps": (5, "batches per validation"),
+    "sample_every": (20, "updates between samples; 0: none"),
+    "inference_only": (0, "1: continue --prompt and train nothing"),
+    "overfit_single_batch": (0, "1: train on the first batch again and again"),
+    "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
+    "recompute": (
+        1,
+        "0: store everything; 1: compute layernorm and GELU again in backward; 2: whole layers",
+    ),
+    "checkpoint_every": (
+        0,
+        "updates between checkpoints in --output_dir; 0: only at the end, or when stopped",
+    ),
+    "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
+    "seed": (1337, "of fresh weights, of the order of passages and of samples"),
+    "prompt": ("", "text to continue; if empty, a new text begins"),
+    "max_new_tokens": (64, "length of a sample, in tokens"),
+    "top_k": (0, "sample among the k likeliest; 0: among all"),
+    "temperature": (1.0, "of samples: below 1 bolder, above 1 wilder, 0 always the likeliest"),
+}
+DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
+AT_LEAST_ONE = {"batch_size", "sequence_length", "val_max_steps"}
+
+# These may differ when a run is resumed.
+MAY_CHANGE = {
+    "num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every",
+    "resume", "output_dir", "max_new_tokens", "temperature", "top_k", "prompt",
+}  # fmt: skip
+
+# dL has L layers and these channels, in heads of 64.
+FRESH = {"d6": 384, "d12": 768, "d24": 1024, "d36": 1280, "d48": 1600}
+
+# --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
+BYTES_CONFIG = GPT2Config(64, 256, 4, 4, 128)
+BYTES_DEFAULTS = {
+    "model": "bytes",
+    "input_bin": "",
+    "batch_size": 16,
+    "num_iterations": 900,
+    "learning_rate": 3e-3,
+    "warmup_iters": 50,
+    "learning_rate_decay_frac": 0.05,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "shuffle": 1,
+    "val_loss_every": 150,
+    "val_max_steps": 30,
+    "sample_every": 900,
+    "max_new_tokens": 400,
+    "temperature": 0.7,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the whole usage before it."""
+
+    def error(self, message):
+        print(f"error: {message} (--help lists all flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def flag_type(name):
+    """A function from the text of a flag to its value."""
+    kind = type(DEFAULTS[name])
+    low = 1 if name in AT_LEAST_ONE else 0
+    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+
+    def convert(text):
+        try:
+            value = kind(text)
+            right = kind is str or low <= value < 1 << 63
+        except ValueError:
+            right = False
+        if not right:
+            raise argparse.ArgumentTypeError(f"expected {expected} of at least {low}, not {text!r}")
+        return value
+
+    return convert
+
+
+def parse_args(argv=None):
+    """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
+    examples = "\n\n" + __doc__[__doc__.index("    python") : __doc__.index("There is no tensor")]
+    parser = Parser(usage=examples, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, (default, meaning) in FLAGS.items():
+        text = f"{meaning} (default: {default!r})".replace("%", "%%")
+        parser.add_argument(f"--{name}", type=flag_type(name), metavar="X", help=text)
+
+    argv = sys.argv[1:] if argv is None else argv
+    for argument in argv:
+        if argument.endswith("=--"):  # argparse takes the value -- for the end of the flags
+            parser.error(f"{argument}: the value can't be --")
+
+    named = vars(parser.parse_args(argv))
+    if named.get("recompute", 0) == 3:  # the name of this level before
+        named["recompute"] = 2
+    return named
+
+
+def check_flags(named):
+    """InputError if the flags can't be meant."""
+    recompute = named.get("recompute", 1)
+    known = recompute in SHARED_BY_LAYERS
+    require(known, f"--recompute {recompute}: expected one of {list(SHARED_BY_LAYERS)}")
+    require(
+        named.get("prompt") != "",
+        "--prompt is empty: give it some text, or leave it out for one of the model's own",
+    )
+    for name in ("checkpoint_every", "resume"):
+        alone = named.get(name) and not named.get("output_dir")
+        require(not alone, f"--{name} needs --output_dir")
+
+
+def settings(named):
+    """The value of every flag: what was named, else the default of this kind of model."""
+    model = named.get("model", DEFAULTS["model"])
+    if model == "bytes":
+        return SimpleNamespace(**DEFAULTS | BYTES_DEFAULTS | named)
+    shuffle = {"shuffle": int(model in FRESH)}
+    return SimpleNamespace(**DEFAULTS | shuffle | named)
+
+
+def available_memory():
+    """Bytes this process may still take of the machine, its container and its own limit."""
+    free = [math.inf]
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        with open("/proc/meminfo") as file:
+            kibibytes = file.read().split("MemAvailable:")[1].split()[0]
+        free.append(1024 * int(kibibytes))
+
+    with contextlib.suppress(OSError, ValueError):  # "max", where the container sets no limit
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current") as file:
+            free.append(limit - int(file.read()))
+
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit)
+    return min(free)
+
+
+def memory_plan(args, config):
+    """The bytes that a model takes, by what they are for: a dict."""
+    training = not args.inference_only
+    params = 4 * count(param_shapes(config))
+    acts = act_shapes(config, args.batch_size, args.sequence_length, args.recompute, training)
+
+    plan = {"parameters": params}
+    if training:
+        plan["gradients"] = params
+        plan["moments"] = 2 * params
+    plan["activations"] = 4 * count(acts)
+    return plan
+
+
+def make_model(args, config):
+    """Print the memory plan, refuse it if the machine has not got so much, else make the model."""
+    most = config.max_seq_len
+    require(
+        args.sequence_length <= most,
+        f"the model's context is {most}: use --sequence_length {most} or less",
+    )
+    plan = memory_plan(args, config)
+    need = sum(plan.values())
+    free = available_memory()
+
+    sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
+    print_now(f"model: {plan['parameters'] // 4:,} parameters: {sizes}")
+    parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
+    print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
+
+    if need > free:  # no InputError: a checkpoint that does not fit is not damaged
+        raise MemoryError(
+            f"B={args.batch_size}, T={args.sequence_length} needs {need / 1e6:.0f} MB, the machine "
+            f"has {free / 1e6:.0f}: use {what_fits(args, config, free)}"
+        )
+    return GPT2(
+        config,
+        args.batch_size,
+        args.sequence_length,
+        seed=None,
+        recompute=args.recompute,
+        training=not args.inference_only,
+    )
+
+
+def what_fits(args, config, free):
+    """The largest batch size that fits into free bytes, as advice."""
+    fits, too_large = 0, args.batch_size
+    while too_large - fits > 1:
+        middle = (fits + too_large) // 2
+        smaller = SimpleNamespace(**vars(args) | {"batch_size": middle})
+        if sum(memory_plan(smaller, config).values()) <= free:
+            fits = middle
+        else:
+            too_large = middle
+    return f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"
+
+
+def begin(named, stopped):
+    """The Run that the flags ask for, from its beginning."""
+    try:
+        args = settings(named)
+        return open_model(args, named, stopped)
+    except (InputError, OSError) as error:
+        by_name = {"model", "input_bin", "input_val_bin", "inference_only", "write_tensors"}
+        by_name |= {"output_dir", "resume"}
+        if by_name & named.keys():
+            raise  # what was asked for by name is not replaced by something else
+        print_now(
+            f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's "
+            "own files look like"
+        )
+        args = settings(named | {"model": "bytes"})
+        return open_model(args, named, stopped)
+
+
+def open_model(args, named, stopped):
+    """A Run with the model that args name, its weights drawn or read."""
+    data_named = {"input_bin", "input_val_bin"} & named.keys()
+    if not args.inference_only and args.model != "bytes" and not data_named:
+        args.input_bin, args.input_val_bin = prepro.prepare_tinyshakespeare()
+
+    path = None
+    if args.model == "bytes":
+        config = BYTES_CONFIG
+    elif args.model in FRESH:
+        C = FRESH[args.model]
+        config = GPT2Config(1024, 50257, int(args.model[1:]), C // 64, C)
+    else:
+        path = find_weights(args.model)
+        config = GPT2Config(**prepro.read_sizes(path))
+
+    tensors = prepro.find_tensors(path, param_shapes(config)) if path else None
+    if args.inference_only:
+        args.batch_size = 1
+        args.sequence_length = named.get("sequence_length", config.max_seq_len)
+
+    model = make_model(args, config)
+    with Progress(f"reading {path}" if path else "drawing weights"):
+        if path:
+            prepro.read_tensors(tensors, model.params)
+        else:
+            init_weights(model.params, args.seed)
+    return Run(args, model, stopped, position=[0, 0, 0], log=[])
+
+
+def open_data(run):
+    """Give a run its loaders. InputError if the training data is not what it was."""
+    args = run.args
+    train_source, val_source = args.input_bin, args.input_val_bin
+    if args.model == "bytes" and not args.input_bin:
+        train_source, val_source = prepro.own_text()
+
+    seed = args.seed if args.shuffle else None
+    run.loader = open_loader(run, train_source, seed)
+    if args.val_loss_every:
+        run.val_loader = open_loader(run, val_source, None)
+
+    sizes = run.loader.sizes
+    require(
+        run.tokens in (None, sizes),
+        f"there are {sizes} tokens of training data, there were {run.tokens} when this run began",
+    )
+    sums = [zlib.crc32(np.ascontiguousarray(shard)) for shard in run.loader.shards]
+    require(
+        run.tokens_crc32 in (None, sums),
+        "the training data has changed since this run began: put it back, or start another run",
+    )
+    run.tokens = sizes
+    run.tokens_crc32 = sums
+    shard = run.position[0]
+    require(shard < len(sizes), f"the run stopped in shard {shard}, there are {len(sizes)}")
+    run.loader.seek(run.position)
+
+
+def open_loader(run, source, shuffle_seed):
+    """A DataLoader for the run's model."""
+    args, V = run.args, run.model.config.vocab_size
+    try:
+        loader = DataLoader(source, args.batch_size, args.sequence_length, V, shuffle_seed)
+    except InputError as error:
+        if V <= 256 and "vocabulary ends" in str(error):
+            raise InputError(
+                f"{error}: the model reads bytes, and this is no file of bytes: write one with "
+                "python prepro_tinyshakespeare.py --input my.txt --bytes 1"
+            ) from None
+        raise
+    check_vocabulary(loader, V, "")
+    return loader
+
+
+def print_sample(model, args, step, stopped=()):
     """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
-    from prepro_tinyshakespeare import tokenizer
-    encode, decode, start = tokenizer(model.config.vocab_size)
-    rng, utf8 = np.random.default_rng([s.seed, step]), codecs.getincrementaldecoder("utf-8")("replace")
-    say(s.prompt, end="")
-    for token in model.generate(encode(s.prompt) or [start], s.max_new_tokens, s.temperature, s.top_k, rng):
-        say(utf8.decode(decode(token)), end="")
-    say(utf8.decode(b"", final=True))
+    encode, decode, first = prepro.tokenizer(model.config.vocab_size)
+    rng = np.random.default_rng([args.seed, step])
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = encode(args.prompt) or [first]
 
-def prepare(given):
-    """From the flags given to (settings, model, loaders of training and of validation data, state to start from)."""
-    import prepro_tinyshakespeare as prepro
-    s, model, state = SimpleNamespace(**DEFAULTS | given), None, {"step": 0, "position": [0, 0], "evaluated": False, "log": []}
-    old = checkpoints(s.output_dir)
-    require(given.get("prompt") != "", "--prompt is empty: give it some text, or leave it out for one of the model's own")
-    require(s.inference_only or s.resume or not old, f"{s.output_dir} holds a run's checkpoints: go on with --resume 1, or "
-            "choose another --output_dir")
-    for folder in old if s.resume else ():
-        try:
-            s, model, state = load_checkpoint(folder, given)
-        except (InputError, OSError) as error:
-            say(f"{folder} is damaged: {error}: taking the one before it")
-            continue
-        clash = [f"--{name} {given[name]!r} (it was {value!r})" for name, value in state["settings"].items()
-                 if name not in MAY_CHANGE and given.get(name, value) != value]
-        require(not clash, f"the run in {s.output_dir} can't go on with {', '.join(clash)}: leave that out, or start another")
-        say(f"resuming from {folder}")
-        for newer in old[:old.index(folder)]:  # out of the way of the whole one that will take its name
-            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
-            os.replace(newer, f"{newer}.damaged")
-        break
-    require(model or not (old and s.resume), f"no checkpoint in {s.output_dir} is whole: choose another --output_dir")
-    if not model:
-        say("no checkpoint to resume from: starting anew\n" * bool(s.resume), end="")
-        try:
-            if not s.inference_only and not {"input_bin", "input_val_bin"} & given.keys():
-                s.input_bin, s.input_val_bin = prepro.prepare_tinyshakespeare()
-            C = FRESH.get(s.model)
-            config, weights = (GPT2Config(1024, 50257, int(s.model[1:]), C // 64, C), None) if C else open_weights(s.model)
-        except (InputError, OSError) as error:
-            if {"model", "input_bin", "input_val_bin", "inference_only", "write_tensors"} & given.keys():
-                raise  # what was asked for by name is not replaced by something else
-            say(f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's own files look like")
-            s, config, weights = SimpleNamespace(**DEFAULTS | EMBEDDED | given), EMBEDDED_CONFIG, None
-        if s.inference_only:
-            s.batch_size, s.sequence_length, s.recompute = 1, given.get("sequence_length", config.max_seq_len), 4
-        model = make_model(s, config)
-        load_weights(model, weights) if weights else init_weights(model.params, s.seed)
-    if s.inference_only:
-        return s, model, None, None, state
-    sources = prepro.own_text() if s.model == EMBEDDED["model"] else (s.input_bin, s.input_val_bin)
-    loader, val_loader = (DataLoader(source, s.batch_size, s.sequence_length, model.config.vocab_size) for source in sources)
-    require(state.setdefault("tokens", loader.sizes) == loader.sizes, f"there are {loader.sizes} tokens of training data, there "
-            f"were {state['tokens']} when this run began")
-    loader.seek(state["position"])
-    return s, model, loader, val_loader, state
-
-def train(s, model, loader, val_loader, state, stopped):
-    """Train, validate, sample, save. As soon as the list `stopped` holds something, the run ends, losing nothing."""
-    step, evaluated, lines, tokens = state["step"], state["evaluated"], state["log"], s.batch_size * s.sequence_length
-    k, rest = divmod(s.total_batch_size or tokens, tokens)  # micro-batches per update
-    require(k and not rest, f"--total_batch_size {s.total_batch_size} is no multiple of B*T = {tokens}: try {max(1, k) * tokens}")
-    began, start, log_path = time.perf_counter(), step, os.path.join(s.output_dir, "main.log")
-    if s.output_dir:
-        with atomic_write(log_path) as f:
-            f.write("".join(f"{line}\n" for line in lines).encode())
-    def log(kind, loss):
-        lines.append(f"s:{step} {kind}:{loss:.4f}")
-        if s.output_dir:
-            with open(log_path, "a") as f:
-                f.write(lines[-1] + "\n")
-    while True:
-        last, stop = step >= s.num_iterations, bool(stopped)  # asked once: it may become true at any moment
-        if not evaluated and not stop:
-            if s.val_loss_every and (last or step % s.val_loss_every == 0):
-                val_loader.position = [0, 0]
-                loss = sum(model.forward(*val_loader.next_batch(), train=False) for _ in range(s.val_max_steps)) / s.val_max_steps
-                check_finite(loss, "loss", model, step)
-                say(f"val loss {loss:.6f}")
-                log("tel", loss)
-            if s.sample_every and step and (last or step % s.sample_every == 0):
-                say("--- sample")
-                try:
-                    speak(model, s, step)
-                except InputError as error:  # no vocabulary: nothing trained is lost for want of a sample
-                    say(f"none: {error}")
-            evaluated = True
-        if s.output_dir and (stop or s.checkpoint_every and (last or step % s.checkpoint_every == 0 and step > start)):
-            state.update(step=step, position=loader.position, evaluated=evaluated, log=lines, settings=vars(s))
-            save_checkpoint(model, s.output_dir, state)
-        if last or stop:
+    print_now(args.prompt, end="")
+    new_tokens = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng)
+    for token in new_tokens:
+        print_now(utf8.decode(decode(token)), end="")
+        if stopped:
             break
-        t0, loss, lr = time.perf_counter(), 0.0, learning_rate(step, s)
-        for _ in range(k):
-            if s.overfit_single_batch:
-                loader.position = [0, 0]
-            loss += model.forward(*loader.next_batch(), grad_scale=1 / k) / k
-            check_finite(loss, "loss", model, step)
-            model.backward()
-        norm = model.grad_norm()
-        check_finite(norm, "gradient norm", model, step)
-        step, evaluated, clip = step + 1, False, s.grad_clip or math.inf
-        model.update(lr, weight_decay=s.weight_decay, step=step, grad_scale=clip / norm if norm > clip else 1.0)
-        seconds = time.perf_counter() - t0
-        say(f"step {step}/{s.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, lr {lr:.2e}, {seconds * 1e3:.0f} ms, "
-              f"{k * tokens / seconds:.0f} tok/s)")
-        log("trl", loss)
-    seconds, summary = time.perf_counter() - began, [f"{step} updates"]
-    for kind, name in (("trl", "train"), ("tel", "val")):
-        losses = [float(line.split(":")[2]) for line in lines if f" {kind}:" in line]
-        summary += [f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {picture(losses)}"] if losses else []
-    summary += [f"{seconds:.1f} s", f"{(step - start) * k * tokens / seconds:.0f} tok/s"]
-    if s.output_dir and not stop:
-        model.save_pretrained(s.output_dir)
-    if s.output_dir:
-        summary += [f"go on with --output_dir {s.output_dir} --resume 1" if stop else f"saved in {s.output_dir}"]
-    say("stopped: " * stop + ", ".join(summary))
+    print_now(utf8.decode(b"", final=True))
 
-def main(argv=None):
-    """Run the command line. Returns the exit code: 0; 1 for what a one-line error explains; 130, 141 or 143 if stopped."""
-    given, stopped = parse(argv), []
-    def on_signal(number, frame):
+
+@contextlib.contextmanager
+def signals_noted(stopped, while_training):
+    """While this lasts, signals are added to the list `stopped` instead of ending the program.
+
+    While training, Ctrl-C and SIGTERM finish the step first; the same signal once more ends the
+    program at once. SIGPIPE says that nobody reads any more.
+    """
+
+    def note(number, frame):
         if number in stopped:
             os._exit(128 + number)
         stopped.append(number)
-        with contextlib.suppress(OSError, AttributeError):  # print() may be what the signal interrupted
-            os.write(sys.stdout.fileno(), b"\nfinishing this step; once more, and it stops at once\n")
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            # print() may be what the signal has interrupted, so it can't be used here
+            message = b"\nfinishing this step; once more, and it stops at once\n"
+            os.write(sys.stdout.fileno(), message)
+
+    handlers = {}
+    if while_training:
+        handlers = {signal.SIGINT: note, signal.SIGTERM: note}
+    if hasattr(signal, "SIGPIPE"):
+        handlers[signal.SIGPIPE] = lambda number, frame: stopped.append(number)
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}  # only the main thread may set them
+
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        with lock(given["output_dir"]) if given.get("output_dir") and not given.get("inference_only") else contextlib.nullcontext():
-            s, model, loader, val_loader, state = prepare(given)
-            if s.inference_only:
-                speak(model, s, 0)
-            elif s.write_tensors:
-                from prepro_tinyshakespeare import write_tensors
-                say("\n".join(write_tensors(model, *loader.next_batch(), s.output_dir or "data")))
-            else:
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    signal.signal(number, on_signal)
-                if hasattr(signal, "SIGPIPE"):  # nobody reads any more
-                    signal.signal(signal.SIGPIPE, lambda number, frame: stopped.append(number))
-                train(s, model, loader, val_loader, state, stopped)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_command(named, stopped):
+    """Do what the flags say."""
+    output_dir = named.get("output_dir")
+    writes_run = output_dir and not named.get("inference_only") and not named.get("write_tensors")
+    if writes_run and not named.get("resume"):
+        refuse_used_folder(output_dir)
+
+    run = resume(named, stopped) if named.get("resume") else None
+    run = run or begin(named, stopped)
+    if run.args.inference_only:
+        with signals_noted(stopped, while_training=False):
+            print_sample(run.model, run.args, 0, stopped)
+        stopped.clear()  # a reader that goes away is no error
+        return
+
+    open_data(run)
+    if run.args.write_tensors:
+        inputs, targets = run.loader.next_batch()
+        for path in write_tensors(run.model, inputs, targets, output_dir or "data"):
+            print_now(path)
+        return
+
+    with signals_noted(stopped, while_training=True):
+        train(run)
+
+
+def main(argv=None):
+    """Run the command line. Returns the exit code.
+
+    0; 1 for what a one-line error explains; 2 for the flags; 130, 141 or 143 if it was stopped.
+    """
+    named = parse_args(argv)
+    stopped = []
+    lock = contextlib.nullcontext()
+    try:
+        check_flags(named)
+        if named.get("output_dir") and not named.get("inference_only"):
+            lock = lock_folder(named["output_dir"])
+        with lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # check_finite finds what overflows
+            run_command(named, stopped)
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError) as error:
@@ -1174,8 +2606,9 @@ def main(argv=None):
         return 1
     return 128 + stopped[0] if stopped else 0
 
+
 if __name__ == "__main__":
-    sys.modules["train_gpt2"] = sys.modules["__main__"]  # so that prepro_tinyshakespeare imports this very module
-    np.seterr(all="ignore")                              # what overflows is found by check_finite
-    sys.stdout and sys.stdout.reconfigure(errors="replace")  # a sample may hold what the terminal can't show; None if closed
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout:  # None, if it was closed
+        sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal can't show
     sys.exit(main())

@@ -1,0 +1,603 @@
+"""test_command_line"""
+
+import io
+import itertools
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from common import (
+    SMALL,
+    SMALL_DATA,
+    SMALL_RUN,
+    as_read,
+    batches_by_hand,
+    checkpoint_folders,
+    events,
+    failed_in_one_line,
+    folder_content,
+    posix_only,
+    run_command,
+    sharp_model,
+    succeeded,
+    train_losses,
+    whole_state,
+    write_token_file,
+)
+
+import train_gpt2 as gpt2
+
+# ---- The command line: section 12
+
+CHECKPOINT_FILES = [
+    "config.json",
+    "generation_config.json",
+    "main.log",
+    "model.safetensors",
+    "optimizer.safetensors",
+]
+
+
+DESIGNED_FLAGS = """--model --input_bin --input_val_bin --output_dir --batch_size --sequence_length
+    --total_batch_size --num_iterations --learning_rate --warmup_iters --learning_rate_decay_frac
+    --weight_decay --grad_clip --shuffle --val_loss_every --val_max_steps --sample_every
+    --overfit_single_batch
+    --inference_only --write_tensors --recompute --checkpoint_every --resume --seed --prompt
+    --max_new_tokens
+    --temperature --top_k""".split()
+
+
+LLMC_DEFAULTS = {
+    "model": "gpt2",
+    "batch_size": 4,
+    "sequence_length": 64,
+    "num_iterations": 40,
+    "learning_rate": 1e-4,
+    "weight_decay": 0.0,
+    "val_loss_every": 10,
+    "val_max_steps": 5,
+    "sample_every": 20,
+}
+
+
+def test_help_opens_with_three_examples_and_names_every_flag(tmp_path):
+    text = succeeded(run_command(tmp_path, "--help", env={"COLUMNS": "300"}))
+    opening, rest = text.split("options:")
+    examples = re.findall(r'python train_gpt2.py((?: --\S+ (?:".*?"|\S+))*)', opening)
+    assert len(examples) == 3 and re.match(r"usage:\s+python train_gpt2\.py\s", opening)
+    bare, training, speaking = [gpt2.parse_args(shlex.split(example)) for example in examples]
+    assert (
+        bare == {}
+        and training["model"] in gpt2.FRESH
+        and speaking["model"] == training["output_dir"]
+    )
+    assert speaking["inference_only"] == 1 and speaking["prompt"] == "To be, or"
+    for name, (default, meaning) in gpt2.FLAGS.items():
+        assert f" --{name} X {meaning} (default: {default!r})" in " ".join(rest.split())
+
+
+def test_flags_and_defaults_are_those_of_the_design():
+    assert {f"--{name}" for name in gpt2.FLAGS} == set(DESIGNED_FLAGS)
+    assert {
+        name: gpt2.DEFAULTS[name] for name in LLMC_DEFAULTS
+    } == LLMC_DEFAULTS and gpt2.parse_args([]) == {}
+    for name, default in gpt2.DEFAULTS.items():
+        value = gpt2.parse_args([f"--{name}", str(default)])[name]
+        assert value == default and type(value) is type(default)
+    assert gpt2.MAY_CHANGE <= gpt2.FLAGS.keys() and gpt2.BYTES_DEFAULTS.keys() <= gpt2.FLAGS.keys()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--batchsize 4",
+        "--batch 4",
+        "--batch_size",
+        "--batch_size four",
+        "--batch_size 1.5",
+        "--batch_size 0",
+        "4",
+        "--sequence_length 0",
+        "--val_max_steps 0",
+        "--seed -1",
+        "--learning_rate fast",
+        "--learning_rate nan",
+        "--learning_rate -1",
+        "--temperature inf",
+    ],
+)
+def test_a_command_line_without_sense_is_exit_code_2(flags, capsys, monkeypatch):
+    monkeypatch.setattr(gpt2, "run_command", lambda *args: pytest.fail(f"accepted: {args}"))
+    with pytest.raises(SystemExit) as stop:
+        gpt2.main(flags.split())
+    [line] = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and line.startswith("error: ") and "--help" in line
+
+
+def test_a_wrong_flag_in_the_shell(tmp_path):
+    code, _, error = run_command(tmp_path, "--batchsize", "4")
+    assert code == 2 and "--batchsize" in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_learning_rate_worked_by_hand():
+    """Warm-up over 4 of 12 updates to 8, then down to a quarter of it, 2. Half way that is 5, the
+    middle; a quarter of the way 5 + 3 * sqrt(1/2)."""
+    s = SimpleNamespace(
+        learning_rate=8.0, warmup_iters=4, num_iterations=12, learning_rate_decay_frac=0.25
+    )
+    root = math.sqrt(0.5)
+    by_hand = {0: 2, 1: 4, 2: 6, 3: 8, 4: 8, 6: 5 + 3 * root, 8: 5, 10: 5 - 3 * root, 12: 2}
+    for step, lr in by_hand.items():
+        assert gpt2.learning_rate_at(step, s) == pytest.approx(lr, rel=1e-12)
+    s.learning_rate_decay_frac = 1.0  # no decay
+    assert [gpt2.learning_rate_at(step, s) for step in (3, 4, 7, 11)] == [8] * 4
+    s.warmup_iters, s.learning_rate_decay_frac = 0, 0.0  # at once at the peak, and down to nothing
+    assert [gpt2.learning_rate_at(step, s) for step in (0, 6, 12)] == pytest.approx([8, 4, 0])
+    s.warmup_iters = s.num_iterations  # nothing but warm-up
+    assert gpt2.learning_rate_at(11, s) == 8
+
+
+def picture_by_hand(losses, blocks):
+    """For at most 60 losses: the lowest is blocks[0], the highest blocks[7]."""
+    low, high = min(losses), max(losses)
+    return "".join(blocks[round((x - low) / max(high - low, 1e-9) * 7)] for x in losses)
+
+
+def test_the_picture_of_the_losses(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    assert gpt2.sparkline([7, 6, 5, 4, 3, 2, 1, 0]) == "█▇▆▅▄▃▂▁" and gpt2.sparkline([3.0]) == "▁"
+    assert (
+        gpt2.sparkline([i // 10 for i in range(600)])
+        == gpt2.sparkline(range(60))
+        == picture_by_hand(range(60), "▁▂▃▄▅▆▇█")
+    )
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert gpt2.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "_.-=+*#@"
+
+
+def test_all_that_a_run_prints_and_logs_is_what_the_api_computes(small_folder, tmp_path):
+    """A run, rebuilt from the public functions: batches, micro-batches, schedule, clipping, decay,
+    validation and samples; and the form of its lines, which scripts may parse."""
+    flags = """--total_batch_size 32 --temperature 0.8 --top_k 5 --seed 3 --prompt ab
+        --val_loss_every 5
+        --sample_every 6 --recompute 2""".split()
+    stdout = succeeded(run_command(small_folder, *SMALL_RUN, *flags, "--output_dir", tmp_path))
+
+    files = [small_folder / name for name in ("train_0.bin", "train_1.bin", "val.bin")]
+    *shards, val = (np.fromfile(file, "<u2")[512:] for file in files)
+    model = gpt2.GPT2.from_pretrained(str(small_folder / "model"), 2, 8)
+    batches, printed, log, norms = batches_by_hand(shards, 2, 8), "", [], []
+    for step in range(13):
+        if step in (0, 5, 10, 12):
+            val_batches = itertools.islice(batches_by_hand([val], 2, 8), 2)
+            loss = sum(model.forward(*batch, train=False) for batch in val_batches) / 2
+            printed += f"val loss {loss:.6f}\n"
+            log.append((step, "tel", f"{loss:.4f}"))
+        if step in (6, 12):
+            tokens = model.generate(list(b"ab"), 12, 0.8, 5, np.random.default_rng([3, step]))
+            printed += "--- sample\nab" + bytes(tokens).decode(errors="replace") + "\n"
+        if step == 12:
+            break
+        loss = 0
+        for _ in range(2):
+            loss += model.forward(*next(batches), grad_scale=0.5) / 2
+            model.backward()
+        norms.append(model.grad_norm())
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
+        lr = 1e-2 * (step + 1) / 3 if step < 3 else 1e-3 + 9e-3 * cosine
+        model.update(lr, weight_decay=0.1, step=step + 1, grad_scale=min(1, 1 / norms[-1]))
+        printed += (
+            f"step {step + 1}/12: train loss {loss:.6f} (norm {norms[-1]:.4f}, lr {lr:.2e})\n"
+        )
+        log.append((step + 1, "trl", f"{loss:.4f}"))
+    assert min(norms) < 1 < max(norms)  # some gradients were clipped, some not
+    assert events(stdout) == as_read(printed)
+    assert (tmp_path / "main.log").read_text() == "".join(
+        f"s:{step} {kind}:{x}\n" for step, kind, x in log
+    )
+    form = r"step \d+/12: train loss \d+\.\d{6} \(norm \d+\.\d{4}, lr \d\.\d\de-\d\d, "
+    form += r"\d+ ms, \d+ tok/s\)"
+    assert len(re.findall(f"(?m)^{form}$", stdout)) == 12
+
+    farewell = "12 updates, "
+    for kind, name in (("trl", "train"), ("tel", "val")):
+        losses = [loss for _, k, loss in log if k == kind]
+        drawn = picture_by_hand([float(loss) for loss in losses], "▁▂▃▄▅▆▇█")
+        farewell += f"{name} loss {losses[0]} -> {losses[-1]} {drawn}, "
+    pattern = rf"{farewell}\d+\.\d s, \d+ tok/s, saved in {re.escape(str(tmp_path))}"
+    assert re.fullmatch(pattern, stdout.splitlines()[-1])
+    assert folder_content(tmp_path).keys() == {
+        "config.json",
+        "generation_config.json",
+        "main.log",
+        "model.safetensors",
+        *(f"checkpoint_00000012/{name}" for name in CHECKPOINT_FILES),
+    }
+    np.testing.assert_array_equal(
+        gpt2.GPT2.from_pretrained(str(tmp_path), 2, 8).flat[0], model.flat[0]
+    )
+
+
+def test_a_terminal_that_knows_only_ascii(small_folder):
+    """The picture falls back to seven-bit characters, and no byte that a model comes up with ends
+    the run."""
+    flags = (*SMALL_RUN, "--val_loss_every", 0, "--max_new_tokens", 60, "--prompt", "hé")
+    env = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    stdout = succeeded(run_command(small_folder, *flags, env=env))
+    losses = train_losses(stdout)
+    drawn = picture_by_hand([round(loss, 4) for loss in losses], "_.-=+*#@")
+    assert stdout.isascii() and len(losses) == 12
+    assert f" -> {losses[-1]:.4f} {drawn}, " in stdout.splitlines()[-1]
+
+
+@posix_only
+def test_a_prompt_that_is_no_utf8_reaches_a_model_of_bytes_as_it_is(tmp_path):
+    """Elsewhere than on Windows a command line is bytes, and byte 0xff is as good as any other."""
+    model = sharp_model(1, 16)  # which tells one context from another
+    model.save_pretrained(tmp_path)
+    flags = ("--model", tmp_path, "--inference_only", 1, "--max_new_tokens", 60, "--temperature", 0)
+    stdout = succeeded(run_command(tmp_path, *flags, "--prompt", os.fsdecode(b"\xffab")))
+    assert stdout.endswith(
+        as_read(bytes(model.generate(b"\xffab", 60, 0)).decode(errors="replace")) + "\n"
+    )
+
+
+def test_without_an_output_dir_nothing_is_written(small_folder, call_main):
+    before = folder_content(small_folder)
+    assert "saved" not in succeeded(call_main(*SMALL_RUN))
+    assert folder_content(small_folder) == before
+
+
+WITH_THREADS = """if True:
+    import sys, train_gpt2
+    train_gpt2.ROW_THREADS = int(sys.argv[1])
+    train_gpt2.BLOCK_BYTES = 512
+    train_gpt2.ADAMW_CHUNK = 300
+    sys.exit(train_gpt2.main(sys.argv[2:]))
+"""
+
+
+def test_same_bits_in_two_processes_and_for_any_number_of_threads(small_folder, tmp_path):
+    """Blocks are made so small here that even this model's rows fill many."""
+    found = []
+    for i, threads in enumerate((1, 1, 2, 3)):
+        flags = (*SMALL_RUN, "--checkpoint_every", 12, "--output_dir", tmp_path / str(i))
+        stdout = succeeded(run_command(small_folder, threads, *flags, program=("-c", WITH_THREADS)))
+        found.append((events(stdout), whole_state(tmp_path / str(i))))
+    assert found[0] == found[1] == found[2] == found[3] and "--- sample" in found[0][0]
+
+
+def test_micro_batches_give_the_losses_of_the_batch_they_make(call_main, small_folder, tmp_path):
+    write_token_file(tmp_path / "long.bin", random.Random(1).choices(range(97, 123), k=900))
+    losses = []
+    for B in (8, 4, 2):
+        flags = ("--input_bin", tmp_path / "long.bin", "--batch_size", B, "--total_batch_size", 64)
+        losses.append(train_losses(succeeded(call_main(*SMALL_RUN, *flags))))
+    assert len(losses[0]) == 12 and losses[0][0] - losses[0][-1] > 0.1
+    np.testing.assert_allclose(losses[1:], losses[:1] * 2, rtol=0, atol=1e-5)
+
+
+def test_overfitting_sees_the_same_batch_always(call_main, small_folder, tmp_path, monkeypatch):
+    """... also in every micro-batch, and after a resumption."""
+    seen, forward = [], gpt2.GPT2.forward
+
+    def watching(model, inputs, targets, train=True, grad_scale=1.0):
+        if train:
+            seen.append(np.array([inputs.ravel(), targets.ravel()]))
+        return forward(model, inputs, targets, train, grad_scale)
+
+    monkeypatch.setattr(gpt2.GPT2, "forward", watching)
+    flags = (
+        *SMALL_RUN,
+        "--overfit_single_batch",
+        1,
+        "--total_batch_size",
+        32,
+        "--output_dir",
+        tmp_path,
+    )
+    succeeded(call_main(*flags, "--checkpoint_every", 1, "--num_iterations", 4))
+    succeeded(call_main(*flags, "--resume", 1, "--num_iterations", 7))
+    tokens = np.fromfile(small_folder / "train_0.bin", "<u2")[512:]
+    np.testing.assert_array_equal(seen, [(tokens[:16], tokens[1:17])] * 14)
+
+
+def test_inference_from_a_runs_output_dir(small_folder, tmp_path):
+    succeeded(run_command(small_folder, *SMALL_RUN, "--output_dir", tmp_path))
+    before, model = folder_content(tmp_path), gpt2.GPT2.from_pretrained(str(tmp_path), 1, 16)
+    for flags, settings in (
+        (["--temperature", 0], [0]),
+        (["--seed", 8, "--top_k", 9], [1.0, 9, np.random.default_rng([8, 0])]),
+    ):
+        flags += [
+            "--model",
+            tmp_path,
+            "--inference_only",
+            1,
+            "--prompt",
+            "hé",
+            "--max_new_tokens",
+            30,
+        ]
+        stdout = succeeded(run_command(tmp_path, *flags))
+        words = "hé" + bytes(model.generate("hé".encode(), 30, *settings)).decode(errors="replace")
+        assert stdout.endswith("MB\n" + as_read(words) + "\n")
+    assert folder_content(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "--model gpt2",
+        "--input_bin train_0.bin",
+        "--input_val_bin val.bin",
+        "--inference_only 1",
+        "--write_tensors 1",
+    ],
+)
+def test_what_was_asked_for_by_name_is_not_replaced(
+    named, call_main, tmp_path, small_folder, monkeypatch
+):
+    for name in ("train_0.bin", "val.bin"):
+        shutil.copy(small_folder / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    result = call_main(*named.split(), "--num_iterations", 1)
+    assert (
+        failed_in_one_line(result) and "from scratch" not in result[1] and "step " not in result[1]
+    )
+
+
+def test_with_nothing_at_all_it_learns_from_its_own_files(tmp_path):
+    """No data, no weights, no network: that is announced, and a small GPT learns by bytes."""
+    code, stdout, error = run_command(tmp_path, "--num_iterations", 5, "--max_new_tokens", 20)
+    assert code == 0 and "can't fetch" in stdout and "from scratch, by bytes" in stdout, error
+    val = [float(loss) for loss in re.findall(r"(?m)^val loss (\S+)", stdout)]
+    assert len(val) == 2 and abs(val[0] - math.log(256)) < 0.2 and val[1] < val[0] - 0.1
+    farewell = stdout.splitlines()[-1]
+    assert farewell.startswith("5 updates, train loss ") and "saved" not in farewell
+
+
+# ---- Memory that is not there, numbers that are none, disks that are full
+
+
+def small_model_bytes(B):
+    """What a run of SMALL with batches of (B, 8) allocates."""
+    return 4 * (
+        4 * gpt2.count(gpt2.param_shapes(SMALL)) + gpt2.count(gpt2.act_shapes(SMALL, B, 8, 1))
+    )
+
+
+def test_a_plan_beyond_the_machine_is_refused_before_anything_is_allocated(call_main, monkeypatch):
+    available = small_model_bytes(3)
+    assert available == gpt2.GPT2(SMALL, 3, 8, None).blob.nbytes
+    monkeypatch.setattr(gpt2, "available_memory", lambda: available)
+    succeeded(call_main(*SMALL_RUN, "--batch_size", 3, "--num_iterations", 1))
+
+    def allocate(*args, **kwargs):
+        raise AssertionError("allocated")
+
+    monkeypatch.setattr(gpt2, "GPT2", allocate)
+    for batch_size in (4, 5, 1000):
+        result = call_main(*SMALL_RUN, "--batch_size", batch_size)
+        assert (
+            failed_in_one_line(result).endswith(": use --batch_size 3\n")
+            and "\nmemory: " in result[1]
+        )
+    available -= 1
+    assert failed_in_one_line(call_main(*SMALL_RUN, "--batch_size", 3)).endswith(
+        ": use --batch_size 2\n"
+    )
+    available = small_model_bytes(1) - 1
+    assert "use a smaller --model or --sequence_length\n" in failed_in_one_line(
+        call_main(*SMALL_RUN)
+    )
+
+
+def test_the_plan_of_gpt2_124m(call_main, monkeypatch):
+    """124,439,808 parameters of 4 bytes are 498 MB; as much for gradients, twice as much for
+    moments."""
+
+    def allocate(*args, **kwargs):
+        raise MemoryError("not here")
+
+    monkeypatch.setattr(gpt2, "GPT2", allocate)
+    monkeypatch.setattr(gpt2, "available_memory", lambda: math.inf)
+    code, stdout, error = call_main(
+        "--model", "d12", *SMALL_DATA, "--batch_size", 2, "--sequence_length", 8
+    )
+    assert (code, error) == (1, "error: not here\n") and "model: 124,439,808 parameters: " in stdout
+    activations = 4 * gpt2.count(gpt2.act_shapes(gpt2.GPT2Config(), 2, 8, 1))
+    assert (
+        "\nmemory: parameters 498, gradients 498, moments 996, "
+        f"activations {activations / 1e6:.0f}, "
+        f"in all {(16 * 124_439_808 + activations) / 1e6:.0f} MB\n"
+    ) in stdout
+
+
+@posix_only
+def test_the_limit_of_this_process_counts_and_a_huge_batch_is_refused_at_once(small_folder):
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+
+    result = run_command(
+        small_folder,
+        *SMALL_RUN,
+        "--batch_size",
+        10**12,
+        env={"OPENBLAS_NUM_THREADS": "1"},
+        preexec_fn=limit,
+    )
+    message = re.search(
+        r"the machine has (\d+): use --batch_size (\d+)\n", failed_in_one_line(result)
+    )
+    megabytes, fits = map(int, message.groups())
+    assert megabytes <= 2147
+    assert small_model_bytes(fits) <= (megabytes + 0.5) * 1e6 <= small_model_bytes(fits + 999)
+
+
+def spoil_after_update(monkeypatch, number, spoil):
+    """Let spoil(model) happen right after that update."""
+    update = gpt2.GPT2.update
+
+    def updating(model, *args, step, **settings):
+        update(model, *args, step=step, **settings)
+        if step == number:
+            spoil(model)
+
+    monkeypatch.setattr(gpt2.GPT2, "update", updating)
+
+
+def put_value(name, l, value):
+    return lambda model: model.params[name].__setitem__(... if l is None else l, value)
+
+
+@pytest.mark.parametrize("recompute", [0, 1, 2])
+@pytest.mark.parametrize(
+    "name, l, value, began",
+    [
+        ("wte", None, math.nan, "wte"),
+        ("wpe", None, math.inf, "wpe"),
+        ("lnfb", None, math.nan, "lnfb"),
+        ("ln1b", 0, math.nan, "ln1b of layer 0"),
+        ("qkvw", 1, math.nan, "qkvw of layer 1"),
+        ("fcprojw", 2, math.nan, "fcprojw of layer 2"),
+        ("qkvw", 1, 1e30, "att_lse of layer 1"),
+    ],
+)
+def test_a_loss_that_is_no_number_stops_the_run_and_names_where_it_began(
+    call_main, tmp_path, monkeypatch, recompute, name, l, value, began
+):
+    flags = (
+        *SMALL_RUN,
+        "--checkpoint_every",
+        3,
+        "--output_dir",
+        tmp_path,
+        "--recompute",
+        recompute,
+        "--grad_clip",
+        recompute,
+        "--val_loss_every",
+        0,
+        "--sample_every",
+        0,
+    )
+    succeeded(call_main(*flags, "--num_iterations", 3))
+    (checkpoint,) = checkpoint_folders(tmp_path)
+    before = folder_content(checkpoint)
+    spoil_after_update(monkeypatch, 4, put_value(name, l, value))
+    error = failed_in_one_line(call_main(*flags, "--resume", 1))
+    if recompute == 2:  # of what the layers share, only the last layer's is left
+        began = began.replace("att_lse", "residual3")
+    assert error.startswith(f"error: update 5: the loss is nan; it began in {began}. ")
+    assert checkpoint_folders(tmp_path) == [checkpoint] and folder_content(checkpoint) == before
+
+
+@pytest.mark.parametrize("l", [0, 1, 2])
+def test_an_infinite_gradient_stops_the_run_and_names_where_it_began(
+    call_main, tmp_path, monkeypatch, l
+):
+    flags = (*SMALL_RUN, "--checkpoint_every", 3, "--output_dir", tmp_path)
+    succeeded(call_main(*flags, "--num_iterations", 3))
+    (checkpoint,) = checkpoint_folders(tmp_path)
+    before, calls, backward = folder_content(checkpoint), itertools.count(1), gpt2.gelu_backward
+
+    def overflowing(dinp, dout, inp):
+        backward(dinp, dout, inp)
+        if (
+            next(calls) == 3 + 3 - l
+        ):  # in the second update; backward comes to the last of three layers first
+            dinp[...] = np.inf
+
+    monkeypatch.setattr(gpt2, "gelu_backward", overflowing)
+    error = failed_in_one_line(call_main(*flags, "--resume", 1))
+    assert re.match(
+        rf"error: update 5: the gradient norm is \w+; it began in fc[wb] of layer {l}\. ", error
+    )
+    assert checkpoint_folders(tmp_path) == [checkpoint] and folder_content(checkpoint) == before
+
+
+def test_a_norm_that_overflows_stops_the_run_though_every_gradient_is_finite(
+    call_main, monkeypatch
+):
+    backward = gpt2.gelu_backward
+
+    def enlarging(dinp, dout, inp):
+        backward(dinp, dout, inp)
+        dinp[...] = 1e25
+
+    monkeypatch.setattr(gpt2, "gelu_backward", enlarging)
+    error = failed_in_one_line(call_main(*SMALL_RUN))
+    assert error.startswith("error: update 1: the gradient norm is inf; it began in the last sum. ")
+
+
+def test_validation_that_is_no_number_stops_the_run_too(call_main, tmp_path, monkeypatch):
+    """... so a last update that ruins the weights does not pass for success."""
+    spoil_after_update(monkeypatch, 12, put_value("fcw", 1, math.nan))
+    error = failed_in_one_line(call_main(*SMALL_RUN, "--output_dir", tmp_path))
+    assert "the loss is nan; it began in fcw of layer 1. " in error
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_a_learning_rate_far_too_high_ends_in_one_line(small_folder, clip):
+    flags = (
+        "--learning_rate",
+        "1e18",
+        "--grad_clip",
+        clip,
+        "--val_loss_every",
+        0,
+        "--sample_every",
+        0,
+    )
+    error = failed_in_one_line(run_command(small_folder, *SMALL_RUN, *flags))
+    assert re.match(
+        r"error: update [2-9]: the (loss|gradient norm) is (nan|inf); it began in \w+", error
+    )
+
+
+@posix_only
+@pytest.mark.parametrize("limit", [100, 20_000, 80_000])
+def test_a_disk_that_fills_costs_nothing_that_was_saved(
+    small_folder, uninterrupted, tmp_path, limit
+):
+    """No file may grow beyond the limit: a log takes 200 bytes, weights 59 KB, moments 114 KB."""
+    import resource
+
+    shutil.copytree(uninterrupted.early, tmp_path, dirs_exist_ok=True)
+    flags = (*uninterrupted.flags, "--output_dir", tmp_path, "--resume", 1)
+    before = [folder_content(folder) for folder in checkpoint_folders(tmp_path)]
+    error = failed_in_one_line(
+        run_command(
+            small_folder,
+            *flags,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        )
+    )
+    assert "File too large" in error
+    assert [folder_content(folder) for folder in checkpoint_folders(tmp_path)] == before
+    succeeded(run_command(small_folder, *flags))
+    assert whole_state(tmp_path) == uninterrupted.state
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_written_is_one_line(call_main, tmp_path, place):
+    """Below a regular file nobody can write, not even root, whom permissions don't stop."""
+    (tmp_path / "file").write_text("here")
+    result = call_main(*SMALL_RUN, "--output_dir", tmp_path / place)
+    assert str(tmp_path / place) in failed_in_one_line(result) and "step" not in result[1]
+
+
+def test_a_folder_that_vanishes_is_one_line(call_main, tmp_path, monkeypatch):
+    spoil_after_update(monkeypatch, 2, lambda model: shutil.rmtree(tmp_path / "run"))
+    assert "main.log" in failed_in_one_line(call_main(*SMALL_RUN, "--output_dir", tmp_path / "run"))
