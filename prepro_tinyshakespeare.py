@@ -60,7 +60,7 @@ def require(condition, message):
         raise InputError(message)
 
 
-def say(line):
+def print_status(line):
     """Print to stderr, since a program may be reading stdout."""
     print(line, file=sys.stderr, flush=True)
 
@@ -215,7 +215,7 @@ def fetch_vocabulary(name, sha256, folder):
     url = VOCABULARY + name
     path = f"{folder}/{hashlib.sha1(url.encode()).hexdigest()}"
     if os.path.exists(path) and digest(path) != sha256:
-        say(f"{path} is damaged: fetching {name} again")
+        print_status(f"{path} is damaged: fetching {name} again")
         os.remove(path)
     download(url, path, sha256)
 
@@ -300,7 +300,7 @@ def fetch(requests, url, path, sha256, size):
             f"what came has {nbytes} bytes and SHA-256 {found}, expected "
             f"{want_size or 'any number of'} bytes and SHA-256 {want_sha256}",
         )
-        say(f"{part} was continued, but is not the expected file: once more from the start")
+        print_status(f"{part} was continued, but is not the expected file: once more from the start")
         continued = False
 
     raise InputError(
@@ -425,7 +425,7 @@ def watched(pieces, what, done, total):
                 print(line, end="", file=sys.stderr, flush=True)
     finally:
         if shown:
-            say("")
+            print_status("")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1043,7 +1043,7 @@ def prepare_tinyshakespeare():
     if not os.path.exists(text):
         download(SHAKESPEARE, text, SHAKESPEARE_SHA256, SHAKESPEARE_SIZE)
     elif digest(text) != SHAKESPEARE_SHA256:
-        say(f"{text} is not the original, but used as it is: delete it to fetch the original")
+        print_status(f"{text} is not the original, but used as it is: delete it to fetch the original")
     write_split(paths, encode_text(read_text(text), get_encoding()), VAL_TOKENS)
     return paths
 
@@ -1334,10 +1334,10 @@ def main(argv=None):
             print(f"{path}: {len(open_tokens(path)):,} tokens")
         return 0
     except KeyboardInterrupt:
-        say("stopped: run it again to go on")
+        print_status("stopped: run it again to go on")
         return 130
     except (InputError, OSError) as error:
-        say(f"error: {reason(error)}")
+        print_status(f"error: {reason(error)}")
         return 1
 
 

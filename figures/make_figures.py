@@ -1,0 +1,338 @@
+"""
+Makes the figures of the README and the tables of BENCHMARK.md: python figures/make_figures.py
+
+    blob.svg        the memory of a model, to scale, and who uses it when
+    layer.svg       one layer, forward and backward, with the names of the tensors
+    loss.svg        the losses in losses.json
+    benchmark.svg   the measurements in benchmarks/*.json, which tests/benchmark.py writes
+
+    python figures/make_figures.py --train
+
+first measures losses.json: it trains the README's d6 and the PyTorch model of test_gpt2.py from the
+same weights on the same batches, which takes some five minutes. Needs matplotlib, and PyTorch for
+--train.
+"""
+
+import argparse
+import glob
+import json
+import os
+import sys
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.dirname(HERE))
+
+import train_gpt2 as gpt2
+
+BLUE, ORANGE, GREEN, GREY = "#4c78a8", "#e58606", "#54a24b", "#b8bcc2"
+INK, PAPER = "#22262b", "#fbfaf7"  # the figures bring their own background, light on any page
+
+
+def new_figure(width, height):
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "gpt2",  # the same bytes each time
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.facecolor": PAPER,
+        "axes.facecolor": PAPER,
+    })  # fmt: skip
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height))
+
+
+def save(figure, name):
+    path = os.path.join(HERE, name)
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    print(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# The blob
+
+
+def blob_parts(config, B, T):
+    """[(name, megabytes)] in the order of memory."""
+    weights = 4 * gpt2.count(gpt2.param_shapes(config)) / 1e6
+    shapes = gpt2.act_shapes(config, B, T)
+    names = list(shapes)
+    start = names.index("dresidual")
+    logits = gpt2.count({"logits": shapes["logits"]})
+    forward = gpt2.count({name: shapes[name] for name in names[:start]}) - logits
+    work = gpt2.count({name: shapes[name] for name in names[start:]})
+    parts = [(name, weights) for name in ("params", "grads", "m", "v")]
+    parts.append(("activations", 4 * forward / 1e6))
+    parts.append(("logits", 4 * logits / 1e6))
+    parts.append(("work space", 4 * work / 1e6))
+    return parts
+
+
+USES = {  # r: reads, w: writes, of params, grads, m, v, activations, logits, work space
+    "forward": "r   w  ",
+    "classifier": "rw  rww",  # of grads only dwte, of the activations lnf and losses
+    "backward": "rw  r w",
+    "update": "wrww   ",
+}
+
+
+def draw_blob():
+    config = gpt2.GPT2Config()
+    figure, axes = new_figure(10, 3.4)
+    parts = blob_parts(config, 4, 64)
+    colours = [BLUE, ORANGE, GREEN, GREEN, GREY, GREY, ORANGE]
+
+    x = 0
+    for number, ((name, size), colour) in enumerate(zip(parts, colours, strict=True)):
+        axes.barh(0, size, left=x, height=0.8, color=colour, edgecolor=PAPER)
+        if size > 150:
+            label = f"{name}\n{size:.0f} MB"
+            axes.text(x + size / 2, 0, label, ha="center", va="center", color="w")
+        for row, uses in enumerate(USES.values(), start=1):
+            use = uses[number]
+            if use != " ":
+                dark = use == "w"
+                axes.barh(
+                    -row * 0.45 - 0.35, size, left=x, height=0.32, edgecolor=PAPER,
+                    color=colour, alpha=1.0 if dark else 0.4,
+                )  # fmt: skip
+        x += size
+
+    last = ", ".join(f"{name} {size:.0f}" for name, size in parts[-3:])
+    axes.text(x, 0.55, f"{last} MB", ha="right", va="bottom")
+    for row, name in enumerate(USES, start=1):
+        axes.text(-15, -row * 0.45 - 0.35, name, ha="right", va="center")
+    legend = "dark: writes, light: reads.  GPT-2 124M, B = 4, T = 64, to scale"
+    axes.text(0, -2.62, legend, va="top")
+    axes.set_xlim(-150, x + 5)
+    axes.set_ylim(-2.95, 0.9)
+    axes.axis("off")
+    save(figure, "blob.svg")
+
+
+# --------------------------------------------------------------------------------------------------
+# One layer
+
+FORWARD = [
+    ("residual", ""), ("ln1", "layernorm"), ("qkv", "matmul"), ("atty", "attention"),
+    ("attproj", "matmul"), ("residual2", "+"), ("ln2", "layernorm"), ("fch", "matmul"),
+    ("fch_gelu", "gelu"), ("fcproj", "matmul"), ("residual3", "+"),
+]  # fmt: skip
+BACKWARD = {  # by the place of the forward tensor
+    10: "dresidual", 8: "dfch, first\nas dfch_gelu", 7: "dfch", 6: "dln2", 5: "dresidual\n+=",
+    3: "datty", 2: "dqkv", 1: "dln1", 0: "dresidual\n+=",
+}  # fmt: skip
+
+
+def draw_layer():
+    figure, axes = new_figure(11, 3.6)
+    shared = gpt2.SHARED_BY_LAYERS[1]
+
+    def box(x, y, text, colour):
+        axes.text(
+            x, y, text, ha="center", va="center", color="w" if colour != GREY else INK, fontsize=8,
+            bbox={"boxstyle": "round,pad=0.35", "facecolor": colour, "edgecolor": "none"},
+        )  # fmt: skip
+
+    def arrow(start, end, bend=0.0):
+        style = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkA": 22, "shrinkB": 22}
+        if bend:
+            style |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 10, "shrinkB": 10}
+        axes.annotate("", end, start, arrowprops=style)
+
+    for i, (name, function) in enumerate(FORWARD):
+        box(i, 1, name, GREY if name in shared else BLUE)
+        if i > 0:
+            arrow((i - 1, 1), (i, 1))
+            axes.text(i - 0.5, 1.2, function, ha="center", fontsize=7)
+    arrow((0, 1), (5, 1), bend=-0.18)
+    arrow((5, 1), (10, 1), bend=-0.18)
+
+    places = list(BACKWARD)
+    for place, name in BACKWARD.items():
+        box(place, 0, name, ORANGE)
+    for right, left in zip(places, places[1:], strict=False):
+        arrow((right, 0), (left, 0))
+    arrow((10, 0), (5, 0), bend=-0.18)
+    arrow((5, 0), (0, 0), bend=-0.18)
+
+    legend = [
+        (BLUE, "kept for every layer"),
+        (GREY, "shared by all layers, computed again if backward needs it"),
+        (ORANGE, "work space of backward"),
+    ]
+    for i, (colour, text) in enumerate(legend):
+        x = [0, 2.4, 7.2][i]
+        axes.text(x, -0.95, "■ ", color=colour, fontsize=12, ha="right", va="center")
+        axes.text(x, -0.95, text, va="center")
+    axes.set_xlim(-0.6, 10.6)
+    axes.set_ylim(-1.1, 1.95)
+    axes.axis("off")
+    save(figure, "layer.svg")
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+
+SETTINGS = {
+    "model": "d6", "num_iterations": 200, "batch_size": 8, "learning_rate": 1e-3,
+    "warmup_iters": 20, "learning_rate_decay_frac": 0.1, "weight_decay": 0.1, "grad_clip": 1.0,
+    "val_loss_every": 50,
+}  # fmt: skip
+
+
+def make_loaders(args, V):
+    train = gpt2.DataLoader(args.input_bin, args.batch_size, args.sequence_length, V, args.seed)
+    val = gpt2.DataLoader(args.input_val_bin, args.batch_size, args.sequence_length, V)
+    return train, val
+
+
+def train_ours(args, model):
+    """{"train": [[update, loss], ...], "val": ...}"""
+    loader, val_loader = make_loaders(args, model.config.vocab_size)
+    found = {"train": [], "val": []}
+    for step in range(args.num_iterations + 1):
+        if step % args.val_loss_every == 0:
+            val_loader.seek([0, 0, 0])
+            batches = [val_loader.next_batch() for _ in range(args.val_max_steps)]
+            losses = [model.forward(x, y, train=False) for x, y in batches]
+            found["val"].append([step, sum(losses) / len(losses)])
+        if step < args.num_iterations:
+            loss, _ = gpt2.train_step(
+                model, loader, 1, gpt2.learning_rate_at(step, args),
+                args.weight_decay, args.grad_clip, step + 1,
+            )  # fmt: skip
+            found["train"].append([step + 1, loss])
+    return found
+
+
+def train_torch(args, config, reference):
+    import torch
+
+    loader, val_loader = make_loaders(args, config.vocab_size)
+    decayed = [name for name in gpt2.param_shapes(config) if gpt2.is_decayed(name)]
+    others = [name for name in gpt2.param_shapes(config) if not gpt2.is_decayed(name)]
+    groups = []
+    for names, decay in ((decayed, args.weight_decay), (others, 0.0)):
+        tensors = [tensor for name in names for tensor in reference.named(name)]
+        groups.append({"params": tensors, "weight_decay": decay})
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
+
+    found = {"train": [], "val": []}
+    for step in range(args.num_iterations + 1):
+        if step % args.val_loss_every == 0:
+            val_loader.seek([0, 0, 0])
+            batches = [val_loader.next_batch() for _ in range(args.val_max_steps)]
+            with torch.no_grad():
+                losses = [reference(*map(torch.from_numpy, batch)).item() for batch in batches]
+            found["val"].append([step, sum(losses) / len(losses)])
+        if step < args.num_iterations:
+            loss = reference(*map(torch.from_numpy, loader.next_batch()))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(reference.parameters(), args.grad_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = gpt2.learning_rate_at(step, args)
+            optimizer.step()
+            found["train"].append([step + 1, loss.item()])
+    return found
+
+
+def measure_losses():
+    from test_gpt2 import TorchGPT2
+
+    args = gpt2.settings(dict(SETTINGS))
+    args.input_bin, args.input_val_bin = gpt2.prepro.prepare_tinyshakespeare()
+    C = gpt2.FRESH[args.model]
+    config = gpt2.GPT2Config(1024, 50257, int(args.model[1:]), C // 64, C)
+    model = gpt2.GPT2(config, args.batch_size, args.sequence_length, args.seed)
+    reference = TorchGPT2(config, model.params)
+
+    found = {"train_gpt2.py": train_ours(args, model)}
+    found["PyTorch"] = train_torch(args, config, reference)
+    with open(os.path.join(HERE, "losses.json"), "w") as file:
+        json.dump(found, file)
+
+
+def draw_losses():
+    with open(os.path.join(HERE, "losses.json")) as file:
+        found = json.load(file)
+    figure, axes = new_figure(7, 3.2)
+    for who, style in (("PyTorch", {"color": ORANGE}), ("train_gpt2.py", {"color": BLUE})):
+        ours = who == "train_gpt2.py"
+        width, dashes = (1.1, "-") if ours else (3.2, "-")
+        opacity = 1.0 if ours else 0.45
+        axes.plot(
+            *zip(*found[who]["train"], strict=True), dashes, linewidth=width, alpha=opacity,
+            label=f"{who}, training loss", **style,
+        )  # fmt: skip
+        axes.plot(
+            *zip(*found[who]["val"], strict=True), "o", markersize=4 if ours else 9, alpha=opacity,
+            label=f"{who}, validation loss", **style,
+        )  # fmt: skip
+    pairs = zip(found["PyTorch"]["train"], found["train_gpt2.py"]["train"], strict=True)
+    largest = max(abs(theirs[1] - ours[1]) for theirs, ours in pairs)
+    print(f"the largest difference between two training losses: {largest:.1e}")
+    axes.set_xlabel("updates")
+    axes.set_ylabel("loss, nats per token")
+    axes.legend(frameon=False)
+    save(figure, "loss.svg")
+
+
+# --------------------------------------------------------------------------------------------------
+# The benchmark
+
+
+def draw_benchmark():
+    files = []
+    for path in sorted(glob.glob(os.path.join(HERE, "benchmarks", "*.json"))):
+        with open(path) as file:
+            files.append(json.load(file))
+    if not files:
+        return
+
+    bars = []
+    for found in files:
+        for row in found["training"]:
+            if row["model"] == "d12" and row["who"] == "train_gpt2.py --recompute 1":
+                name = f"B={row['B']}, T={row['T']}"
+                bars.append((name, row["speed"], row["memory"], found["machine"]["processor"]))
+    figure, axes = new_figure(7, 0.9 + 0.55 * len(bars))
+    for i, (name, speed, memory, cpu) in enumerate(bars):
+        for offset, colour, (middle, least, most) in ((0.2, BLUE, speed), (-0.2, GREY, memory)):
+            error = [[middle - least], [most - middle]]
+            axes.barh(
+                -i + offset, middle, height=0.36, color=colour, xerr=error,
+                error_kw={"ecolor": INK, "linewidth": 0.8},
+            )  # fmt: skip
+            axes.text(0.02, -i + offset, f"{middle:.2f}", va="center", fontsize=8, color="w")
+        axes.text(-0.02, -i, f"{name}\n{cpu[:24]}", ha="right", va="center", fontsize=8)
+    axes.axvline(1.0, color=ORANGE, linewidth=1)
+    axes.text(1.01, 0.55, "PyTorch", color=ORANGE, fontsize=8)
+    axes.set_yticks([])
+    axes.set_xlabel("blue: speed over PyTorch's fastest mode.  grey: memory over its leanest")
+    save(figure, "benchmark.svg")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--train", action="store_true", help="measure losses.json first")
+    if parser.parse_args().train:
+        measure_losses()
+    draw_blob()
+    draw_layer()
+    draw_losses()
+    draw_benchmark()
+
+
+if __name__ == "__main__":
+    main()
