@@ -300,7 +300,7 @@ def fetch(requests, url, path, sha256, size):
             f"what came has {nbytes} bytes and SHA-256 {found}, expected "
             f"{want_size or 'any number of'} bytes and SHA-256 {want_sha256}",
         )
-        print_status(f"{part} was continued, but is not the expected file: once more from the start")
+        print_status(f"{part} is not the expected file: fetching it again, from the start")
         continued = False
 
     raise InputError(
@@ -548,17 +548,28 @@ def read_tensor(out, stored, what):
     numbers_per_row = max(1, math.prod(out.shape[1:]))
     rows = max(1, (1 << 20) // numbers_per_row)
 
+    start = 0
+    for piece in read_pieces(stored, what, rows * numbers_per_row):
+        target = out[start : start + rows]
+        target[...] = piece.reshape(target.shape)
+        start += rows
+
+
+def read_pieces(stored, what, numbers=1 << 20):
+    """The numbers of a StoredTensor in the order of the file, `numbers` at a time: flat arrays."""
+    left = math.prod(stored.shape)
     with open(stored.path, "rb") as file:
         file.seek(stored.offset)
-        for i in range(0, len(out), rows):
-            target = out[i : i + rows]
-            piece = np.fromfile(file, FLOATS[stored.dtype], target.size)
-            require(piece.size == target.size, f"{stored.path}: ends in the middle of {what}")
+        while left > 0:
+            expected = min(numbers, left)
+            piece = np.fromfile(file, FLOATS[stored.dtype], expected)
+            require(piece.size == expected, f"{stored.path}: ends in the middle of {what}")
             if stored.dtype == "BF16":
                 piece = (piece.astype("<u4") << 16).view("<f4")
             finite = np.isfinite(piece).all()
             require(finite, f"{stored.path}: {what} holds a value that is not finite")
-            target[...] = piece.reshape(target.shape)
+            yield piece
+            left -= expected
 
 
 def read_safetensors(path):
@@ -611,17 +622,18 @@ def check_entry(path, name, entry):
     require(known, f"{path}: tensor {name!r} has the unknown dtype {dtype!r}")
 
 
-def are_sizes(value):
-    """Whether value is a list of at most 8 integers that can be sizes."""
-    if not isinstance(value, list) or len(value) > 8:
+def are_sizes(value, most=8):
+    """Whether value is a list of at most `most` integers that can be sizes."""
+    if not isinstance(value, list) or len(value) > most:
         return False
     return all(type(i) is int and 0 <= i < 1 << 48 for i in value)
 
 
-def write_safetensors(path, tensors, metadata):
+def write_safetensors(path, tensors, metadata, pieces=lambda array_: [array_]):
     """tensors {name: array}, written as float32; metadata {str: str}.
 
-    An array that is a transposed view is copied, one at a time.
+    pieces gives an array's numbers in order, as an iterable of arrays. One that is a transposed
+    view is copied, one at a time.
     """
     header = {"__metadata__": metadata}
     end = 0
@@ -636,7 +648,8 @@ def write_safetensors(path, tensors, metadata):
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for array_ in tensors.values():
-            file.write(np.ascontiguousarray(array_, "<f4"))
+            for piece in pieces(array_):
+                file.write(np.ascontiguousarray(piece, "<f4"))
 
 
 def huggingface_path(source):
@@ -1043,7 +1056,7 @@ def prepare_tinyshakespeare():
     if not os.path.exists(text):
         download(SHAKESPEARE, text, SHAKESPEARE_SHA256, SHAKESPEARE_SIZE)
     elif digest(text) != SHAKESPEARE_SHA256:
-        print_status(f"{text} is not the original, but used as it is: delete it to fetch the original")
+        print_status(f"{text} is not the original, but is used: delete it to fetch the original")
     write_split(paths, encode_text(read_text(text), get_encoding()), VAL_TOKENS)
     return paths
 

@@ -73,6 +73,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -1450,13 +1451,19 @@ def sample(logits, temperature, top_k, rng):
 # kinds never compete for a core.
 
 
-def threads_wanted():
-    """OPENBLAS_NUM_THREADS or OMP_NUM_THREADS, if one is a number, else the number of cores."""
+def threads_named():
+    """OPENBLAS_NUM_THREADS or OMP_NUM_THREADS, if one of them is a number, else None."""
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
         if first.isdecimal() and int(first) > 0:
             return int(first)
+    return None
 
+
+def threads_wanted():
+    """The number of threads that the user named, else the number of cores of this process."""
+    if threads_named():
+        return threads_named()
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -1613,7 +1620,210 @@ def write_tensors(model, inputs, targets, folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Checkpoints
+# 11. Several processes (skip this on first reading)
+#
+#     mpiexec -n 4 python train_gpt2.py ...
+#
+# starts this program four times, on one machine or on several. Each process has all parameters and
+# all gradients, and takes its own batches. And each owns a quarter of the flat vector: it alone
+# updates that part of the parameters, and it alone has AdamW's m and v for it. It never touches the
+# rest of m and v, which therefore costs no memory (ZeRO, stage 1; Rajbhandari et al., 2020). The
+# processes exchange numbers by MPI.
+
+PIECE = 1 << 20  # elements that are sent at a time
+
+
+class World:
+    """The processes that train together. With one alone, the methods do nothing.
+
+    comm         MPI's communicator; None for one process
+    rank, size   this is number `rank` of `size` processes
+    local_size   how many of them share this machine
+    """
+
+    def __init__(self, comm=None, local_size=1):
+        self.comm = comm
+        self.rank = comm.rank if comm else 0
+        self.size = comm.size if comm else 1
+        self.local_size = local_size
+
+    def part(self, n, rank=None):
+        """The slice of a vector of n elements that a process owns: this one, or another."""
+        rank = self.rank if rank is None else rank
+        width = math.ceil(n / self.size)
+        return slice(min(n, rank * width), min(n, (rank + 1) * width))
+
+    def wait(self):
+        """Go on when all processes have come here."""
+        if self.comm:
+            self.comm.Barrier()
+
+    def sum(self, number):
+        """The sum of one number of each process, in the order of the processes."""
+        return sum(self.comm.allgather(number)) if self.comm else number
+
+    def greatest(self, number):
+        """The greatest of one number of each process."""
+        return max(self.comm.allgather(number)) if self.comm else number
+
+    def sum_gradients(self, grads):
+        """Add up the gradients (n,) of all processes. Each part of the sum goes to its owner.
+
+        MPI takes the pieces for all owners side by side. They are copied there, a piece of each
+        part at a time, so that there is no second copy of the whole.
+        """
+        n = len(grads)
+        parts = [grads[self.part(n, rank)] for rank in range(self.size)]
+        side_by_side = np.zeros((self.size, PIECE // self.size), grads.dtype)
+        total = np.empty(PIECE // self.size, grads.dtype)
+
+        for start in range(0, len(parts[0]), len(total)):
+            piece = slice(start, start + len(total))
+            for rank, part in enumerate(parts):
+                side_by_side[rank, : len(part[piece])] = part[piece]
+            self.comm.Reduce_scatter_block(side_by_side, total)
+            own = parts[self.rank][piece]
+            own[...] = total[: len(own)]
+
+    def gather_params(self, params):
+        """Fill in the parts of the parameters (n,) that other processes have updated."""
+        from mpi4py import MPI
+
+        parts = [self.part(len(params), rank) for rank in range(self.size)]
+        starts = [part.start for part in parts]
+        lengths = [part.stop - part.start for part in parts]
+        self.comm.Allgatherv(MPI.IN_PLACE, [params, (lengths, starts)])
+
+    def pieces(self, row):
+        """A row of m or v (n,), piece by piece, for process 0. The other processes send theirs."""
+        for owner in range(self.size):
+            part = row[self.part(len(row), owner)]
+            for start in range(0, len(part), PIECE):
+                piece = part[start : start + PIECE]
+                if owner > 0 and self.rank == owner:
+                    self.comm.Send(piece, dest=0)
+                if owner > 0 and self.rank == 0:
+                    piece = np.empty_like(piece)
+                    self.comm.Recv(piece, source=owner)
+                yield piece
+
+    def crc32(self, row):
+        """The CRC-32 of a row of m or v. Each process continues where the one before it ended."""
+        value = 0
+        for owner in range(self.size):
+            if self.rank == owner:
+                value = zlib.crc32(row[self.part(len(row))], value)
+            if self.comm:
+                value = self.comm.bcast(value, root=owner)
+        return value
+
+    @contextlib.contextmanager
+    def first_rank_first(self):
+        """Process 0 does what stands in here, then all others do: they find what it fetched."""
+        if self.rank > 0:
+            self.wait()
+        try:
+            yield
+        finally:
+            if self.rank == 0:
+                self.wait()
+
+    def check_alike(self, facts):
+        """InputError unless all processes give the same facts: a dict of what can be in JSON."""
+        if not self.comm:
+            return
+        text = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
+        hashes = {name: zlib.crc32(value.encode()) for name, value in text.items()}
+        for rank, other in enumerate(self.comm.allgather(hashes)):
+            for name in hashes:
+                same = other[name] == hashes[name]
+                require(same, f"process {rank} has other {name} than process {self.rank}")
+
+
+ALONE = World()
+
+
+def train_step_together(
+    world, model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0, step=None,
+    check=lambda value, what: None,
+):  # fmt: skip
+    """train_step on several processes, each with micro_batches batches of its own.
+
+    The result is that of one process with all these batches.
+    """
+    scale = 1 / (micro_batches * world.size)
+    loss = 0.0
+    for _ in range(micro_batches):
+        inputs, targets = loader.next_batch()
+        loss += model.forward(inputs, targets, grad_scale=scale) * scale
+        check(loss, "loss")
+        model.backward()
+    loss = world.sum(loss)
+
+    params, grads = model.flat[:2]
+    part = world.part(len(params))
+    world.sum_gradients(grads)
+    norm = math.sqrt(world.sum(model.grad_norm(part) ** 2))
+    check(norm, "gradient norm")
+
+    clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
+    model.update(learning_rate, weight_decay=weight_decay, step=step, grad_scale=clip, part=part)
+    world.gather_params(params)
+    return loss, norm
+
+
+def launched():
+    """(rank, size) of this process, from what mpiexec left in the environment; (0, 1) without."""
+    names = (
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
+        ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, Microsoft MPI
+    )
+    for rank, size in names:
+        if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
+            return int(os.environ[rank]), int(os.environ[size])
+    return 0, 1
+
+
+def join_world():
+    """The World that mpiexec started this process in, with this process's share of the cores."""
+    _, size = launched()
+    if size == 1:
+        return ALONE
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        raise InputError(
+            f"mpiexec started {size} processes, and mpi4py is missing, which they need: "
+            "pip install mpi4py mpich"
+        ) from None
+
+    comm = MPI.COMM_WORLD
+    local_size = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+    share_cores(local_size)
+    if comm.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+    return World(comm, local_size)
+
+
+def share_cores(local_size):
+    """Use this process's share of the machine's cores, unless the user has set the number."""
+    global ROW_THREADS, BLAS_THREADS
+    if not threads_named():
+        share = max(1, (os.cpu_count() or 1) // local_size)
+        ROW_THREADS = BLAS_THREADS = min(threads_wanted(), share)
+        set_blas_threads(BLAS_THREADS)
+
+
+def end_all(world, code):
+    """End all processes of a run because this one can't go on. Alone, return the exit code."""
+    if world.comm:
+        sys.stderr.flush()
+        world.comm.Abort(code)
+    return code
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Checkpoints
 #
 # DIR/checkpoint_STEP is a folder with what save_pretrained writes; main.log; and
 # optimizer.safetensors, which holds AdamW's m and v, each one row laid out like the parameters,
@@ -1627,6 +1837,7 @@ class Run:
 
     args: SimpleNamespace  # the value of every flag
     model: GPT2
+    world: World
     stopped: list  # the numbers of the signals that have come
     loader: DataLoader = None
     val_loader: DataLoader = None
@@ -1638,6 +1849,17 @@ class Run:
     tokens_crc32: list = None  # and their checksums
     saved_as_evaluated: bool = None  # what the checkpoint of this step says about `evaluated`
 
+    def must_stop(self):
+        """Whether a signal has come to this process, or to another one. All get the same answer."""
+        number = self.world.greatest(self.stopped[0] if self.stopped else 0)
+        if number and not self.stopped:
+            self.stopped.append(number)
+        return bool(number)
+
+    def writes(self):
+        """Whether this process writes to --output_dir."""
+        return bool(self.args.output_dir) and self.world.rank == 0
+
 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
@@ -1647,20 +1869,30 @@ def list_checkpoints(folder):
     return sorted(glob.glob(pattern), reverse=True)
 
 
-def checksums(model, folder):
-    """CRC-32s of parameters, m and v as they stand in the blob, and of the small files."""
-    sums = [zlib.crc32(model.flat[row]) for row in (0, 2, 3)]
+def checksums(moments, params, folder):
+    """CRC-32s of the parameters as they stand in the blob, of m and v, and of the small files."""
+    sums = [zlib.crc32(params), *moments]
     for name in ("config.json", "generation_config.json", "main.log"):
         data = np.fromfile(os.path.join(folder, name), np.uint8)
         sums.append(zlib.crc32(data))
     return sums
 
 
-def save_checkpoint(model, folder, state):
+def save_checkpoint(model, folder, state, world=ALONE):
     """Write DIR/checkpoint_STEP, and delete all but the last two.
 
     state: a dict of what a run needs besides the model, see state_of; "log" are main.log's lines.
+    Of several processes, the first one writes, and the others send it their parts of m and v.
     """
+    params, _, m, v = model.flat
+    moments = {"m": m, "v": v}
+    sums = [world.crc32(row) for row in moments.values()]
+    if world.rank > 0:
+        for row in moments.values():
+            for _ in world.pieces(row):
+                pass
+        return
+
     final = os.path.join(folder, f"checkpoint_{state['step']:08d}")
     temporary = os.path.join(folder, "checkpoint.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -1668,10 +1900,10 @@ def save_checkpoint(model, folder, state):
     model.save_pretrained(temporary)
     write_log(os.path.join(temporary, "main.log"), state["log"])
 
-    text = json.dumps({**state, "log": None, "crc32": checksums(model, temporary)})
+    text = json.dumps({**state, "log": None, "crc32": checksums(sums, params, temporary)})
     metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
-    moments = {"m": model.flat[2], "v": model.flat[3]}
-    prepro.write_safetensors(os.path.join(temporary, "optimizer.safetensors"), moments, metadata)
+    path = os.path.join(temporary, "optimizer.safetensors")
+    prepro.write_safetensors(path, moments, metadata, world.pieces)
 
     replace_folder(temporary, final)
     for old in list_checkpoints(folder)[2:]:
@@ -1728,20 +1960,24 @@ def read_state(folder):
     if "shuffle" not in settings:  # written before there was such a flag
         settings["shuffle"] = 0
         settings["recompute"] = {2: 1, 3: 2}.get(settings.get("recompute"), 1)
+    if settings.get("total_batch_size") == 0:  # likewise: one batch of one process
+        B, T = settings.get("batch_size", 4), settings.get("sequence_length", 64)
+        settings["total_batch_size"] = B * T
 
     require(prepro.are_sizes(state.get("crc32")), "its checksums are not as expected")
     sums = state.get("tokens_crc32", [])
-    require(prepro.are_sizes(sums), "its checksums are not as expected")
+    require(prepro.are_sizes(sums, most=1 << 16), "its checksums are not as expected")
     step, position = state.get("step"), state.get("position")
     require(type(step) is int and step >= 0, "its step is not as expected")
     right = prepro.are_sizes(position) and len(position) in (2, 3)
     require(right, "its position is not as expected")
-    require(prepro.are_sizes(state.get("tokens")), "its tokens are not as expected")
+    right = prepro.are_sizes(state.get("tokens"), most=1 << 16)
+    require(right, "its tokens are not as expected")
     require(type(state.get("evaluated")) is bool, "its state is not as expected")
     return state, moments
 
 
-def load_checkpoint(folder, named):
+def load_checkpoint(folder, named, world=ALONE):
     """(args, model, state) of a checkpoint, with the flags in `named` that may change.
 
     InputError if a bit of it is wrong.
@@ -1752,15 +1988,12 @@ def load_checkpoint(folder, named):
 
     config = GPT2Config(**prepro.read_sizes(folder))
     tensors = prepro.find_tensors(folder, param_shapes(config))
-    model = make_model(args, config)
+    model = make_model(args, config, world)
+    params, _, m, v = model.flat
     with Progress(f"reading {folder}"):
         prepro.read_tensors(tensors, model.params)
-        for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
-            stored = moments.get(name)
-            right = stored is not None and (stored.dtype, stored.shape) == ("F32", row.shape)
-            require(right, f"{name} is not as expected")
-            prepro.read_tensor(row, stored, name)
-        right = state["crc32"] == checksums(model, folder)
+        sums = [read_moments(moments, "m", m, world), read_moments(moments, "v", v, world)]
+        right = state["crc32"] == checksums(sums, params, folder)
         require(right, "its data does not match its checksum")
 
     model.updates = state["step"]
@@ -1769,14 +2002,33 @@ def load_checkpoint(folder, named):
     return args, model, state
 
 
-def resume(named, stopped):
+def read_moments(moments, name, row, world):
+    """Read this process's part of m or v into row (n,). The CRC-32 of all of it, as in the file."""
+    stored = moments.get(name)
+    right = stored is not None and (stored.dtype, stored.shape) == ("F32", row.shape)
+    require(right, f"{name} is not as expected")
+
+    part = world.part(len(row))
+    value = 0
+    start = 0
+    for piece in prepro.read_pieces(stored, name):
+        value = zlib.crc32(piece, value)
+        begin = max(start, part.start)
+        end = min(start + len(piece), part.stop)
+        if begin < end:
+            row[begin:end] = piece[begin - start : end - start]
+        start += len(piece)
+    return value
+
+
+def resume(named, stopped, world=ALONE):
     """The Run of the newest whole checkpoint in --output_dir. None if there is no checkpoint."""
     output_dir = named.get("output_dir", "")
     recover_replaced(output_dir)
     folders = list_checkpoints(output_dir)
     for folder in folders:
         try:
-            args, model, state = load_checkpoint(folder, named)
+            args, model, state = load_checkpoint(folder, named, world)
         except (InputError, OSError) as error:
             print_now(f"{folder} is damaged: {error}: taking the one before it")
             continue
@@ -1789,6 +2041,7 @@ def resume(named, stopped):
         return Run(
             args=args,
             model=model,
+            world=world,
             stopped=stopped,
             step=state["step"],
             position=state["position"],
@@ -1862,19 +2115,21 @@ def lock_folder(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. The training loop
+# 13. The training loop
 
 
 def train(run):
     """Train, validate, sample and save, until all updates are done or a signal has come."""
     args = run.args
-    tokens_per_step = args.total_batch_size or args.batch_size * args.sequence_length
-    micro_batches = count_micro_batches(args)
+    micro_batches = count_micro_batches(args, run.world.size)
     first_step = run.step
     began = time.perf_counter()
     seconds = None  # that the last update took
     loader = FirstBatch(run.loader) if args.overfit_single_batch else run.loader
-    if args.output_dir:
+    one_step = train_step
+    if run.world.size > 1:
+        one_step = functools.partial(train_step_together, run.world)
+    if run.writes():
         write_log(os.path.join(args.output_dir, "main.log"), run.log)
 
     while True:
@@ -1882,7 +2137,7 @@ def train(run):
         if not run.evaluated:
             run.evaluated = evaluate(run, last)
 
-        stop = bool(run.stopped)  # asked once, because a signal may come at any moment
+        stop = run.must_stop()  # asked once, because a signal may come at any moment
         if args.output_dir and (last or stop or is_due(run.step, args.checkpoint_every)):
             save(run, run.step > first_step)
         if last or stop:
@@ -1891,7 +2146,7 @@ def train(run):
         learning_rate = learning_rate_at(run.step, args)
         started = time.perf_counter()
         with Progress(f"step {run.step + 1}", seconds):
-            loss, norm = train_step(
+            loss, norm = one_step(
                 run.model, loader, micro_batches,
                 learning_rate, args.weight_decay, args.grad_clip, run.step + 1,
                 functools.partial(check_finite, model=run.model, step=run.step),
@@ -1903,12 +2158,12 @@ def train(run):
         print_now(
             f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
             f"lr {learning_rate:.2e}, {seconds * 1e3:.0f} ms, "
-            f"{tokens_per_step / seconds:.0f} tok/s)"
+            f"{args.total_batch_size / seconds:.0f} tok/s)"
         )
         write_log_line(run, "trl", loss)
 
     seconds = time.perf_counter() - began
-    finish(run, seconds, (run.step - first_step) * tokens_per_step / seconds, last)
+    finish(run, seconds, (run.step - first_step) * args.total_batch_size / seconds, last)
 
 
 class FirstBatch:
@@ -1922,14 +2177,18 @@ class FirstBatch:
         return self.loader.next_batch()
 
 
-def count_micro_batches(args):
-    """How many batches make one update. InputError if --total_batch_size is no multiple of B*T."""
-    tokens = args.batch_size * args.sequence_length
-    total = args.total_batch_size or tokens
+def count_micro_batches(args, size=1):
+    """How many batches each of `size` processes takes for one update.
+
+    --total_batch_size counts the tokens of all. InputError if they can't share it out.
+    """
+    tokens = args.batch_size * args.sequence_length * size
+    total = args.total_batch_size
     nearest = max(1, total // tokens) * tokens
+    what = "B*T" if size == 1 else f"B*T * {size} processes"
     require(
         total == nearest,
-        f"--total_batch_size {total} is no multiple of B*T = {tokens}: try {nearest}",
+        f"--total_batch_size {total} is no multiple of {what} = {tokens}: try {nearest}",
     )
     return total // tokens
 
@@ -1953,7 +2212,7 @@ def learning_rate_at(step, args):
 def evaluate(run, last):
     """Validate and sample, where that is due. Returns False if a signal came before it was done."""
     args = run.args
-    if run.stopped:
+    if run.must_stop():
         return False
 
     if args.val_loss_every and (last or run.step % args.val_loss_every == 0):
@@ -1964,7 +2223,8 @@ def evaluate(run, last):
         print_now(f"val loss {loss:.6f}")
         write_log_line(run, "tel", loss)
 
-    if args.sample_every and run.step and (last or run.step % args.sample_every == 0):
+    sampling = args.sample_every and run.step and (last or run.step % args.sample_every == 0)
+    if sampling and run.world.rank == 0:
         print_now("--- sample")
         try:
             print_sample(run.model, args, run.step, run.stopped)
@@ -1974,31 +2234,36 @@ def evaluate(run, last):
 
 
 def validate(run):
-    """The mean loss of the first val_max_steps batches of the validation data. None if stopped."""
-    steps = run.args.val_max_steps
+    """The mean loss of the first val_max_steps batches of the validation data. None if stopped.
+
+    Several processes take turns with the batches.
+    """
+    steps, size = run.args.val_max_steps, run.world.size
     run.val_loader.seek([0, 0, 0])
     losses = []
     with Progress("validating") as progress:
-        for i in range(steps):
-            if run.stopped:
+        for first in range(0, steps, size):
+            if run.must_stop():
                 return None
-            inputs, targets = run.val_loader.next_batch()
-            losses.append(run.model.forward(inputs, targets, train=False))
-            progress.done = (i + 1) / steps
-    return sum(losses) / steps
+            inputs, targets = run.val_loader.next_batch()  # each process gets another one
+            if first + run.world.rank < steps:
+                losses.append(run.model.forward(inputs, targets, train=False))
+            progress.done = (first + size) / steps
+    return run.world.sum(sum(losses)) / steps
 
 
 def save(run, changed):
     """A checkpoint of this step; if the disk is full, ask for room, so that nothing is lost."""
     folder = run.args.output_dir
     exists = os.path.join(folder, f"checkpoint_{run.step:08d}") in list_checkpoints(folder)
+    exists = bool(run.world.greatest(exists))
     if exists and not changed and run.saved_as_evaluated == run.evaluated:
         return
 
     while True:
         try:
             with Progress(f"saving to {folder}"):
-                save_checkpoint(run.model, folder, state_of(run))
+                save_checkpoint(run.model, folder, state_of(run), run.world)
             run.saved_as_evaluated = run.evaluated
             return
         except (OSError, InputError) as error:
@@ -2006,7 +2271,7 @@ def save(run, changed):
             kept = list_checkpoints(folder)
             message = f"can't save to {folder}: {prepro.reason(error)}; the last whole checkpoint "
             message += f"is {kept[0]}" if kept else "is none"
-            if not (sys.stdin and sys.stdin.isatty()):
+            if not (sys.stdin and sys.stdin.isatty()) or run.world.size > 1:
                 raise InputError(message) from None
             print_now(f"{message}. Make room and press Enter, or give up with Ctrl-C")
             sys.stdin.readline()
@@ -2016,7 +2281,7 @@ def finish(run, seconds, tokens_per_second, last):
     """Leave the weights in --output_dir, and print the last line."""
     args = run.args
     complete = last and not run.stopped
-    if args.output_dir and complete:
+    if run.writes() and complete:
         publish_weights(args.output_dir)
 
     summary = [f"{run.step} updates"]
@@ -2046,6 +2311,8 @@ def publish_weights(folder):
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, os.path.join(folder, name))
+        with contextlib.suppress(FileNotFoundError):  # it stays if both are the same file already
+            os.remove(temporary)
     prepro.sync_folder(folder)
 
 
@@ -2113,7 +2380,7 @@ def write_log_line(run, kind, loss):
     """Add a line to main.log, in llm.c's format: trl is a training loss, tel a validation loss."""
     line = f"s:{run.step} {kind}:{loss:.4f}"
     run.log.append(line)
-    if run.args.output_dir:
+    if run.writes():
         with open(os.path.join(run.args.output_dir, "main.log"), "a") as file:
             file.write(line + "\n")
 
@@ -2177,7 +2444,7 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. The command line
+# 14. The command line
 
 # name: (default, meaning). The defaults are those of llm.c's CPU trainer.
 FLAGS = {
@@ -2197,7 +2464,7 @@ FLAGS = {
         64,
         "T, tokens per sequence (when only generating: the model's whole context)",
     ),
-    "total_batch_size": (0, "tokens per update, a multiple of B*T; 0: B*T"),
+    "total_batch_size": (0, "tokens per update of all processes; 0: B*T times their number"),
     "num_iterations": (40, "updates"),
     "learning_rate": (1e-4, "its peak"),
     "warmup_iters": (0, "updates over which it rises to the peak"),
@@ -2270,7 +2537,9 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the whole usage before it."""
 
     def error(self, message):
-        print(f"error: {message} (--help lists all flags)", file=sys.stderr)
+        rank, _ = launched()
+        if rank == 0:
+            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -2358,8 +2627,8 @@ def available_memory():
     return min(free)
 
 
-def memory_plan(args, config):
-    """The bytes that a model takes, by what they are for: a dict."""
+def memory_plan(args, config, size=1):
+    """The bytes that a model takes on one of `size` processes, by what they are for: a dict."""
     training = not args.inference_only
     params = 4 * count(param_shapes(config))
     acts = act_shapes(config, args.batch_size, args.sequence_length, args.recompute, training)
@@ -2367,31 +2636,32 @@ def memory_plan(args, config):
     plan = {"parameters": params}
     if training:
         plan["gradients"] = params
-        plan["moments"] = 2 * params
+        plan["moments"] = 2 * params // size
     plan["activations"] = 4 * count(acts)
     return plan
 
 
-def make_model(args, config):
+def make_model(args, config, world):
     """Print the memory plan, refuse it if the machine has not got so much, else make the model."""
     most = config.max_seq_len
     require(
         args.sequence_length <= most,
         f"the model's context is {most}: use --sequence_length {most} or less",
     )
-    plan = memory_plan(args, config)
+    plan = memory_plan(args, config, world.size)
     need = sum(plan.values())
-    free = available_memory()
+    free = available_memory() / world.local_size
 
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     print_now(f"model: {plan['parameters'] // 4:,} parameters: {sizes}")
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
-    print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
+    whose = f" in each of {world.size} processes" if world.size > 1 else ""
+    print_now(f"memory{whose}: {parts}, in all {need / 1e6:.0f} MB")
 
     if need > free:  # no InputError: a checkpoint that does not fit is not damaged
         raise MemoryError(
             f"B={args.batch_size}, T={args.sequence_length} needs {need / 1e6:.0f} MB, the machine "
-            f"has {free / 1e6:.0f}: use {what_fits(args, config, free)}"
+            f"has {free / 1e6:.0f}: use {what_fits(args, config, world, free)}"
         )
     return GPT2(
         config,
@@ -2403,24 +2673,24 @@ def make_model(args, config):
     )
 
 
-def what_fits(args, config, free):
+def what_fits(args, config, world, free):
     """The largest batch size that fits into free bytes, as advice."""
     fits, too_large = 0, args.batch_size
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
         smaller = SimpleNamespace(**vars(args) | {"batch_size": middle})
-        if sum(memory_plan(smaller, config).values()) <= free:
+        if sum(memory_plan(smaller, config, world.size).values()) <= free:
             fits = middle
         else:
             too_large = middle
     return f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"
 
 
-def begin(named, stopped):
+def begin(named, stopped, world=ALONE):
     """The Run that the flags ask for, from its beginning."""
     try:
         args = settings(named)
-        return open_model(args, named, stopped)
+        return open_model(args, named, stopped, world)
     except (InputError, OSError) as error:
         by_name = {"model", "input_bin", "input_val_bin", "inference_only", "write_tensors"}
         by_name |= {"output_dir", "resume"}
@@ -2431,10 +2701,10 @@ def begin(named, stopped):
             "own files look like"
         )
         args = settings(named | {"model": "bytes"})
-        return open_model(args, named, stopped)
+        return open_model(args, named, stopped, world)
 
 
-def open_model(args, named, stopped):
+def open_model(args, named, stopped, world):
     """A Run with the model that args name, its weights drawn or read."""
     data_named = {"input_bin", "input_val_bin"} & named.keys()
     if not args.inference_only and args.model != "bytes" and not data_named:
@@ -2455,13 +2725,16 @@ def open_model(args, named, stopped):
         args.batch_size = 1
         args.sequence_length = named.get("sequence_length", config.max_seq_len)
 
-    model = make_model(args, config)
+    if args.total_batch_size == 0:
+        args.total_batch_size = args.batch_size * args.sequence_length * world.size
+
+    model = make_model(args, config, world)
     with Progress(f"reading {path}" if path else "drawing weights"):
         if path:
             prepro.read_tensors(tensors, model.params)
         else:
             init_weights(model.params, args.seed)
-    return Run(args, model, stopped, position=[0, 0, 0], log=[])
+    return Run(args, model, world, stopped, position=[0, 0, 0], log=[])
 
 
 def open_data(run):
@@ -2497,7 +2770,10 @@ def open_loader(run, source, shuffle_seed):
     """A DataLoader for the run's model."""
     args, V = run.args, run.model.config.vocab_size
     try:
-        loader = DataLoader(source, args.batch_size, args.sequence_length, V, shuffle_seed)
+        loader = DataLoader(
+            source, args.batch_size, args.sequence_length, V, shuffle_seed,
+            run.world.rank, run.world.size,
+        )  # fmt: skip
     except InputError as error:
         if V <= 256 and "vocabulary ends" in str(error):
             raise InputError(
@@ -2529,8 +2805,8 @@ def print_sample(model, args, step, stopped=()):
 def signals_noted(stopped, while_training):
     """While this lasts, signals are added to the list `stopped` instead of ending the program.
 
-    While training, Ctrl-C and SIGTERM finish the step first; the same signal once more ends the
-    program at once. SIGPIPE says that nobody reads any more.
+    While training, Ctrl-C, SIGTERM and SIGUSR1 finish the step first; the same signal once more
+    ends the program at once. SIGPIPE says that nobody reads any more.
     """
 
     def note(number, frame):
@@ -2545,6 +2821,8 @@ def signals_noted(stopped, while_training):
     handlers = {}
     if while_training:
         handlers = {signal.SIGINT: note, signal.SIGTERM: note}
+        if hasattr(signal, "SIGUSR1"):
+            handlers[signal.SIGUSR1] = note  # what clusters send before a job's time is over
     if hasattr(signal, "SIGPIPE"):
         handlers[signal.SIGPIPE] = lambda number, frame: stopped.append(number)
     if threading.current_thread() is not threading.main_thread():
@@ -2558,30 +2836,37 @@ def signals_noted(stopped, while_training):
             signal.signal(number, handler)
 
 
-def run_command(named, stopped):
+def run_command(named, stopped, world):
     """Do what the flags say."""
     output_dir = named.get("output_dir")
     writes_run = output_dir and not named.get("inference_only") and not named.get("write_tensors")
     if writes_run and not named.get("resume"):
         refuse_used_folder(output_dir)
 
-    run = resume(named, stopped) if named.get("resume") else None
-    run = run or begin(named, stopped)
+    with world.first_rank_first():
+        run = resume(named, stopped, world) if named.get("resume") else None
+        run = run or begin(named, stopped, world)
+        if not run.args.inference_only:
+            open_data(run)
+
     if run.args.inference_only:
-        with signals_noted(stopped, while_training=False):
-            print_sample(run.model, run.args, 0, stopped)
-        stopped.clear()  # a reader that goes away is no error
-        return
-
-    open_data(run)
-    if run.args.write_tensors:
-        inputs, targets = run.loader.next_batch()
-        for path in write_tensors(run.model, inputs, targets, output_dir or "data"):
-            print_now(path)
-        return
-
-    with signals_noted(stopped, while_training=True):
-        train(run)
+        if world.rank == 0:
+            with signals_noted(stopped, while_training=False):
+                print_sample(run.model, run.args, 0, stopped)
+            stopped.clear()  # a reader that goes away is no error
+    elif run.args.write_tensors:
+        if world.rank == 0:
+            inputs, targets = run.loader.next_batch()
+            for path in write_tensors(run.model, inputs, targets, output_dir or "data"):
+                print_now(path)
+    else:
+        world.check_alike({
+            "training data": [run.tokens, run.tokens_crc32],
+            "weights": zlib.crc32(run.model.flat[0]),
+            "settings": vars(run.args),
+        })  # fmt: skip
+        with signals_noted(stopped, while_training=True):
+            train(run)
 
 
 def main(argv=None):
@@ -2591,20 +2876,42 @@ def main(argv=None):
     """
     named = parse_args(argv)
     stopped = []
+    world = ALONE
     lock = contextlib.nullcontext()
     try:
+        world = join_world()
+        world.check_alike({"flags": named, "code": own_code(), "NumPy": np.__version__})
         check_flags(named)
-        if named.get("output_dir") and not named.get("inference_only"):
+        if named.get("output_dir") and not named.get("inference_only") and world.rank == 0:
             lock = lock_folder(named["output_dir"])
         with lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # check_finite finds what overflows
-            run_command(named, stopped)
+            run_command(named, stopped, world)
+        world.wait()
     except KeyboardInterrupt:
-        return 130
+        return end_all(world, 130)
     except (InputError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        report_error(error)
+        return end_all(world, 1)
+    except Exception:
+        if world.comm is None:
+            raise
+        traceback.print_exc()
+        return end_all(world, 1)
     return 128 + stopped[0] if stopped else 0
+
+
+def report_error(error):
+    """Print an error, once if all processes have the same one."""
+    rank, _ = launched()
+    if rank > 0:
+        time.sleep(1)  # process 0 may be about to say the same, and to end this one
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def own_code():
+    """The CRC-32s of the two files that a run consists of."""
+    return [zlib.crc32(np.fromfile(path, np.uint8)) for path in (__file__, prepro.__file__)]
 
 
 if __name__ == "__main__":

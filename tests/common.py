@@ -260,6 +260,7 @@ def run_state(model, **settings):
     """What train() has at hand when it saves a checkpoint."""
     defaults = {name: value for name, value in gpt2.DEFAULTS.items() if name not in gpt2.MAY_CHANGE}
     defaults |= {"batch_size": model.batch_size, "sequence_length": model.sequence_length}
+    defaults["total_batch_size"] = model.batch_size * model.sequence_length
     return {
         "step": 7,
         "position": [0, 112],
