@@ -1067,6 +1067,19 @@ def test_uniform_logits_cost_ln_of_the_vocabulary():
     assert loss == pytest.approx(math.log(53), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8])
+def test_a_batch_may_be_a_view_of_any_integer_type(dtype):
+    """text[:, :-1] and text[:, 1:], as one writes it in a notebook, are not contiguous."""
+    text = np.random.default_rng(3).integers(0, 53, (2, 9)).astype(dtype)
+    found = []
+    for inputs, targets in ((text[:, :-1], text[:, 1:]), (text[:, :-1] + 0, text[:, 1:] + 0)):
+        model = random_model(2, 8)
+        loss = model.forward(inputs, targets)
+        model.backward()
+        found.append((loss, model.flat[1].tobytes()))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("parts", [[9], [4, 1, 1, 3], [1] * 9], ids=str)
 @pytest.mark.parametrize("layout", ["recompute 0", "recompute 1", "without training"])
 def test_forward_rows_piece_by_piece_equals_the_whole(layout, parts):

@@ -24,7 +24,8 @@ Sections 1 to 8 are the algorithm:
     3  memory                               7  AdamW
     4  layers                               8  data, one training step, sampling
 
-The sections after them make it a tool: threads, weights, checkpoints, the loop, the command line.
+The sections after them make it a tool: threads, weights, evaluation, several processes,
+checkpoints, the loop, the command line.
 
 Throughout this program we have (with the values of GPT-2 124M)
 
@@ -948,7 +949,7 @@ class GPT2:
 
     def check_tokens(self, tokens, what):
         """tokens as an integer array, or InputError if one of them is no id of the vocabulary."""
-        tokens = np.asarray(tokens)
+        tokens = np.ascontiguousarray(tokens)
         V = self.config.vocab_size
         require(
             tokens.size > 0 and tokens.dtype.kind in "iu",
@@ -1620,7 +1621,154 @@ def write_tensors(model, inputs, targets, folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Several processes (skip this on first reading)
+# 11. Evaluation: HellaSwag (Zellers et al., 2019)
+#
+# An example has a context and four endings, one of which is right. The model's answer is the ending
+# that it finds likeliest: the one with the least sum of its tokens' losses, for the score "acc", or
+# with the least mean, for "acc_norm".
+#
+# The plain way runs the model on four sequences, context + ending. Here the context is computed
+# once, and the four endings follow it in one sequence of rows:
+#
+#     rows         | context     | ending 0   | ending 1   | ending 2   | ending 3   |
+#     positions    | 0 ... n - 1 | n ...      | n ...      | n ...      | n ...      |
+#
+# Only attention has to know of this: an ending looks back at the context and at itself.
+
+
+def evaluation_acts(config, rows):
+    """Activations (1, rows, ...) for run_packed, which all layers share."""
+    shapes = act_shapes(config, 1, rows, training=False)
+    shapes["qkv"] = (1, *shapes["qkv"][1:])
+    return carve(np.zeros(count(shapes), np.float32), shapes)
+
+
+def packed_attention(out, lse, qkv, NH, n, parts):
+    """attention_forward for a context of n rows and the parts (slices) that follow it."""
+    attention_forward(out[:, :n], lse[:, :n], qkv[:, :n], NH)
+    for part in parts:
+        if part.start < part.stop:
+            visible = np.concatenate([qkv[:, :n], qkv[:, part]], axis=1)
+            attention_forward(out[:, part], lse[:, part], visible, NH)
+
+
+def run_packed(model, acts, tokens, positions, n, parts):
+    """lnf (1, N, C) of a packed sequence, tokens (1, N), positions (N,). The rest as above.
+
+    These are the layers of section 5, with another attention.
+    """
+    params, NH = model.params, model.config.num_heads
+    N = tokens.size
+    a = layer(acts, 0)
+    for name, view in vars(a).items():
+        setattr(a, name, view[:, :N])
+
+    residual = acts["encoded"][:, :N]
+    encoder_forward(residual, tokens, params["wte"], params["wpe"][positions])
+    for l in range(model.config.num_layers):
+        p = layer(params, l)
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
+        matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
+        packed_attention(a.atty, a.att_lse, a.qkv, NH, n, parts)
+        matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
+        residual_forward(a.residual2, residual, a.attproj)
+
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
+        matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
+        gelu_forward(a.fch_gelu, a.fch)
+        matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
+        residual_forward(a.residual3, a.residual2, a.fcproj)
+        residual = a.residual3
+
+    lnf, mean, rstd = acts["lnf"][:, :N], acts["lnf_mean"][:, :N], acts["lnf_rstd"][:, :N]
+    layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
+    return lnf
+
+
+def ending_losses(model, acts, context, endings):
+    """The losses of the tokens of each ending after a context: a list of arrays.
+
+    context and the endings are lists of token ids. Where they come from, no ending with its context
+    is longer than the model's context.
+    """
+    n = len(context)
+    tokens, positions = list(context), list(range(n))
+    predicting = []  # for each token of each ending, the row that predicts it
+    parts = []
+    for ending in endings:
+        begin = len(tokens)
+        tokens += ending[:-1]  # nothing is predicted from the last one
+        positions += range(n, n + len(ending) - 1)
+        parts.append(slice(begin, len(tokens)))
+        predicting += [n - 1, *range(begin, len(tokens))]
+
+    tokens, positions = np.array([tokens]), np.array(positions)
+    lnf = run_packed(model, acts, tokens, positions, n, parts)[:, predicting]
+    targets = np.array([sum(endings, [])])
+
+    losses = np.empty(targets.shape, lnf.dtype)
+    for start in range(0, targets.size, LOGITS_ROWS):
+        piece = np.s_[:, start : start + LOGITS_ROWS]
+        logits = acts["logits"][:, : targets[piece].size]
+        matmul_forward(logits, lnf[piece], model.params["wte"])
+        crossentropy_softmax_forward(losses[piece], logits, targets[piece])
+
+    ends = np.cumsum([len(ending) for ending in endings])
+    return np.split(losses[0], ends[:-1])
+
+
+def fitting(example, max_seq_len):
+    """An example whose context has lost its beginning, if it is too long for the model."""
+    longest = max(len(ending) for ending in example.endings)
+    room = max_seq_len - longest
+    require(room > 0, f"HellaSwag: an ending has {longest} tokens, the model reads {max_seq_len}")
+    return example._replace(context=example.context[-room:])
+
+
+def rows_needed(example):
+    """How many rows an example takes when it is packed."""
+    return len(example.context) + sum(len(ending) - 1 for ending in example.endings)
+
+
+def hellaswag(run):
+    """Answer the run's examples and print the score: acc_norm, or None if a signal came before.
+
+    Several processes take turns with the examples.
+    """
+    model, world = run.model, run.world
+    examples = [fitting(example, model.config.max_seq_len) for example in run.examples]
+    acts = evaluation_acts(model.config, max(map(rows_needed, examples)))
+
+    right, right_norm = [], []  # for each example, whether the answer was
+    with Progress("hellaswag") as progress:
+        for first in range(0, len(examples), world.size):
+            if run.must_stop():
+                break
+            for example in examples[first:][world.rank : world.rank + 1]:  # one; none at the end
+                losses = ending_losses(model, acts, example.context, example.endings)
+                right.append(np.argmin([loss.sum() for loss in losses]) == example.label)
+                right_norm.append(np.argmin([loss.mean() for loss in losses]) == example.label)
+            progress.done = (first + world.size) / len(examples)
+
+    answered, acc, acc_norm = (world.sum(n) for n in (len(right), sum(right), sum(right_norm)))
+    if answered == 0:
+        return None
+
+    line = f"hellaswag {acc_norm}/{answered} acc_norm {acc_norm / answered:.4f} "
+    line += f"acc {acc / answered:.4f}"
+    old_and_new = zip(run.examples, examples, strict=True)
+    cut = sum(len(new.context) < len(old.context) for old, new in old_and_new)
+    if cut:
+        line += f" ({cut} contexts were too long and lost their beginning)"
+    whole = answered == len(examples)
+    if not whole:
+        line += f" (stopped after {answered} of {len(examples)})"
+    print_now(line)
+    return acc_norm / answered if whole else None
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Several processes (skip this on first reading)
 #
 #     mpiexec -n 4 python train_gpt2.py ...
 #
@@ -1823,7 +1971,7 @@ def end_all(world, code):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Checkpoints
+# 13. Checkpoints
 #
 # DIR/checkpoint_STEP is a folder with what save_pretrained writes; main.log; and
 # optimizer.safetensors, which holds AdamW's m and v, each one row laid out like the parameters,
@@ -1844,6 +1992,7 @@ class Run:
     step: int = 0  # updates done
     position: list = None  # of the loader, when the run was saved
     evaluated: bool = False  # whether the validation and the sample of this step are done
+    examples: list = None  # of HellaSwag, if they are asked for
     log: list = None  # the lines of main.log
     tokens: list = None  # the number of tokens in each shard of the training data
     tokens_crc32: list = None  # and their checksums
@@ -2115,7 +2264,7 @@ def lock_folder(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. The training loop
+# 14. The training loop
 
 
 def train(run):
@@ -2222,6 +2371,11 @@ def evaluate(run, last):
         check_finite(loss, "loss", run.model, run.step)
         print_now(f"val loss {loss:.6f}")
         write_log_line(run, "tel", loss)
+        if run.examples:
+            score = hellaswag(run)
+            if score is None:
+                return False
+            write_log_line(run, "eval", score)
 
     sampling = args.sample_every and run.step and (last or run.step % args.sample_every == 0)
     if sampling and run.world.rank == 0:
@@ -2376,9 +2530,12 @@ def write_log(path, lines):
             file.write(f"{line}\n".encode())
 
 
-def write_log_line(run, kind, loss):
-    """Add a line to main.log, in llm.c's format: trl is a training loss, tel a validation loss."""
-    line = f"s:{run.step} {kind}:{loss:.4f}"
+def write_log_line(run, kind, value):
+    """Add a line to main.log, in llm.c's format.
+
+    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag.
+    """
+    line = f"s:{run.step} {kind}:{value:.4f}"
     run.log.append(line)
     if run.writes():
         with open(os.path.join(run.args.output_dir, "main.log"), "a") as file:
@@ -2444,7 +2601,7 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. The command line
+# 15. The command line
 
 # name: (default, meaning). The defaults are those of llm.c's CPU trainer.
 FLAGS = {
@@ -2481,8 +2638,10 @@ FLAGS = {
     ),
     "val_loss_every": (10, "updates between validations; 0: none"),
     "val_max_steps": (5, "batches per validation"),
+    "hellaswag_eval": (0, "1: score the model on HellaSwag after every validation"),
+    "hellaswag_limit": (0, "use the first so many examples of HellaSwag; 0: all 10042"),
     "sample_every": (20, "updates between samples; 0: none"),
-    "inference_only": (0, "1: continue --prompt and train nothing"),
+    "inference_only": (0, "1: continue --prompt, or score HellaSwag, and train nothing"),
     "overfit_single_batch": (0, "1: train on the first batch again and again"),
     "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
     "recompute": (
@@ -2506,7 +2665,8 @@ AT_LEAST_ONE = {"batch_size", "sequence_length", "val_max_steps"}
 # These may differ when a run is resumed.
 MAY_CHANGE = {
     "num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every",
-    "resume", "output_dir", "max_new_tokens", "temperature", "top_k", "prompt",
+    "hellaswag_eval", "hellaswag_limit", "resume", "output_dir", "max_new_tokens", "temperature",
+    "top_k", "prompt",
 }  # fmt: skip
 
 # dL has L layers and these channels, in heads of 64.
@@ -2766,6 +2926,18 @@ def open_data(run):
     run.loader.seek(run.position)
 
 
+def open_examples(run):
+    """HellaSwag's examples, fetched if need be."""
+    V = run.model.config.vocab_size
+    path = prepro.prepare_hellaswag()
+    examples = prepro.read_hellaswag(path)[: run.args.hellaswag_limit or None]
+    highest = max(max(map(max, [example.context, *example.endings])) for example in examples)
+    require(
+        highest < V, f"{path}: holds token {highest}, the model's vocabulary ends at {V - 1}"
+    )
+    return examples
+
+
 def open_loader(run, source, shuffle_seed):
     """A DataLoader for the run's model."""
     args, V = run.args, run.model.config.vocab_size
@@ -2848,8 +3020,13 @@ def run_command(named, stopped, world):
         run = run or begin(named, stopped, world)
         if not run.args.inference_only:
             open_data(run)
+        if run.args.hellaswag_eval:
+            run.examples = open_examples(run)
 
-    if run.args.inference_only:
+    if run.args.inference_only and run.examples:
+        with signals_noted(stopped, while_training=True):
+            hellaswag(run)
+    elif run.args.inference_only:
         if world.rank == 0:
             with signals_noted(stopped, while_training=False):
                 print_sample(run.model, run.args, 0, stopped)

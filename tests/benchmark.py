@@ -217,6 +217,63 @@ def attention(B, T):
     return {"least": min(times), "median": statistics.median(times)}
 
 
+def usual_examples(n):
+    """Made-up examples with HellaSwag's usual lengths: 20 to 110 tokens, endings of 5 to 40."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(n):
+        context = rng.integers(0, 50257, rng.integers(20, 111)).tolist()
+        endings = [rng.integers(0, 50257, rng.integers(5, 41)).tolist() for _ in range(4)]
+        examples.append((context, endings))
+    return examples
+
+
+def plain_losses(model, memory, context, endings):
+    """The losses of each ending's tokens, from four whole sequences in one batch.
+
+    memory: a flat array in which the batch's activations find room, whatever its T.
+    """
+    longest = max(map(len, endings))
+    sequences = [context + ending + [0] * (longest - len(ending)) for ending in endings]
+    tokens = np.array(sequences)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    shapes = gpt2.act_shapes(model.config, *inputs.shape, training=False)
+    model.acts = gpt2.carve(memory, shapes)
+    lnf = model.forward_rows(inputs)
+    rows, wanted = lnf.reshape(1, -1, lnf.shape[-1]), targets.reshape(1, -1)
+    losses = np.empty(wanted.shape, np.float32)
+    for start in range(0, wanted.size, gpt2.LOGITS_ROWS):
+        piece = np.s_[:, start : start + gpt2.LOGITS_ROWS]
+        logits = model.acts["logits"][:, : wanted[piece].size]
+        gpt2.matmul_forward(logits, rows[piece], model.params["wte"])
+        gpt2.crossentropy_softmax_forward(losses[piece], logits, wanted[piece])
+
+    losses = losses.reshape(targets.shape)
+    n = len(context) - 1
+    return [losses[i, n : n + len(ending)] for i, ending in enumerate(endings)]
+
+
+def hellaswag(many):
+    """Seconds for some examples, the plain way and packed, in turns."""
+    config = gpt2.GPT2Config()
+    model = gpt2.GPT2(config, 4, 256, training=False)
+    memory = model.blob[model.flat.size :]
+    acts = gpt2.evaluation_acts(config, 300)
+    ways = {"plain": lambda *e: plain_losses(model, memory, *e)}
+    ways["packed"] = lambda *e: gpt2.ending_losses(model, acts, *e)
+    seconds = dict.fromkeys(ways, 0.0)
+    for number, example in enumerate(usual_examples(many + 2)):
+        found = []
+        for way, answer in ways.items():
+            began = time.perf_counter()
+            found.append(np.concatenate(answer(*example)))
+            if number >= 2:  # the first two warm up
+                seconds[way] += time.perf_counter() - began
+        assert np.allclose(*found, rtol=1e-4)
+    return seconds
+
+
 def best_product_rate():
     """The best rate of NumPy's products of the sizes that occur, in FLOP/s."""
     rng = np.random.default_rng(0)
@@ -251,6 +308,7 @@ CHILDREN = {
     "generate_torch": generate_torch,
     "generate_transformers": generate_transformers,
     "attention": attention,
+    "hellaswag": hellaswag,
     "limits": limits,
 }
 
@@ -540,6 +598,14 @@ def measure(options):
     if options.full or options.generation:
         found["generation"] = compare_generation(options, machine_limits)
         print_generation(found["generation"])
+    if options.full or options.hellaswag:
+        runs = [in_a_process(options.threads, "hellaswag", many=40) for _ in range(options.rounds)]
+        found["hellaswag"] = {
+            "ratio": spread([run["packed"] / run["plain"] for run in runs]),
+            "seconds_per_example": statistics.median(run["packed"] / 40 for run in runs),
+        }
+        ratio, seconds = found["hellaswag"].values()
+        print(f"\nHellaSwag, 124M: {seconds:.3f} s per example, {as_text(ratio)} of the plain way")
     if options.full:
         found["start"] = compare_start(options)
         print("\nthe first step is done after", found["start"])
@@ -563,6 +629,7 @@ def main():
     parser.add_argument("--recompute", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--against", help="a folder with another version of this project")
     parser.add_argument("--generation", action="store_true", help="also measure generation")
+    parser.add_argument("--hellaswag", action="store_true", help="also measure HellaSwag")
     parser.add_argument("--full", action="store_true", help="everything: half an hour")
     parser.add_argument("--output", help="the JSON file (default: in figures/benchmarks)")
     options = parser.parse_args()

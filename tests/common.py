@@ -51,7 +51,7 @@ def need_gpt2_vocabulary():
 
 
 # --------------------------------------------------------------------------------------------------
-# Weights in and out, and hostile files: sections 9 and 10
+# Weights in and out, and hostile files
 #
 # Files are made here by writers of our own, a dozen lines each, from the formats' descriptions: the
 # trainer never reads only what it wrote itself. Then they are damaged, by a table and by chance,
@@ -295,7 +295,7 @@ def read_plainly(data):
 
 
 # --------------------------------------------------------------------------------------------------
-# Data, generation, the command line, checkpoints: sections 10 to 12, as a user meets them
+# Data, generation, the command line and checkpoints, as a user meets them
 #
 # A model so small that a run takes a moment learns random letters. Where the command line is the
 # point it is run as its user runs it; the rest goes through main() in this process, which saves the
@@ -508,7 +508,7 @@ def folder_content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-# ---- Data: section 10
+# ---- Data
 
 
 def batches_by_hand(shards, B, T):
@@ -530,7 +530,7 @@ def sharp_model(B, T, seed=5, recompute=1):
     return model
 
 
-# ---- Checkpoints and exact resumption: section 12
+# ---- Checkpoints and exact resumption
 
 AT_A_MOMENT = """if True:
     import os, sys, train_gpt2

@@ -466,7 +466,7 @@ def test_a_machine_too_small_to_go_on_is_not_called_damage(
 
 def test_what_may_change_may_change(call_main, uninterrupted, tmp_path):
     flags = """--num_iterations 9 --val_loss_every 1 --val_max_steps 1 --sample_every 9
-        --checkpoint_every 2
+        --checkpoint_every 2 --hellaswag_eval 0 --hellaswag_limit 3
         --max_new_tokens 3 --temperature 0 --top_k 2 --prompt a""".split()
     assert {flag[2:] for flag in flags[::2]} | {"output_dir", "resume"} == gpt2.MAY_CHANGE
     shutil.copytree(uninterrupted.early, tmp_path / "here")

@@ -34,7 +34,7 @@ from common import (
 
 import train_gpt2 as gpt2
 
-# ---- The command line: section 12
+# ---- The command line
 
 CHECKPOINT_FILES = [
     "config.json",
@@ -48,7 +48,7 @@ CHECKPOINT_FILES = [
 DESIGNED_FLAGS = """--model --input_bin --input_val_bin --output_dir --batch_size --sequence_length
     --total_batch_size --num_iterations --learning_rate --warmup_iters --learning_rate_decay_frac
     --weight_decay --grad_clip --shuffle --val_loss_every --val_max_steps --sample_every
-    --overfit_single_batch
+    --overfit_single_batch --hellaswag_eval --hellaswag_limit
     --inference_only --write_tensors --recompute --checkpoint_every --resume --seed --prompt
     --max_new_tokens
     --temperature --top_k""".split()

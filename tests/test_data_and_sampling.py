@@ -148,7 +148,7 @@ def test_ids_beyond_the_vocabulary_are_refused_by_the_api(bad):
             list(model.generate(prompt, 1))
 
 
-# ---- Generation: section 11
+# ---- Generation
 
 
 def continue_by_hand(model, tokens, count, temperature, top_k, rng):
