@@ -1,4 +1,4 @@
-"""test_checkpoints"""
+"""Checkpoints: what a run leaves behind, and going on from it, bit for bit."""
 
 import io
 import os
@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 from common import (
     KILL,
@@ -23,6 +25,7 @@ from common import (
     failed_in_one_line,
     folder_content,
     posix_only,
+    read_plainly,
     read_up_to,
     run_command,
     run_to_a_moment,
@@ -30,12 +33,14 @@ from common import (
     stopped_where,
     succeeded,
     tensor_bytes,
+    train_losses,
     whole_state,
     write_token_file,
 )
 
 import prepro_tinyshakespeare as prepro
 import train_gpt2 as gpt2
+from test_gpt2 import relative_error
 from train_gpt2 import InputError
 
 
@@ -559,3 +564,31 @@ def test_a_run_outlives_the_want_of_a_vocabulary(small_folder, tmp_path, monkeyp
     assert gpt2.main([*SMALL_RUN, "--output_dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out.count("none: no vocabulary here") == 3
     assert (tmp_path / "model.safetensors").exists()
+
+
+# ---- A run of an earlier version, commit 736bf9a
+
+OLD_RUN = Path(__file__).parent / "files" / "run_of_736bf9a"
+
+
+def test_a_run_of_an_earlier_version_goes_on(call_main, tmp_path, monkeypatch):
+    """It had other levels of recomputation, and no --shuffle. Its losses are the same."""
+    shutil.copytree(OLD_RUN, tmp_path / "old")
+    monkeypatch.chdir(tmp_path / "old")
+    stdout = succeeded(call_main("--output_dir", "run", "--resume", 1))
+    expected = train_losses((OLD_RUN / "out.txt").read_text(encoding="utf-8"))
+    found = train_losses(stdout)
+    assert len(found) == 4 and len(expected) == 12
+    assert np.abs(np.array(found) - expected[8:]).max() < 2e-6
+
+    before, after = (
+        read_plainly(path.read_bytes())
+        for path in (OLD_RUN / "final.safetensors", tmp_path / "old" / "run" / "model.safetensors")
+    )
+    assert before.keys() == after.keys()
+    assert max(relative_error(after[name], before[name]) for name in before) < 1e-5
+
+
+@pytest.mark.parametrize("flag, meaning", [(0, 0), (1, 1), (2, 2), (3, 2)])
+def test_the_flag_still_takes_the_old_name_of_whole_layers(flag, meaning):
+    assert gpt2.parse_args(["--recompute", str(flag)]) == {"recompute": meaning}

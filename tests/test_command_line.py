@@ -1,4 +1,4 @@
-"""test_command_line"""
+"""The command line: flags, what is printed, where things go, and what goes wrong."""
 
 import io
 import itertools

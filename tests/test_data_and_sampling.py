@@ -1,4 +1,4 @@
-"""test_data_and_sampling"""
+"""The order of batches, and text that a model continues."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""test_prepro"""
+"""Fetching and tokenising: prepro_tinyshakespeare.py, with a hub that misbehaves."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""test_weights"""
+"""Weights in and out: Hugging Face's files, llm.c's, and what a port checks itself against."""
 
 import math
 import os
