@@ -2117,7 +2117,7 @@ def read_state(folder):
     sums = state.get("tokens_crc32", [])
     require(prepro.are_sizes(sums, most=1 << 16), "its checksums are not as expected")
     step, position = state.get("step"), state.get("position")
-    require(type(step) is int and step >= 0, "its step is not as expected")
+    require(prepro.are_sizes([step]), "its step is not as expected")
     right = prepro.are_sizes(position) and len(position) in (2, 3)
     require(right, "its position is not as expected")
     right = prepro.are_sizes(state.get("tokens"), most=1 << 16)
@@ -2905,16 +2905,17 @@ def open_data(run):
         train_source, val_source = prepro.own_text()
 
     seed = args.seed if args.shuffle else None
-    run.loader = open_loader(run, train_source, seed)
-    if args.val_loss_every:
-        run.val_loader = open_loader(run, val_source, None)
+    with Progress("checking the tokens"):
+        run.loader = open_loader(run, train_source, seed)
+        if args.val_loss_every:
+            run.val_loader = open_loader(run, val_source, None)
+        sums = [zlib.crc32(np.ascontiguousarray(shard)) for shard in run.loader.shards]
 
     sizes = run.loader.sizes
     require(
         run.tokens in (None, sizes),
         f"there are {sizes} tokens of training data, there were {run.tokens} when this run began",
     )
-    sums = [zlib.crc32(np.ascontiguousarray(shard)) for shard in run.loader.shards]
     require(
         run.tokens_crc32 in (None, sums),
         "the training data has changed since this run began: put it back, or start another run",
