@@ -155,7 +155,7 @@ def param_shapes(config):
     }
 
 
-LOGITS_ROWS = 256  # the classifier takes this many tokens at a time
+LOGITS_ROWS = 128  # the classifier takes this many tokens at a time
 
 
 def act_shapes(config, B, T, recompute=1, training=True):
@@ -2678,16 +2678,16 @@ BYTES_DEFAULTS = {
     "model": "bytes",
     "input_bin": "",
     "batch_size": 16,
-    "num_iterations": 900,
-    "learning_rate": 3e-3,
+    "num_iterations": 1000,
+    "learning_rate": 4e-3,
     "warmup_iters": 50,
     "learning_rate_decay_frac": 0.05,
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "shuffle": 1,
-    "val_loss_every": 150,
+    "val_loss_every": 200,
     "val_max_steps": 30,
-    "sample_every": 900,
+    "sample_every": 1000,
     "max_new_tokens": 400,
     "temperature": 0.7,
 }

@@ -28,9 +28,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 sys.path.append(TOP)  # a folder in PYTHONPATH comes first: see in_a_process
 
-import numpy as np
+import train_gpt2 as gpt2  # before NumPy, because it tells BLAS's threads how to wait
 
-import train_gpt2 as gpt2
+# isort: split
+
+import numpy as np
 
 # --------------------------------------------------------------------------------------------------
 # What is measured. Each of these functions is called in a process of its own. Those that need
