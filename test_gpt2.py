@@ -1485,18 +1485,6 @@ def test_shuffled_batches_see_each_window_once_an_epoch(size):
         assert np.array_equal(other.next_batch(), batches[i + 1])
 
 
-@pytest.mark.parametrize("shuffle_seed", [None, 7])
-def test_processes_share_the_batches(shuffle_seed):
-    def loader(**place):
-        return gpt2.DataLoader(np.arange(100), 2, 4, 100, shuffle_seed, **place)
-
-    alone = loader()
-    together = [loader(rank=rank, size=3) for rank in range(3)]
-    for _ in range(10):
-        for one in together:
-            assert np.array_equal(one.next_batch(), alone.next_batch())
-
-
 def test_data_that_can_not_be_used_is_an_input_error():
     gpt2.DataLoader(np.arange(13), 3, 4, vocab_size=13)
     with pytest.raises(InputError, match="12 tokens.* 13"):

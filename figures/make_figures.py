@@ -4,7 +4,8 @@ Makes the figures of the README and the tables of BENCHMARK.md: python figures/m
     blob.svg        the memory of a model, to scale, and who uses it when
     layer.svg       one layer, forward and backward, with the names of the tensors
     loss.svg        the losses in losses.json
-    benchmark.svg   the measurements in benchmarks/*.json, which tests/benchmark.py writes
+    benchmark.svg   the measurements in benchmarks/*.json, which tests/benchmark.py writes; the
+                    tables in README.md and BENCHMARK.md are made from them too
 
     python figures/make_figures.py --train
 
@@ -77,7 +78,7 @@ def blob_parts(config, B, T):
 
 USES = {  # r: reads, w: writes, of params, grads, m, v, activations, logits, work space
     "forward": "r   w  ",
-    "classifier": "rw  rww",  # of grads only dwte, of the activations lnf and losses
+    "classifier": "rw  rww",  # of params and grads only wte, of the activations lnf and losses
     "backward": "rw  r w",
     "update": "wrww   ",
 }
@@ -88,6 +89,8 @@ def draw_blob():
     figure, axes = new_figure(10, 3.4)
     parts = blob_parts(config, 4, 64)
     colours = [BLUE, ORANGE, GREEN, GREEN, GREY, GREY, ORANGE]
+    shapes = gpt2.param_shapes(config)
+    wte = gpt2.count({"wte": shapes["wte"]}) / gpt2.count(shapes)
 
     x = 0
     for number, ((name, size), colour) in enumerate(zip(parts, colours, strict=True)):
@@ -95,13 +98,14 @@ def draw_blob():
         if size > 150:
             label = f"{name}\n{size:.0f} MB"
             axes.text(x + size / 2, 0, label, ha="center", va="center", color="w")
-        for row, uses in enumerate(USES.values(), start=1):
+        for row, (user, uses) in enumerate(USES.items(), start=1):
             use = uses[number]
             if use != " ":
                 dark = use == "w"
+                only_wte = user == "classifier" and name in ("params", "grads")
                 axes.barh(
-                    -row * 0.45 - 0.35, size, left=x, height=0.32, edgecolor=PAPER,
-                    color=colour, alpha=1.0 if dark else 0.4,
+                    -row * 0.45 - 0.35, size * wte if only_wte else size, left=x, height=0.32,
+                    edgecolor=PAPER, color=colour, alpha=1.0 if dark else 0.4,
                 )  # fmt: skip
         x += size
 
@@ -125,9 +129,10 @@ FORWARD = [
     ("attproj", "matmul"), ("residual2", "+"), ("ln2", "layernorm"), ("fch", "matmul"),
     ("fch_gelu", "gelu"), ("fcproj", "matmul"), ("residual3", "+"),
 ]  # fmt: skip
-BACKWARD = {  # by the place of the forward tensor
-    10: "dresidual", 8: "dfch, first\nas dfch_gelu", 7: "dfch", 6: "dln2", 5: "dresidual\n+=",
-    3: "datty", 2: "dqkv", 1: "dln1", 0: "dresidual\n+=",
+BACKWARD = {  # by the place of the forward tensor: (gradient, the function that makes it)
+    10: ("dresidual", ""), 8: ("dfch_gelu", "matmul"), 7: ("dfch", "gelu"),
+    6: ("dln2", "matmul"), 5: ("dresidual\n+=", "layernorm"), 3: ("datty", "matmul"),
+    2: ("dqkv", "attention"), 1: ("dln1", "matmul"), 0: ("dresidual\n+=", "layernorm"),
 }  # fmt: skip
 
 
@@ -142,38 +147,39 @@ def draw_layer():
         )  # fmt: skip
 
     def arrow(start, end, bend=0.0):
-        style = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkA": 22, "shrinkB": 22}
+        style = {"arrowstyle": "-|>", "color": INK, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
         if bend:
-            style |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 10, "shrinkB": 10}
+            style["connectionstyle"] = f"arc3,rad={bend}"
         axes.annotate("", end, start, arrowprops=style)
 
     for i, (name, function) in enumerate(FORWARD):
         box(i, 1, name, GREY if name in shared else BLUE)
         if i > 0:
-            arrow((i - 1, 1), (i, 1))
-            axes.text(i - 0.5, 1.2, function, ha="center", fontsize=7)
-    arrow((0, 1), (5, 1), bend=-0.18)
-    arrow((5, 1), (10, 1), bend=-0.18)
+            arrow((i - 0.62, 1), (i - 0.4, 1))
+            axes.text(i - 0.5, 1.22, function, ha="center", fontsize=7)
+    for left in (0, 5):
+        arrow((left, 1.14), (left + 5, 1.14), bend=-0.22)
 
     places = list(BACKWARD)
-    for place, name in BACKWARD.items():
+    for place, (name, _) in BACKWARD.items():
         box(place, 0, name, ORANGE)
     for right, left in zip(places, places[1:], strict=False):
-        arrow((right, 0), (left, 0))
-    arrow((10, 0), (5, 0), bend=-0.18)
-    arrow((5, 0), (0, 0), bend=-0.18)
+        arrow((right - 0.42, 0), (left + 0.42, 0))
+        axes.text((left + right) / 2, -0.3, BACKWARD[left][1], ha="center", fontsize=7)
+    for right in (10, 5):
+        arrow((right, -0.16 if right == 10 else -0.22), (right - 5, -0.22), bend=-0.22)
 
     legend = [
         (BLUE, "kept for every layer"),
         (GREY, "shared by all layers, computed again if backward needs it"),
-        (ORANGE, "work space of backward"),
+        (ORANGE, "work space of backward (dfch_gelu and dfch are one)"),
     ]
     for i, (colour, text) in enumerate(legend):
-        x = [0, 2.4, 7.2][i]
-        axes.text(x, -0.95, "■ ", color=colour, fontsize=12, ha="right", va="center")
-        axes.text(x, -0.95, text, va="center")
-    axes.set_xlim(-0.6, 10.6)
-    axes.set_ylim(-1.1, 1.95)
+        x = [-0.3, 1.9, 6.6][i]
+        axes.plot(x, -1.3, "s", color=colour, markersize=8)
+        axes.text(x + 0.15, -1.3, text, va="center", fontsize=8)
+    axes.set_xlim(-0.6, 10.7)
+    axes.set_ylim(-1.5, 2.05)
     axes.axis("off")
     save(figure, "layer.svg")
 
@@ -290,20 +296,29 @@ def draw_losses():
 # The benchmark
 
 
-def draw_benchmark():
+IN_README = "amd-epyc-skylakex-2-threads.json"
+
+
+def read_benchmarks():
+    """What is in benchmarks/*.json, one file for each processor, kernel and number of threads."""
+    paths = sorted(glob.glob(os.path.join(HERE, "benchmarks", "*.json")))
+    paths.sort(key=lambda path: os.path.basename(path) != IN_README)  # that one first
     files = []
-    for path in sorted(glob.glob(os.path.join(HERE, "benchmarks", "*.json"))):
+    for path in paths:
         with open(path) as file:
             files.append(json.load(file))
-    if not files:
-        return
+    return files
 
+
+def draw_benchmark(files):
     bars = []
     for found in files:
         for row in found["training"]:
             if row["model"] == "d12" and row["who"] == "train_gpt2.py --recompute 1":
                 name = f"B={row['B']}, T={row['T']}"
-                bars.append((name, row["speed"], row["memory"], found["machine"]["processor"]))
+                kernel = found["machine"]["blas"].rpartition(" ")[2]
+                cpu = f"{found['machine']['processor'][:24]}, {kernel}"
+                bars.append((name, row["speed"], row["memory"], cpu))
     figure, axes = new_figure(7, 0.9 + 0.55 * len(bars))
     for i, (name, speed, memory, cpu) in enumerate(bars):
         for offset, colour, (middle, least, most) in ((0.2, BLUE, speed), (-0.2, GREY, memory)):
@@ -313,12 +328,111 @@ def draw_benchmark():
                 error_kw={"ecolor": INK, "linewidth": 0.8},
             )  # fmt: skip
             axes.text(0.02, -i + offset, f"{middle:.2f}", va="center", fontsize=8, color="w")
-        axes.text(-0.02, -i, f"{name}\n{cpu[:24]}", ha="right", va="center", fontsize=8)
+        axes.text(-0.02, -i, f"{name}\n{cpu}", ha="right", va="center", fontsize=8)
     axes.axvline(1.0, color=ORANGE, linewidth=1)
     axes.text(1.01, 0.55, "PyTorch", color=ORANGE, fontsize=8)
     axes.set_yticks([])
     axes.set_xlabel("blue: speed over PyTorch's fastest mode.  grey: memory over its leanest")
     save(figure, "benchmark.svg")
+
+
+def ratio(of_three):
+    middle, least, greatest = of_three
+    return f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
+
+
+def machine_line(machine):
+    return (
+        f"{machine['threads']} threads on {machine['cores']} cores of an {machine['processor']} "
+        f"({machine['system'].split('-')[0]}), Python {machine['python']}, NumPy "
+        f"{machine['numpy']} with {machine['blas']}, PyTorch {machine['torch']} "
+        f"({machine['torch_kernels']}), {machine['date']}"
+    )
+
+
+def short_table(found):
+    """The README's: what ours takes, and its ratios to PyTorch."""
+    lines = ["| B, T | train_gpt2.py | tokens/s | peak MB | speed | memory |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for row in found["training"]:
+        if row["who"].startswith("train_gpt2.py"):
+            rate = row["B"] * row["T"] / row["seconds"]
+            lines.append(
+                f"| {row['B']}, {row['T']} | `{row['who'].split(' ', 1)[1]}` | {rate:.0f} | "
+                f"{row['peak_mb']:.0f} | {ratio(row['speed'])} | {ratio(row['memory'])} |"
+            )
+    return lines
+
+
+def long_table(found):
+    """BENCHMARK.md's: all that was measured on one machine."""
+    bandwidth, flops = found["limits"]["bandwidth"] / 1e9, found["limits"]["flops"] / 1e9
+    kernel = found["machine"]["blas"].rpartition("kernels for ")[2]
+    lines = [f"### {found['machine']['processor']}, kernels for {kernel}", "", machine_line(found["machine"]) + ".", ""]
+    lines += [
+        "| B, T | who | ms per step | forward / backward / update | tokens/s | peak MB | speed | "
+        "memory | of the limit |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["training"]:
+        parts = " / ".join(f"{row[name] * 1e3:.0f}" for name in ("forward", "backward", "update"))
+        rate = row["B"] * row["T"] / row["seconds"]
+        lines.append(
+            f"| {row['B']}, {row['T']} | {row['who']} | {row['seconds'] * 1e3:.0f} | {parts} | "
+            f"{rate:.0f} | {row['peak_mb']:.0f} | {ratio(row['speed'])} | "
+            f"{ratio(row['memory'])} | {row['of_limit']:.0%} |"
+        )
+    lines += [
+        "",
+        f"The limit is all matrix products at {flops:.0f} GFLOP/s, the best rate that NumPy's "
+        f"matmul showed in this run, and then AdamW's seven passes over the parameters at "
+        f"{bandwidth:.0f} GB/s.",
+        "",
+        "| attention, one layer | ms, forward and backward | times what its products take |",
+        "|---|---|---|",
+    ]
+    for row in found["attention"]:
+        shape = f"{row['B']}, {row['T']}"
+        lines.append(f"| {shape} | {row['seconds'] * 1e3:.1f} | {row['of_products']:.2f} |")
+    if "generation" in found:
+        lines += ["", "| generation, 256 tokens | tokens/s | of the bandwidth | peak MB |"]
+        lines += ["|---|---|---|---|"]
+        for row in found["generation"]:
+            middle, least, most = row["tokens_per_second"]
+            lines.append(
+                f"| {row['who']} | {middle:.1f} ({least:.1f} to {most:.1f}) | "
+                f"{row['of_bandwidth']:.0%} | {row['peak_mb']:.0f} |"
+            )
+    if "hellaswag" in found:
+        seconds = found["hellaswag"]["seconds_per_example"]
+        lines += [
+            "",
+            f"HellaSwag with GPT-2 124M: {seconds:.3f} s per example, "
+            f"{ratio(found['hellaswag']['ratio'])} of the time of four whole sequences.",
+        ]
+    return lines + [""]
+
+
+def put_between_marks(path, name, lines):
+    """Replace what stands between <!-- name --> and <!-- end of name --> in a text file."""
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    body = "\n".join(["", *lines, ""])
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(before + begin + body + end + after)
+    print(path)
+
+
+def write_tables(files):
+    readme = os.path.join(os.path.dirname(HERE), "README.md")
+    first = files[0]
+    lines = [f"One update of GPT-2 124M in float32; {machine_line(first['machine'])}:", ""]
+    put_between_marks(readme, "speed", lines + short_table(first))
+    every = [line for found in files for line in long_table(found)]
+    put_between_marks(os.path.join(HERE, "BENCHMARK.md"), "tables", every)
 
 
 def main():
@@ -331,7 +445,10 @@ def main():
     draw_blob()
     draw_layer()
     draw_losses()
-    draw_benchmark()
+    files = read_benchmarks()
+    if files:
+        draw_benchmark(files)
+        write_tables(files)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ figures/make_figures.py makes the table and the chart of the README.
 """
 
 import argparse
+import contextlib
+import ctypes
+import glob
 import importlib.util
 import itertools
 import json
@@ -366,13 +369,13 @@ def blas():
     """The name, version and kernel of the BLAS that NumPy uses."""
     info = np.show_config("dicts")["Build Dependencies"]["blas"]
     name = f"{info['name']} {info['version']}"
-    if importlib.util.find_spec("threadpoolctl"):
-        import threadpoolctl
-
-        for library in threadpoolctl.threadpool_info():
-            if library["user_api"] == "blas":
-                kernel = library.get("architecture", "")
-                name = f"{library['internal_api']} {library['version']} {kernel}"
+    folder = os.path.dirname(np.__file__)
+    paths = glob.glob(folder + "/../numpy.libs/*openblas*") + glob.glob(folder + "/.dylibs/*blas*")
+    for path in paths:
+        with contextlib.suppress(OSError, AttributeError):
+            corename = ctypes.CDLL(path).scipy_openblas_get_corename64_
+            corename.restype = ctypes.c_char_p
+            return f"{name}, kernels for {corename().decode()}"
     return name
 
 
@@ -645,7 +648,9 @@ def main():
         options.shapes = [(4, 64), (1, 1024)] + ([(4, 1024)] if options.full else [])
     found = measure(options)
 
-    name = re.sub(r"[^a-z0-9]+", "-", f"{processor()} {options.threads} threads".lower()).strip("-")
+    kernel = blas().rpartition("kernels for ")[2]
+    words = f"{processor()} {kernel} {options.threads} threads"
+    name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     path = options.output or os.path.join(TOP, "figures", "benchmarks", f"{name}.json")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with open(path, "w") as file:

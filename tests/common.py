@@ -312,6 +312,7 @@ NOBODY = "http://127.0.0.1:9"  # no server listens there
 NO_NETWORK = dict.fromkeys(
     ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_ENDPOINT"), NOBODY
 )
+NO_NETWORK |= {"NO_PROXY": "", "no_proxy": ""}
 
 
 SMALL = gpt2.GPT2Config(max_seq_len=16, vocab_size=256, num_layers=3, num_heads=2, channels=16)

@@ -684,8 +684,8 @@ def readme_commands():
     programs = ("train_gpt2.py", "prepro_tinyshakespeare.py")
     commands = []
     for line in lines:
-        if not line.startswith("    ") or "python " not in line:
-            continue
+        if not line.startswith(("    python ", "    pip ")):
+            continue  # what they print stands there too
         for part in line.strip().split("&&"):
             words = shlex.split(part)
             if words[0] == "python" and words[1] in programs:
