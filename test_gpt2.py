@@ -431,6 +431,7 @@ def test_a_seed_decides_every_bit():
         (lambda: gpt2.GPT2Config(num_layers=True), "num_layers.* True"),
         (lambda: random_model(1, 9, max_seq_len=8), "length 9.* 8"),
         (lambda: random_model(0, 9), "batch size 0"),
+        (lambda: random_model(1, 0), "length 0"),
         (lambda: random_model(1, 9, recompute=5), "recompute.* 5"),
     ],
 )
@@ -1127,6 +1128,7 @@ CALLS = {
     "forward2": lambda model: model.forward(*BATCHES[1], grad_scale=0.5),
     "validate": lambda model: model.forward(*BATCHES[0], train=False),
     "misspell": lambda model: model.forward(BATCHES[0][0], 53 + BATCHES[0][1]),
+    "cut": lambda model: model.forward(BATCHES[0][0], BATCHES[0][1][:, :-1]),
     "generate": lambda model: list(model.generate([1, 2, 3], 12)),
     "rows": lambda model: model.forward_rows(BATCHES[0][0]),
     "backward": lambda model: model.backward(),
@@ -1187,6 +1189,10 @@ def assert_refused(model, word, expected):
         # Checked before anything else happens.
         ("forward1", "misspell", "targets"),
         ("forward1 backward", "misspell", "targets"),
+        ("forward1 backward", "cut", r"targets \(2, 8\): expected \(2, 9\)"),
+        # The message says what is the matter.
+        ("forward1 backward forward2", "rows", r"the last forward\(\) waits for its backward"),
+        ("forward1 backward", "backward", r"there is no forward\(\) to go back from"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_changes_nothing(story, then, expected):
@@ -1624,6 +1630,17 @@ def test_generation_may_be_interrupted_by_anything():
     assert list(found) == expected
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_generation_goes_on_after_a_forward_pass(train):
+    """Which has overwritten its keys and values."""
+    expected = list(sharp_model(1, 8).generate([1], 6, rng=1))
+    model = sharp_model(1, 8)
+    tokens = model.generate([1], 6, rng=1)
+    found = [next(tokens), next(tokens)]
+    model.forward(np.full((1, 8), 9), np.full((1, 8), 9), train=train)
+    assert found + list(tokens) == expected
+
+
 def test_tokens_come_one_by_one():
     endless = sharp_model(1, 4).generate([1], 10**9)
     assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3))
@@ -1812,10 +1829,11 @@ def test_a_training_step_allocates_nothing_that_grows(monkeypatch):
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
     ids=["deepcopy", "pickle"],
 )  # fmt: skip
+@BOTH_FLOATS
 @EVERY_LAYOUT
-def test_a_copy_goes_on_as_the_model_would(copied, layout):
+def test_a_copy_goes_on_as_the_model_would(copied, layout, dtype):
     """Its views are its own blob's. Here it is made between a forward pass and its backward."""
-    expected, model = (random_model(2, 9, np.float32, **LAYOUTS[layout]) for _ in range(2))
+    expected, model = (random_model(2, 9, dtype, **LAYOUTS[layout]) for _ in range(2))
     train = model.training
     steps = "forward1 backward update forward1 backward forward2" if train else "validate"
     twin = copied(told(steps, model))

@@ -155,7 +155,7 @@ def param_shapes(config):
     }
 
 
-LOGITS_ROWS = 128  # the classifier takes this many tokens at a time
+LOGITS_ROWS = 256  # the classifier takes this many tokens at a time
 
 
 def act_shapes(config, B, T, recompute=1, training=True):

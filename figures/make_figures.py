@@ -346,7 +346,7 @@ def machine_line(machine):
         f"{machine['threads']} threads on {machine['cores']} cores of an {machine['processor']} "
         f"({machine['system'].split('-')[0]}), Python {machine['python']}, NumPy "
         f"{machine['numpy']} with {machine['blas']}, PyTorch {machine['torch']} "
-        f"({machine['torch_kernels']}), {machine['date']}"
+        f"({machine['torch_kernels']}), {machine['date']}, commit {machine['commit']}"
     )
 
 
@@ -368,7 +368,8 @@ def long_table(found):
     """BENCHMARK.md's: all that was measured on one machine."""
     bandwidth, flops = found["limits"]["bandwidth"] / 1e9, found["limits"]["flops"] / 1e9
     kernel = found["machine"]["blas"].rpartition("kernels for ")[2]
-    lines = [f"### {found['machine']['processor']}, kernels for {kernel}", "", machine_line(found["machine"]) + ".", ""]
+    title = f"### {found['machine']['processor']}, kernels for {kernel}"
+    lines = [title, "", machine_line(found["machine"]) + ".", ""]
     lines += [
         "| B, T | who | ms per step | forward / backward / update | tokens/s | peak MB | speed | "
         "memory | of the limit |",

@@ -379,6 +379,15 @@ def blas():
     return name
 
 
+def commit():
+    """The first digits of the commit that is measured, or nothing."""
+    command = ["git", "-C", TOP, "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def machine(threads):
     """What all this was measured on: a dict."""
     import torch
@@ -394,6 +403,7 @@ def machine(threads):
         "torch": torch.__version__,
         "torch_kernels": torch.backends.cpu.get_cpu_capability(),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
 
 
