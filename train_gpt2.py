@@ -2,9 +2,10 @@
 GPT-2, trained in NumPy: the whole algorithm, written out.
 
 There is no framework underneath. Every layer is a function that computes its output (forward),
-followed by a function that computes its gradients (backward). All the memory of a run is one flat
-array, which is laid out before the first step. Names, layouts and formats are those of llm.c
-(github.com/karpathy/llm.c). PyTorch appears only in test_gpt2.py, which checks every number.
+followed by a function that computes its gradients (backward). Parameters, gradients, moments and
+activations stand in one flat array, which is laid out before the first step. Names, layouts of the
+parameters and file formats are those of llm.c (github.com/karpathy/llm.c). PyTorch appears only in
+test_gpt2.py, which checks every number.
 
     python train_gpt2.py
         fine-tunes GPT-2 124M on Shakespeare
@@ -19,10 +20,10 @@ There is no tensor class here, no autograd, no layer object, no device and no mi
 
 Sections 1 to 8 are the algorithm:
 
-    1  what this file stands on             5  the model forward
-    2  the configuration                    6  the model backward
-    3  memory                               7  AdamW
-    4  layers                               8  data, one training step, sampling
+    1  imports                              5  the model forward
+    2  layers                               6  the model backward
+    3  the configuration                    7  AdamW
+    4  memory                               8  data, one training step, sampling
 
 The sections after them make it a tool: threads, weights, evaluation, several processes,
 checkpoints, the loop, the command line.
@@ -32,7 +33,7 @@ Throughout this program we have (with the values of GPT-2 124M)
     B     batch size, sequences per batch                 4
     T     sequence length, tokens per sequence            64, at most max_seq_len = 1024
     V     vocabulary size                                 50257: 256 bytes, 50000 merges, 1 end
-    L     layers, also called blocks                      12
+    L     layers                                          12
     C     channels, the width of the residual stream      768
     NH    attention heads                                 12
     hs    head size, C / NH                               64
@@ -46,38 +47,25 @@ Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
     2. The gradient of the residual stream is added to, because in every layer two paths meet there.
+       It starts each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
-       the later ones. The argument `add` says which. So gradients are never cleared.
+       the later ones. The argument `add` says which. So these gradients are never cleared.
 
-There are two exceptions, both in the embeddings. wte is used twice, by the encoder and by the
-classifier. The classifier comes first in the backward pass and follows rule 3; when it takes the
-tokens in several pieces, only the first piece overwrites. The encoder then always adds. And wpe has
-rows for positions that a short sequence does not reach; their gradient is set to 0.
+There are two exceptions to rule 3, both in the embeddings. wte is used twice, by the encoder and by
+the classifier. The classifier comes first in the backward pass and follows the rule; when it takes
+the tokens in several pieces, only the first piece overwrites. The encoder then always adds. And wpe
+has rows for positions that a short sequence does not reach; their gradient is set to 0.
 
 Everything is float32. The layers take any float type, and the tests run them in float64.
 """
 
 # --------------------------------------------------------------------------------------------------
-# 1. What this file stands on
+# 1. Imports: what the algorithm needs. Section 9 has those of the tool
 
-import argparse
-import codecs
-import contextlib
-import ctypes
 import functools
-import glob
-import json
 import math
 import os
-import shutil
 import signal
-import sys
-import threading
-import time
-import traceback
-import warnings
-import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -94,252 +82,62 @@ import prepro_tinyshakespeare as prepro  # text, tokens, downloads and every fil
 from prepro_tinyshakespeare import InputError, require  # require(condition, message)
 
 # --------------------------------------------------------------------------------------------------
-# 2. The configuration: five numbers make a GPT-2
-
-
-@dataclass(frozen=True)
-class GPT2Config:
-    """The shape of a model. The defaults are GPT-2 124M, the smallest that OpenAI released."""
-
-    max_seq_len: int = 1024
-    vocab_size: int = 50257
-    num_layers: int = 12
-    num_heads: int = 12
-    channels: int = 768
-
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-            require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
-            object.__setattr__(self, name, int(value))  # the class is frozen from here on
-
-        C, NH = self.channels, self.num_heads
-        require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. Memory: two tables and one blob
-#
-# Everything lives in one array, the blob. It is allocated once, filled with zeros. A page of zeros
-# costs no memory until somebody writes to it.
-#
-#     | params     | grads      | m          | v          | activations     | work space      |
-#     | wte..lnfb  | wte..lnfb  | wte..lnfb  | wte..lnfb  | encoded..losses | dresidual..dln1 |
-#
-#     | <------- flat: four rows of equal length -------------> | <------------- acts ----------> |
-#
-# A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
-# checkpoints and the coverage of the tests all follow from the two tables below.
-
-
-def param_shapes(config):
-    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C)."""
-    V, L, C = config.vocab_size, config.num_layers, config.channels
-    return {
-        "wte": (V, C),  # token embeddings; the classifier uses the same matrix
-        "wpe": (config.max_seq_len, C),  # position embeddings
-        "ln1w": (L, C),
-        "ln1b": (L, C),
-        "qkvw": (L, 3 * C, C),
-        "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C),
-        "attprojb": (L, C),
-        "ln2w": (L, C),
-        "ln2b": (L, C),
-        "fcw": (L, 4 * C, C),
-        "fcb": (L, 4 * C),
-        "fcprojw": (L, C, 4 * C),
-        "fcprojb": (L, C),
-        "lnfw": (C,),
-        "lnfb": (C,),
-    }
-
-
-LOGITS_ROWS = 256  # the classifier takes this many tokens at a time
-
-
-def act_shapes(config, B, T, recompute=1, training=True):
-    """The activations in the order in which they are computed, then the backward pass's work space.
-
-    recompute   see SHARED_BY_LAYERS
-    training    False: a model that only generates and validates has no work space for backward
-    """
-    V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    shapes = {
-        "encoded": (B, T, C),
-        "ln1": (L, B, T, C),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
-        "qkv": (L, B, T, 3 * C),  # queries, keys, values
-        "att_lse": (L, B, T, NH),  # of the T * T numbers of a softmax, T are kept: see attention
-        "atty": (L, B, T, C),
-        "attproj": (L, B, T, C),
-        "residual2": (L, B, T, C),
-        "ln2": (L, B, T, C),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
-        "fch": (L, B, T, 4 * C),
-        "fch_gelu": (L, B, T, 4 * C),
-        "fcproj": (L, B, T, C),
-        "residual3": (L, B, T, C),
-        "lnf": (B, T, C),
-        "lnf_mean": (B, T),
-        "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; in turns logits, probs and dlogits
-        "losses": (B, T),
-    }
-
-    shared = SHARED_BY_LAYERS[recompute] if training else SHARED_IN_GENERATION
-    for name in shared:
-        shapes[name] = (1, *shapes[name][1:])
-
-    if training:
-        shapes |= {
-            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
-            "dlnf": (B, T, C),  # written by forward already: see GPT2.classifier
-            "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
-            "dln2": (B, T, C),
-            "datty": (B, T, C),
-            "dqkv": (B, T, 3 * C),
-            "dln1": (B, T, C),
-        }
-    return shapes
-
-
-# These have no leading dimension for the layer. All others are indexed [l] first.
-NOT_PER_LAYER = {
-    "wte", "wpe", "lnfw", "lnfb",
-    "encoded", "lnf", "lnf_mean", "lnf_rstd", "logits", "losses",
-    "dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1",
-}  # fmt: skip
-
-# The backward pass needs what forward computed. It can be kept, or computed again (Chen et al.,
-# 2016). What is computed again is kept for one layer at a time, in memory that all layers share.
-SHARED_BY_LAYERS = {
-    # 0 keeps everything. Use it to compare another implementation with this one.
-    0: [],
-    # 1 computes layernorm and GELU again, which takes 1 to 2 % of a step, and shares the outputs of
-    # the two projections, which backward never reads.
-    1: ["ln1", "attproj", "ln2", "fch_gelu", "fcproj"],
-    # 2 keeps a layer's output, residual3, and computes the next layer again from it.
-    2: ["ln1", "ln1_mean", "ln1_rstd", "qkv", "att_lse", "atty", "attproj", "residual2",
-        "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "fcproj"],
-}  # fmt: skip
-
-# Without a backward pass, only the keys and values of earlier tokens are needed again.
-SHARED_IN_GENERATION = [*SHARED_BY_LAYERS[2], "residual3"]
-SHARED_IN_GENERATION.remove("qkv")
-
-
-def count(shapes):
-    """Number of elements of all tensors in a table."""
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def carve(flat, shapes):
-    """Cut a flat array into named views, in the table's order: {"wte": (V, C) view, ...}."""
-    views = {}
-    start = 0
-    for name, shape in shapes.items():
-        stop = start + math.prod(shape)
-        views[name] = flat[start:stop].reshape(shape)
-        start = stop
-    return views
-
-
-def layer(views, l):
-    """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3]."""
-    own = SimpleNamespace()
-    for name, view in views.items():
-        if name not in NOT_PER_LAYER:
-            shared = len(view) == 1
-            setattr(own, name, view[0 if shared else l])
-    return own
-
-
-def init_weights(params, seed):
-    """Fill the parameters of a new model, as GPT-2 does (Radford et al., 2019).
-
-    Weights are normal with a standard deviation of 0.02. The two projections into the residual
-    stream have 0.02 / sqrt(2L), because the outputs of 2L of them are added up there. The weights
-    of layernorm are 1. Biases are 0, as they are in a new blob.
-    """
-    rng = np.random.default_rng(seed)
-    L = len(params["qkvw"])
-
-    for name, view in params.items():
-        is_bias = name.endswith("b")
-        if name in ("ln1w", "ln2w", "lnfw"):
-            view[...] = 1
-        elif not is_bias:
-            rng.standard_normal(out=view.reshape(-1), dtype=view.dtype)
-            into_residual = name in ("attprojw", "fcprojw")
-            view *= 0.02 / math.sqrt(2 * L) if into_residual else 0.02
-
-
-# --------------------------------------------------------------------------------------------------
-# 4. Layers: each forward is followed by its backward
+# 2. The layers. Each forward is followed by its backward
 #
 # A backward function receives dout, the gradient of the loss with respect to its forward's output.
 # It applies the chain rule and gives the gradient with respect to the forward's inputs.
 #
-#     function              overwritten           added to   by `add`         only read
-#     encoder_forward       out                                               inp, wte, wpe
-#     encoder_backward                            dwte       dwpe             dout, inp
-#     layernorm_forward     out, mean, rstd                                   inp, weight, bias
-#     layernorm_backward                          dinp       dweight, dbias   the others
-#     matmul_forward        out                                               inp, weight, bias
-#     matmul_backward       dinp                             dweight, dbias   dout, inp, weight
-#     attention_forward     out, lse                                          qkv
-#     attention_backward    dqkv                                              the others
-#     gelu_forward          out                                               inp
-#     gelu_backward         dinp                                              dout, inp
-#     residual_forward      out                                               inp1, inp2
-#     crossentropy_
-#       softmax_forward     losses; logits, in place, become probs            targets
-#       softmax_backward    probs, in place, become dlogits                   targets, dloss
+#     function                        overwritten          added to  by `add`        only read
+#     encoder_forward                 out                                            the others
+#     encoder_backward                                     dwte      dwpe            dout, inp
+#     layernorm_forward               out, mean, rstd                                the others
+#     layernorm_backward                                   dinp      dweight, dbias  the others
+#     matmul_forward                  out                                            the others
+#     matmul_backward                 dinp                           dweight, dbias  the others
+#     attention_forward               out, lse                                       qkv
+#     attention_backward              dqkv                                           the others
+#     gelu_forward                    out                                            inp
+#     gelu_backward                   dinp                                           dout, inp
+#     residual_forward                out                                            inp1, inp2
+#     crossentropy_softmax_forward    losses; logits,                                targets
+#                                     which become probs
+#     crossentropy_softmax_backward   probs, which                                   targets,
+#                                     become dlogits                                 dloss
 #
 # "By `add`" is rule 3 of the header: overwritten if add is False, added to if it is True. Arguments
-# may not overlap, with one exception: gelu_backward's dinp may be its dout. No function returns
-# anything.
-#
-# A matrix product is done by BLAS, on all cores. The other layers work on rows: a row is what
-# belongs to one token, and the rows do not depend on each other. NumPy makes one pass over memory
-# for each operation, which is slow when the arrays are larger than a core's cache. So those layers
-# are written for a block of rows, and the decorator `by_rows` runs them on one block after the
-# other. `parallel`, in section 9, spreads the blocks over threads.
-
-BLOCK_BYTES = 512 * 1024  # of the widest array in a block: half the L2 cache of a core, or less
+# may not overlap, with one exception: gelu_backward's dinp may be its dout. None of these functions
+# returns anything. What one of them needs only while it runs, such as the scores of attention, it
+# allocates itself, in pieces that do not grow with the model or the batch.
 
 
-def by_rows(count):
-    """Make a layer that was written for a block of rows work on whole arrays.
+def encoder_forward(out, inp, wte, wpe):
+    """Each token becomes the sum of its own embedding and that of its position.
 
-    The first `count` arguments have something for each token, with shape (B, T, ...). The decorated
-    body sees a block of them as (rows, ...), the other arguments as they are. If the body returns
-    sums over its rows, they are added up in the order of the blocks. The size of a block does not
-    depend on the number of threads, so neither do the results, to the last bit.
+    out (B, T, C); inp (B, T) token ids; wte (V, C); wpe (T, C), the rows of these T positions
+
+        out[b, t] = wte[inp[b, t]] + wpe[t]
     """
+    np.take(wte, inp, axis=0, out=out, mode="clip")  # mode="raise" would make a copy first
+    out += wpe
 
-    def decorate(body):
-        @functools.wraps(body)
-        def run(*args):
-            arrays = [a.reshape(-1, *a.shape[2:], copy=False) for a in args[:count]]
-            bytes_per_row = max(a[0].nbytes for a in arrays)
-            rows_per_block = max(1, BLOCK_BYTES // bytes_per_row)
-            num_blocks = math.ceil(len(arrays[0]) / rows_per_block)
 
-            def block(i):
-                rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
-                return body(*(a[rows] for a in arrays), *args[count:])
+def encoder_backward(dwte, dwpe, dout, inp, add):
+    """The gradient of a sum is the gradient of both summands: a row of wte, and a row of wpe.
 
-            sums = parallel(block, num_blocks)
-            if sums[0] is not None:
-                return [functools.reduce(np.add, parts) for parts in zip(*sums, strict=True)]
+    dwte (V, C) is always added to, since the classifier has written its part before
+    dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
 
-        return run
+        dwte[inp[b, t]] += dout[b, t]
+        dwpe[t]          = sum over b of dout[b, t]
+    """
+    # One row after the other, because a token that occurs twice adds to the same row of dwte twice.
+    for token, row in zip(inp.reshape(-1), rows_of(dout), strict=True):
+        dwte[token] += row
 
-    return decorate
+    T = dout.shape[1]
+    accumulate(dwpe[:T], dout.sum(axis=0), add)
+    if not add:
+        dwpe[T:] = 0  # no token stood at these positions
 
 
 def accumulate(grad, value, add):
@@ -350,33 +148,61 @@ def accumulate(grad, value, add):
         grad[...] = value
 
 
-def encoder_forward(out, inp, wte, wpe):
-    """Each token becomes the sum of two vectors: one for what it is, one for where it stands.
+def rows_of(x):
+    """(B, T, ...) seen as (B*T, ...): a row is what belongs to one token."""
+    return x.reshape(-1, *x.shape[2:], copy=False)
 
-    out (B, T, C); inp (B, T) token ids; wte (V, C); wpe (T, C), the first T rows of the parameter
 
-        out[b, t] = wte[inp[b, t]] + wpe[t]
+def as_one_sequence(x):
+    """(B, T, ...) seen as (1, B*T, ...), which can be cut anywhere."""
+    return x.reshape(1, -1, *x.shape[2:], copy=False)
+
+
+# NumPy makes one pass over memory for each operation, which is slow where arrays are larger than a
+# core's cache. In layernorm, GELU and the loss the rows do not depend on each other. So these
+# layers are written for a block of rows, small enough for the cache, and the decorator `by_rows`
+# runs them on one block after the other.
+#
+# parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
+# tasks over the cores. Within a task, BLAS has one core for a matrix product; elsewhere it has all.
+
+BLOCK_BYTES = 512 * 1024  # of the widest array in a block: half the L2 cache of a core, or less
+
+
+def by_rows(num_row_args):
+    """Make a layer that was written for a block of rows work on whole arrays.
+
+    The first `num_row_args` arguments have something for each token, in the shape (B, T, ...). The
+    decorated body sees a block of them as (rows, ...): B and T have become one axis, n in the sums
+    below. It sees the other arguments as they are. If the
+    body returns sums over its rows, they are added up in the order of the blocks. The size of a
+    block does not depend on the number of threads, so neither do the results, to the last bit.
     """
-    np.take(wte, inp, axis=0, out=out, mode="clip")  # mode="raise" would make a copy first
-    out += wpe
 
+    def decorate(body):
+        @functools.wraps(body)
+        def run(*args):
+            arrays = [rows_of(a) for a in args[:num_row_args]]
+            others = args[num_row_args:]
+            bytes_per_row = max(a[0].nbytes for a in arrays)
+            rows_per_block = max(1, BLOCK_BYTES // bytes_per_row)
 
-def encoder_backward(dwte, dwpe, dout, inp, add):
-    """Each row of dout belongs to one row of wte and to one row of wpe.
+            def block(i):
+                rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
+                return body(*[a[rows] for a in arrays], *others)
 
-    dwte (V, C) is always added to, since the classifier has written its part before
-    dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
+            results = parallel(block, math.ceil(len(arrays[0]) / rows_per_block))
+            if results[0] is None:
+                return None
 
-        dwte[inp[b, t]] += dout[b, t]
-        dwpe[t]          = sum over b of dout[b, t]
-    """
-    B, T, C = dout.shape
-    for token, row in zip(inp.reshape(-1), dout.reshape(-1, C), strict=True):
-        dwte[token] += row
+            total = results[0]
+            for result in results[1:]:
+                total = [a + b for a, b in zip(total, result, strict=True)]
+            return total
 
-    accumulate(dwpe[:T], dout.sum(axis=0), add)
-    if not add:
-        dwpe[T:] = 0  # no token stood at these positions
+        return run
+
+    return decorate
 
 
 LN_EPS = 1e-5  # keeps rstd finite when all channels are equal; OpenAI's value
@@ -396,8 +222,10 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     For the three channels 1, 2, 6: mean 3, var (4 + 1 + 9) / 3 = 4.667, rstd 0.463. With weight 1
     and bias 0, out is -0.926, -0.463, 1.389.
     """
+    # einsum sums over the letters that are missing on the right. Here n is a row and c a channel.
+    # For sums of this kind it takes a third of the time of inp.sum(axis=-1).
     C = inp.shape[-1]
-    np.divide(np.einsum("nc->n", inp), C, out=mean)  # einsum takes a third of the time of inp.sum
+    np.divide(np.einsum("nc->n", inp), C, out=mean)
 
     np.subtract(inp, mean[:, None], out=out)
     var = np.einsum("nc,nc->n", out, out) / C
@@ -409,9 +237,9 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 
 def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add):
-    """dinp, dout, inp (B, T, C); mean, rstd (B, T); dweight, dbias, weight (C,).
+    """Add layernorm's part to dinp, the gradient of the residual stream; dweight, dbias by `add`.
 
-    dinp is the residual stream's gradient, so it is added to. dweight and dbias follow `add`.
+    dinp, dout, inp (B, T, C); mean, rstd (B, T); dweight, dbias, weight (C,)
 
     Call norm[i] = (inp[i] - mean) * rstd, for channel i of one token. The forward pass is
 
@@ -429,7 +257,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
         var  grows by     e * 2 * (inp[j] - mean) / C
         rstd grows by     (that of var) * -1/2 * rstd^3  =  -e * rstd^2 * norm[j] / C
 
-    and so norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
+    (The growth of the mean changes all terms of var a little, but these changes add up to 0, since
+    the sum of inp - mean is 0.) So norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
 
         e * rstd * ((1 if i == j, else 0) - 1 / C - norm[i] * norm[j] / C)
 
@@ -457,17 +286,13 @@ def layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight):
     average = np.einsum("nc->n", dnorm) / C
     average_with_norm = np.einsum("nc,nc->n", dnorm, norm) / C
 
+    # dinp += rstd * (dnorm - average - norm * average_with_norm), in the memory of dnorm and norm
     dnorm -= average[:, None]
     norm *= average_with_norm[:, None]
     dnorm -= norm
     dnorm *= rstd[:, None]
     dinp += dnorm
     return dweight, dbias
-
-
-def rows_of(x):
-    """(B, T, C) seen as (B*T, C): one large matrix product is faster than B small ones."""
-    return x.reshape(-1, x.shape[-1], copy=False)
 
 
 def matmul_forward(out, inp, weight, bias=None):
@@ -477,7 +302,8 @@ def matmul_forward(out, inp, weight, bias=None):
 
         out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
 
-    weight.T exchanges the strides of a view. BLAS reads it as it is, and nothing is copied.
+    BLAS computes it on all cores, for all B*T rows at once. weight.T exchanges the strides of a
+    view; BLAS reads it as it is, and nothing is copied.
     """
     np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     if bias is not None:
@@ -485,7 +311,9 @@ def matmul_forward(out, inp, weight, bias=None):
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
-    """dinp, inp (B, T, C); dout (B, T, OC); dweight, weight (OC, C); dbias (OC,), or None.
+    """dinp is overwritten; dweight and dbias, if there is a bias, follow `add`.
+
+    dinp, inp (B, T, C); dout (B, T, OC); dweight, weight (OC, C); dbias (OC,), or None
 
     Call n a row, one of the B*T pairs (b, t). The forward pass is
 
@@ -513,8 +341,8 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
 def add_product(dweight, dout, inp):
     """dweight += dout.T @ inp, some rows of dweight at a time.
 
-    NumPy has no way to let BLAS add to what is there. A block of the product is small enough to be
-    added while it is still in cache.
+    NumPy has no way to let BLAS add to what is there. A block of the product takes about 1 MiB, and
+    is added while it is still in cache.
     """
     rows_per_block = max(1, 2 * BLOCK_BYTES // inp[0].nbytes)
 
@@ -556,8 +384,8 @@ def split_qkv(qkv, NH):
 def head_groups(B, NH, queries, T, itemsize):
     """Attention's work, cut into pieces: a list of (b, slice of heads).
 
-    Heads and sequences do not depend on each other. A piece has as many heads of one sequence as
-    fit in cache with the scores of one block of queries, which have the shape (heads, ATT_ROWS, T).
+    Heads and sequences do not depend on each other. A piece has so many heads of one sequence that
+    the scores of one block of queries, (heads, ATT_ROWS, T), take at most 1 MiB, but at least one.
     """
     bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
     heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
@@ -565,7 +393,8 @@ def head_groups(B, NH, queries, T, itemsize):
     groups = []
     for b in range(B):
         for h in range(0, NH, heads_per_group):
-            groups.append((b, slice(h, h + heads_per_group)))
+            heads = slice(h, min(h + heads_per_group, NH))
+            groups.append((b, heads))
     return groups
 
 
@@ -575,7 +404,8 @@ def attention_forward(out, lse, qkv, NH):
     This is the only layer in which information moves from one position to another.
 
     qkv (B, T, 3C); out (B, n, C) and lse (B, n, NH) are those of the last n of the T positions. In
-    training n is T. In generation n is the number of new tokens, usually 1.
+    training n is T. In generation n is the number of new tokens, usually 1, and T counts the
+    tokens so far.
 
     Each head h computes, with its own hs channels of the query q[t], the key k[t2] and the value
     v[t2] (see split_qkv):
@@ -598,8 +428,10 @@ def attention_forward(out, lse, qkv, NH):
     groups = head_groups(B, NH, n, T, qkv.itemsize)
 
     def group(i):
-        at = groups[i]
-        attention_forward_heads(out[at], lse[at], q[at], k[at], v[at])
+        b, heads = groups[i]
+        attention_forward_heads(
+            out[b, heads], lse[b, heads], q[b, heads], k[b, heads], v[b, heads]
+        )
 
     parallel(group, len(groups))
 
@@ -620,18 +452,19 @@ def attention_forward_heads(out, lse, q, k, v):
 
     for start in range(0, n, ATT_ROWS):
         stop = min(start + ATT_ROWS, n)
-        visible = past + stop
+        visible = past + stop  # the last query of the block sees so many keys
 
-        att = q[:, start:stop] @ k[:, :visible].swapaxes(-1, -2)  # (heads, stop - start, visible)
-        hide_future(att[..., past + start :])
+        att = q[:, start:stop] @ k[:, :visible].swapaxes(1, 2)  # (heads, stop - start, visible)
+        hide_future(att[:, :, past + start :])
 
-        peak = att.max(axis=-1, keepdims=True)  # subtracted, so that exp can't overflow
-        att -= peak
-        np.exp(att, out=att)
-        total = np.einsum("hqk->hq", att)[..., None]
+        peak = att.max(axis=-1)  # subtracted, so that exp can't overflow
+        att -= peak[:, :, None]
+        exp_att = np.exp(att, out=att)
+        total = np.einsum("hqk->hq", exp_att)
+        lse[:, start:stop] = np.log(total) + peak
 
-        np.divide(att @ v[:, :visible], total, out=out[:, start:stop])  # (heads, stop - start, hs)
-        lse[:, start:stop] = (np.log(total) + peak)[..., 0]
+        weighted_sum = exp_att @ v[:, :visible]  # (heads, stop - start, hs)
+        np.divide(weighted_sum, total[:, :, None], out=out[:, start:stop])
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, NH):
@@ -676,10 +509,11 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     groups = head_groups(B, NH, T, T, qkv.itemsize)
 
     def group(i):
-        at = groups[i]
+        b, heads = groups[i]
         attention_backward_heads(
-            dq[at], dk[at], dv[at], dout[at], out[at], lse[at], q[at], k[at], v[at]
-        )
+            dq[b, heads], dk[b, heads], dv[b, heads], dout[b, heads], out[b, heads],
+            lse[b, heads], q[b, heads], k[b, heads], v[b, heads],
+        )  # fmt: skip
 
     parallel(group, len(groups))
 
@@ -687,7 +521,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     """Some heads of one sequence: lse (heads, T), all others (heads, T, hs).
 
-    It goes by blocks of keys. The keys from t0 to t1 are seen by the queries from t0 on.
+    It goes by blocks of keys. The keys from t0 to t1 are seen by the queries from t0 on: in part by
+    the first t1 - t0 of them, all by the later ones. So a block of keys meets all of its queries at
+    once, and its dk and dv are complete. A query meets several blocks of keys, and its dq is a sum.
     """
     _, T, hs = q.shape
     scale = hs**-0.5
@@ -696,39 +532,39 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     v = np.ascontiguousarray(v)
     dout = np.ascontiguousarray(dout)
 
-    lse = lse[..., None]
-    dout_dot_out = np.einsum("htc,htc->ht", dout, out)[..., None]
+    dout_dot_out = np.einsum("htc,htc->ht", dout, out)  # h is a head here, c one of its channels
     dq_sum = np.zeros_like(q)
 
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
-        keys = np.s_[:, t0:t1]
-        queries = np.s_[:, t0:]
 
-        p = q[queries] @ k[keys].swapaxes(-1, -2)  # att, of shape (heads, T - t0, t1 - t0)
-        p -= lse[queries]
-        hide_future(p[:, : t1 - t0])
-        np.exp(p, out=p)  # exp(att - lse) is p of the forward pass
-        np.matmul(p.swapaxes(-1, -2), dout[queries], out=dv[keys])
+        att = q[:, t0:] @ k[:, t0:t1].swapaxes(1, 2)  # (heads, T - t0, t1 - t0)
+        hide_future(att[:, : t1 - t0])
 
-        datt = dout[queries] @ v[keys].swapaxes(-1, -2)  # dp, of the same shape as p
-        datt -= dout_dot_out[queries]
-        datt *= p
-        np.matmul(datt.swapaxes(-1, -2), q[queries], out=dk[keys])  # q is scaled already
-        dq_sum[queries] += datt @ k[keys]
+        att -= lse[:, t0:, None]
+        p = np.exp(att, out=att)  # exp(att - lse) is p of the forward pass
+        np.matmul(p.swapaxes(1, 2), dout[:, t0:], out=dv[:, t0:t1])
+
+        dp = dout[:, t0:] @ v[:, t0:t1].swapaxes(1, 2)  # of the same shape as p
+        dp -= dout_dot_out[:, t0:, None]
+        datt = np.multiply(p, dp, out=dp)
+        np.matmul(datt.swapaxes(1, 2), q[:, t0:], out=dk[:, t0:t1])  # q is scaled already
+        dq_sum[:, t0:] += datt @ k[:, t0:t1]
 
     np.multiply(dq_sum, scale, out=dq)
 
 
-GELU_SCALE = math.sqrt(2 / math.pi)  # gives the tanh the slope of the normal distribution at 0
-GELU_CUBE = 0.044715  # fitted by Hendrycks & Gimpel (2016); GPT-2 was trained with it
+GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh(u)) the slope of Phi at x = 0
+GELU_CUBE = 0.044715  # fitted by Hendrycks & Gimpel; GPT-2 was trained with it
 
 
 @by_rows(2)
 def gelu_forward(out, inp):
-    """A smooth gate: large numbers pass, very negative ones become 0. out, inp (B, T, 4C).
+    """Keep large numbers and turn very negative ones into 0, smoothly. out, inp (B, T, 4C).
 
-    On each number x by itself, with s = sqrt(2 / pi):
+    GELU (Hendrycks & Gimpel, 2016) is x * Phi(x), where Phi(x) is the probability that a number of
+    the standard normal distribution is below x. GPT-2 has 0.5 * (1 + tanh(u)) in place of Phi(x),
+    which is close to it. For each number x by itself, with s = sqrt(2 / pi):
 
         u   = s * (x + 0.044715 * x^3)
         out = 0.5 * x * (1 + tanh(u))
@@ -790,7 +626,8 @@ def crossentropy_softmax_forward(losses, logits, targets):
     The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines.
     """
     logits -= logits.max(axis=-1, keepdims=True)
-    np.negative(logits[np.arange(len(targets)), targets], out=losses)
+    rows = np.arange(len(targets))
+    np.negative(logits[rows, targets], out=losses)  # of each row, the entry of its target
 
     probs = np.exp(logits, out=logits)
     total = np.einsum("nv->n", probs)
@@ -811,8 +648,204 @@ def crossentropy_softmax_backward(probs, targets, dloss):
         dlogits[i] = (probs[i] - (1 if i is the target, else 0)) * dloss
     """
     dlogits = probs  # in the same memory
-    dlogits[np.arange(len(targets)), targets] -= 1
+    rows = np.arange(len(targets))
+    dlogits[rows, targets] -= 1
     dlogits *= dloss
+
+
+# --------------------------------------------------------------------------------------------------
+# 3. The configuration
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of a model. The defaults are GPT-2 124M, the smallest that OpenAI released."""
+
+    max_seq_len: int = 1024
+    vocab_size: int = 50257
+    num_layers: int = 12
+    num_heads: int = 12
+    channels: int = 768
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
+            object.__setattr__(self, name, int(value))  # the way to set it in a frozen class
+
+        C, NH = self.channels, self.num_heads
+        require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. Memory: two tables and one blob
+#
+# Everything that outlives a layer stands in one array, the blob. It is allocated once, filled with
+# zeros. The system gives memory to a page of zeros only when something is written to it.
+#
+#     | params     | grads      | m          | v          | activations     | work space      |
+#     | wte..lnfb  | wte..lnfb  | wte..lnfb  | wte..lnfb  | encoded..losses | dresidual..dln1 |
+#
+#     | <------- flat: four rows of equal length -------------> | <------------- acts ----------> |
+#                        |
+#                        all but dwte: logits, in the forward pass of the first micro-batch of a
+#                        step, because backward has not written there yet (see room_for_logits)
+#
+# A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
+# checkpoints and the coverage of the tests all follow from the two tables below.
+
+
+def param_shapes(config):
+    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C)."""
+    V, L, C = config.vocab_size, config.num_layers, config.channels
+    return {
+        "wte": (V, C),  # token embeddings; the classifier uses the same matrix
+        "wpe": (config.max_seq_len, C),  # position embeddings
+        "ln1w": (L, C),
+        "ln1b": (L, C),
+        "qkvw": (L, 3 * C, C),
+        "qkvb": (L, 3 * C),
+        "attprojw": (L, C, C),
+        "attprojb": (L, C),
+        "ln2w": (L, C),
+        "ln2b": (L, C),
+        "fcw": (L, 4 * C, C),
+        "fcb": (L, 4 * C),
+        "fcprojw": (L, C, 4 * C),
+        "fcprojb": (L, C),
+        "lnfw": (C,),
+        "lnfb": (C,),
+    }
+
+
+# The backward pass needs what forward computed. It can be kept, or computed again (Chen et al.,
+# 2016). What is computed again is kept for one layer at a time, in memory that all layers share.
+SHARED_BY_LAYERS = {
+    # 0 keeps everything. Use it to compare another implementation with this one.
+    0: [],
+    # 1 computes layernorm and GELU again, which takes 1 to 2 % of a step, and shares the outputs of
+    # the two projections (attproj and fcproj), which backward never reads.
+    1: ["ln1", "attproj", "ln2", "fch_gelu", "fcproj"],
+    # 2 keeps a layer's output, residual3, and computes the next layer again from it.
+    2: ["ln1", "ln1_mean", "ln1_rstd", "qkv", "att_lse", "atty", "attproj", "residual2",
+        "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "fcproj"],
+}  # fmt: skip
+
+# Without a backward pass, only the keys and values of earlier tokens are needed again.
+SHARED_IN_GENERATION = [*SHARED_BY_LAYERS[2], "residual3"]
+SHARED_IN_GENERATION.remove("qkv")
+
+LOGITS_ROWS = 256  # the classifier takes this many tokens at a time, or more: see room_for_logits
+
+
+def act_shapes(config, B, T, recompute=1, training=True):
+    """The activations in the order in which they are computed, then the backward pass's work space.
+
+    recompute   0, 1 or 2: more of it computes more again and keeps less, see SHARED_BY_LAYERS
+    training    False: a model that only generates and validates has no work space for backward
+    """
+    V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
+    shapes = {
+        "encoded": (B, T, C),
+        "ln1": (L, B, T, C),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "qkv": (L, B, T, 3 * C),  # queries, keys, values
+        "att_lse": (L, B, T, NH),  # what attention's backward needs to compute the softmax again
+        "atty": (L, B, T, C),
+        "attproj": (L, B, T, C),
+        "residual2": (L, B, T, C),
+        "ln2": (L, B, T, C),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
+        "fch": (L, B, T, 4 * C),
+        "fch_gelu": (L, B, T, 4 * C),
+        "fcproj": (L, B, T, C),
+        "residual3": (L, B, T, C),
+        "lnf": (B, T, C),
+        "lnf_mean": (B, T),
+        "lnf_rstd": (B, T),
+        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; in turns logits, probs and dlogits
+        "losses": (B, T),
+    }
+
+    shared = SHARED_BY_LAYERS[recompute] if training else SHARED_IN_GENERATION
+    for name in shared:
+        shapes[name] = (1, *shapes[name][1:])  # one for all layers
+
+    if training:
+        shapes |= {
+            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
+            "dlnf": (B, T, C),  # written by forward already: see GPT2.classifier
+            "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
+            "dln2": (B, T, C),
+            "datty": (B, T, C),
+            "dqkv": (B, T, 3 * C),
+            "dln1": (B, T, C),
+        }
+    return shapes
+
+
+# These have no leading dimension for the layer. All others are indexed [l] first.
+NOT_PER_LAYER = {
+    "wte", "wpe", "lnfw", "lnfb",
+    "encoded", "lnf", "lnf_mean", "lnf_rstd", "logits", "losses",
+    "dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1",
+}  # fmt: skip
+
+
+def count(shapes):
+    """Number of elements of all tensors in a table."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def carve(flat, shapes):
+    """Cut a flat array into named views, in the table's order: {"wte": (V, C) view, ...}."""
+    views = {}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        views[name] = flat[start:stop].reshape(shape)
+        start = stop
+    return views
+
+
+def of_layer(view, l):
+    """Layer l's part of a view (L, ...). A view (1, ...) is shared: then it is the one part."""
+    return view[l] if len(view) > 1 else view[0]
+
+
+def layer(views, l, tokens=...):
+    """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3].
+
+    tokens   of activations (B, T, ...), an index into B and T; all of them by default
+    """
+    own = SimpleNamespace()
+    for name, view in views.items():
+        if name not in NOT_PER_LAYER:
+            setattr(own, name, of_layer(view, l)[tokens])
+    return own
+
+
+def init_weights(params, seed):
+    """Fill the parameters of a new model, as GPT-2 does (Radford et al., 2019).
+
+    Weights are normal with a standard deviation of 0.02. The two projections into the residual
+    stream have 0.02 / sqrt(2L), because the outputs of 2L of them are added up there. The weights
+    of layernorm are 1. Biases are 0, as they are in a new blob. The numbers are NumPy's: another
+    program draws others from the same seed.
+    """
+    rng = np.random.default_rng(seed)
+    L = len(params["qkvw"])
+
+    for name, view in params.items():
+        is_bias = name.endswith("b")
+        if name in ("ln1w", "ln2w", "lnfw"):
+            view[...] = 1
+        elif not is_bias:
+            rng.standard_normal(out=view.reshape(-1), dtype=view.dtype)
+            into_residual = name in ("attprojw", "fcprojw")
+            view *= 0.02 / math.sqrt(2 * L) if into_residual else 0.02
 
 
 # --------------------------------------------------------------------------------------------------
@@ -823,7 +856,7 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 
 
 class GPT2:
-    """A GPT-2 and all the memory that it will ever use.
+    """A GPT-2, and the memory of its parameters, gradients, moments and activations.
 
     config                        GPT2Config
     batch_size, sequence_length   B and T of its batches
@@ -833,15 +866,17 @@ class GPT2:
     dtype                         float32; the tests also use float64
 
     params, grads, m, v, acts are dicts of named views of the array `blob`. flat is its first part:
-    four rows, each of which holds all parameters, gradients, m or v.
+    four rows, each of which holds all parameters, gradients, m or v. (With training=False it is one
+    row, of parameters.)
 
     One step is forward(), backward(), update(). Several micro-batches make one step if forward()
-    and backward() are called for each of them before update(). `stage` says what grads hold:
+    and backward() are called for each of them before update(). `stage` says how far the step is:
 
-        "empty"    nothing of use
-        "first"    forward() of the first micro-batch is done, backward() is to follow
-        "full"     the gradients of all micro-batches so far
-        "later"    forward() of a later micro-batch is done, backward() is to follow
+        "no gradients"    forward() is next
+        "first forward"   that of the first micro-batch is done, backward() is next
+        "gradients"       grads hold those of all micro-batches so far. update() is next, or
+                          forward() of another micro-batch
+        "later forward"   that of a later micro-batch is done, backward() is next
 
     or, after a call that was interrupted, a sentence that says so.
     """
@@ -885,12 +920,307 @@ class GPT2:
         self.v = carve(self.flat[3], shapes) if training else {}
         self.acts = carve(self.blob[rows * n :], acts)
 
-        self.stage = "empty"
+        self.stage = "no gradients"
         self.inputs = None  # of the last forward pass; encoder_backward needs them
-        self.updates = 0  # how many there have been; AdamW counts them
-        self.keys_owner = None  # whose earlier tokens have their keys and values in acts["qkv"]
+        self.updates = 0  # how many updates there have been
+        self.keys_owner = None  # the generator whose keys and values are in acts["qkv"]
         if seed is not None:
             init_weights(self.params, seed)
+
+    def forward(self, inputs, targets, train=True, grad_scale=1.0):
+        """The mean cross-entropy, in nats, of predicting targets from inputs: a float.
+
+        inputs, targets (B, T) integers; targets[b, t] is what comes after inputs[b, t]
+
+        train        False: for validation, without a backward pass
+        grad_scale   the gradients will be those of loss * grad_scale. It is 1/k where k
+                     micro-batches make one step
+        """
+        inputs = self.check_tokens(inputs, "inputs")
+        targets = self.check_tokens(targets, "targets")
+        expected = (self.batch_size, self.sequence_length)
+        require(
+            inputs.shape == targets.shape == expected,
+            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
+        )
+        require(
+            self.training or not train,
+            "a model made with training=False has no gradients: use forward(..., train=False)",
+        )
+
+        self.forward_rows(inputs)
+        if not train:
+            self.classifier(targets)
+            return float(self.acts["losses"].mean())
+
+        add = self.stage == "gradients"  # then this is a later micro-batch
+        if add:
+            self.stage = "forward() was interrupted while it added to the gradients"
+        self.classifier(targets, dloss=grad_scale / targets.size, add=add)
+        self.inputs = inputs.copy()
+        self.stage = "later forward" if add else "first forward"
+        return float(self.acts["losses"].mean())
+
+    def forward_rows(self, tokens, start=0):
+        """All layers up to lnf for tokens (B, n) at the positions start to start + n.
+
+        In training the tokens are a whole batch, and start is 0. In generation B is 1, and
+        acts["qkv"] holds the keys and values of the positions before start already, so that only
+        the n new positions are computed. Returns lnf (B, n, C).
+        """
+        self.begin_forward()
+        B, n = tokens.shape
+        params, acts = self.params, self.acts
+
+        residual = acts["encoded"][:B, :n]
+        encoder_forward(residual, tokens, params["wte"], params["wpe"][start : start + n])
+        for l in range(self.config.num_layers):
+            p, a = self.forward_layer(l, residual, start)
+            matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
+            residual_forward(a.residual3, a.residual2, a.fcproj)
+            residual = a.residual3
+
+        lnf = acts["lnf"][:B, :n]
+        mean = acts["lnf_mean"][:B, :n]
+        rstd = acts["lnf_rstd"][:B, :n]
+        layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
+        return lnf
+
+    def forward_layer(self, l, residual, start=0):
+        """Layer l from residual (B, n, C), its input, up to fch_gelu: all that its backward needs.
+
+        The last two lines of a layer stand in forward_rows, because recompute_layer does without
+        them. Returns the layer's parameters and its activations for these tokens: see layer().
+        """
+        B, n, _ = residual.shape
+        p = layer(self.params, l)
+        a = layer(self.acts, l, np.s_[:B, :n])  # in training, all of them
+
+        # Attention looks back to position 0. So qkv alone is indexed by position, where the other
+        # activations begin with the first of the n tokens.
+        qkv_so_far = of_layer(self.acts["qkv"], l)[:B, : start + n]
+        new_qkv = qkv_so_far[:, start:]
+
+        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
+        matmul_forward(new_qkv, a.ln1, p.qkvw, p.qkvb)
+        attention_forward(a.atty, a.att_lse, qkv_so_far, self.config.num_heads)
+        matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
+        residual_forward(a.residual2, residual, a.attproj)
+
+        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
+        matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
+        gelu_forward(a.fch_gelu, a.fch)
+        return p, a
+
+    def classifier(self, targets, dloss=None, add=False):
+        """acts["losses"] from acts["lnf"]; and, if dloss is given, the classifier's backward pass.
+
+        The logits (B, T, V) would be the largest array of all. Each token's logits only serve its
+        own loss, so we take some tokens at a time, a piece, all the way: logits, probabilities,
+        losses, gradients. This is why the classifier's backward pass runs here, and not in
+        backward(): the logits of these tokens are gone when the next ones come. It leaves dlnf, and
+        its part of dwte. dloss is the weight of one token's loss.
+        """
+        wte = self.params["wte"]
+        lnf = as_one_sequence(self.acts["lnf"])
+        losses = as_one_sequence(self.acts["losses"])
+        targets = as_one_sequence(targets)
+
+        gradients_are_free = dloss is not None and not add
+        room = self.room_for_logits() if gradients_are_free else self.acts["logits"]
+        num_tokens = targets.size
+        tokens_per_piece = room.shape[1]
+
+        for start in range(0, num_tokens, tokens_per_piece):
+            stop = min(start + tokens_per_piece, num_tokens)
+            piece = np.s_[:, start:stop]
+
+            logits = room[:, : stop - start]
+            matmul_forward(logits, lnf[piece], wte)
+            crossentropy_softmax_forward(losses[piece], logits, targets[piece])
+
+            if dloss is not None:
+                dwte = self.grads["wte"]
+                dlnf = as_one_sequence(self.acts["dlnf"])
+                dlogits = logits  # in the same memory, which holds the probabilities now
+                crossentropy_softmax_backward(dlogits, targets[piece], dloss)
+                add_piece = add or start > 0
+                matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
+
+    def room_for_logits(self):
+        """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
+
+        In the forward pass of the first micro-batch that is so for all gradients but dwte: backward
+        will overwrite them later. Together they are larger than acts["logits"] (1691 tokens for
+        124M), and with larger pieces the products are faster: 4 % of a step at B*T = 1024, and 50
+        MB that acts["logits"] never takes. In later micro-batches the classifier uses that.
+        """
+        V, C = self.params["wte"].shape
+        free = self.flat[1, V * C :]  # all gradients but dwte, which stands first
+        tokens = min(self.acts["losses"].size, len(free) // V)
+        if tokens < self.acts["logits"].shape[1]:  # a small model with a large vocabulary
+            return self.acts["logits"]
+        return free[: tokens * V].reshape(1, tokens, V)
+
+    # ----------------------------------------------------------------------------------------------
+    # 6. The model backward: section 5 in reverse order
+
+    def backward(self):
+        """Fill grads with the gradients of the last forward pass.
+
+        The first micro-batch since an update or zero_grad overwrites them, later ones add. The
+        classifier has left dlnf and its part of dwte.
+        """
+        self.refuse_interrupted()
+        require(
+            self.stage in ("first forward", "later forward"),
+            "backward(): there is no forward() to go back from, or another one has overwritten its "
+            "activations: call forward() first",
+        )
+        add = self.stage == "later forward"
+        self.stage = "backward() was interrupted, and the gradients are incomplete"
+
+        params, grads, acts = self.params, self.grads, self.acts
+        L, NH = self.config.num_layers, self.config.num_heads
+        dresidual, dlnf, dfch = acts["dresidual"], acts["dlnf"], acts["dfch"]
+        dln2, datty, dqkv, dln1 = acts["dln2"], acts["datty"], acts["dqkv"], acts["dln1"]
+
+        dresidual[...] = 0
+        layernorm_backward(
+            dresidual, grads["lnfw"], grads["lnfb"],
+            dlnf, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"], add,
+        )  # fmt: skip
+
+        for l in reversed(range(L)):
+            p, g, a = layer(params, l), layer(grads, l), layer(acts, l)
+            residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
+            self.recompute_layer(l, residual)
+
+            # residual3 = residual2 + fcproj: dresidual is the gradient of both.
+            matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
+            gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
+            matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
+            layernorm_backward(
+                dresidual, g.ln2w, g.ln2b, dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
+            )
+
+            # residual2 = residual + attproj: the same again.
+            matmul_backward(datty, g.attprojw, g.attprojb, dresidual, a.atty, p.attprojw, add)
+            attention_backward(dqkv, datty, a.atty, a.att_lse, a.qkv, NH)
+            matmul_backward(dln1, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
+            layernorm_backward(
+                dresidual, g.ln1w, g.ln1b, dln1, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, add
+            )
+
+        encoder_backward(grads["wte"], grads["wpe"], dresidual, self.inputs, add)
+        self.stage = "gradients"
+
+    def recompute_layer(self, l, residual):
+        """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS.
+
+        residual (B, T, C) is the layer's input. Means and rstds come out as they were.
+        """
+        last = self.config.num_layers - 1
+        if l == last:
+            return  # the shared memory still holds what forward computed last
+
+        if self.recompute == 1:
+            p = layer(self.params, l)
+            a = layer(self.acts, l)
+            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
+            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
+            gelu_forward(a.fch_gelu, a.fch)
+
+        if self.recompute == 2:
+            self.forward_layer(l, residual)
+
+    def zero_grad(self):
+        """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
+        self.stage = "no gradients"
+
+    # ----------------------------------------------------------------------------------------------
+    # 7. AdamW
+
+    def grad_norm(self, part=np.s_[:]):
+        """The length of the gradient, as one vector of all parameters, or of a part of it: a float.
+
+        It may be called between backward() and update(). The squares are added up in float32 within
+        a chunk, and in Python's float64 over the chunks.
+        """
+        self.require_gradients("grad_norm()")
+        grads = self.flat[1, part]
+
+        def squares(i):
+            chunk = grads[i * ADAMW_CHUNK : (i + 1) * ADAMW_CHUNK]
+            return float(np.dot(chunk, chunk))
+
+        return math.sqrt(sum(parallel(squares, math.ceil(len(grads) / ADAMW_CHUNK))))
+
+    def update(
+        self,
+        learning_rate,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.0,
+        step=None,
+        grad_scale=1.0,
+        part=np.s_[:],
+    ):
+        """One step of AdamW on all parameters.
+
+        weight_decay   applies to matrices and embeddings, not to biases and layernorms
+        step           the number of this update, from 1; the model counts by itself if it is None
+        grad_scale     what clipping multiplies the gradients by
+        part           the slice of the flat vector of parameters that is updated: all of it, unless
+                       several processes share the work
+        """
+        self.require_gradients("update()")
+        step = self.updates + 1 if step is None else step
+        require(step >= 1, f"update(step={step}): steps are counted from 1")
+        self.stage = "update() was interrupted, and some parameters have changed, others have not"
+
+        p, g, m, v = self.flat
+        chunks = adamw_chunks(self.params, part)
+
+        def update_chunk(i):
+            name, chunk = chunks[i]
+            decay = learning_rate * weight_decay if is_decayed(name) else 0.0
+            adamw(
+                p[chunk], g[chunk], m[chunk], v[chunk],
+                decay, learning_rate, beta1, beta2, eps, step, grad_scale,
+            )  # fmt: skip
+
+        parallel(update_chunk, len(chunks))
+        self.updates = step
+        self.stage = "no gradients"
+
+    # ----------------------------------------------------------------------------------------------
+    # The order of calls, and what else one does with a model
+
+    def begin_forward(self):
+        """Refuse a forward pass that would spoil the gradients, else note what it overwrites."""
+        self.refuse_interrupted()
+        require(
+            self.stage != "later forward",  # has added its part to dwte, which can't be taken back
+            "the last forward() waits for its backward(): call backward() or zero_grad() first",
+        )
+        if self.stage == "first forward":
+            self.stage = "no gradients"  # no backward() can follow without its activations
+        self.keys_owner = None
+
+    def require_gradients(self, call):
+        """InputError unless grads hold gradients. After forward() they may hold logits."""
+        self.refuse_interrupted()
+        require(
+            self.stage == "gradients",
+            f"{call} needs gradients: call forward() and backward() first",
+        )
+
+    def refuse_interrupted(self):
+        """InputError if a call was interrupted, and has left gradients that are incomplete."""
+        stages = ("no gradients", "first forward", "gradients", "later forward")
+        require(self.stage in stages, f"{self.stage}: call zero_grad(), then forward()")
 
     @classmethod
     def from_pretrained(
@@ -919,7 +1249,7 @@ class GPT2:
         return generate_tokens(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
 
     def __getstate__(self):
-        """What copy.deepcopy and pickle need to make a model whose views are its own blob's."""
+        """What copy.deepcopy and pickle keep: not the views, which __init__ carves anew."""
         return {
             "config": self.config,
             "batch_size": self.batch_size,
@@ -962,277 +1292,29 @@ class GPT2:
         )
         return tokens
 
-    def forward(self, inputs, targets, train=True, grad_scale=1.0):
-        """The mean cross-entropy, in nats, of predicting targets from inputs: a float.
 
-        inputs, targets (B, T) integers; targets[b, t] is what comes after inputs[b, t]
-
-        train        False: for validation, without a backward pass
-        grad_scale   the gradients will be those of loss * grad_scale. It is 1/k where k
-                     micro-batches make one step
-        """
-        inputs = self.check_tokens(inputs, "inputs")
-        targets = self.check_tokens(targets, "targets")
-        expected = (self.batch_size, self.sequence_length)
-        require(
-            inputs.shape == targets.shape == expected,
-            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
-        )
-        require(
-            self.training or not train,
-            "a model made with training=False has no gradients: use forward(..., train=False)",
-        )
-
-        self.forward_rows(inputs)
-        if not train:
-            self.classifier(targets)
-            return float(self.acts["losses"].mean())
-
-        add = self.stage == "full"
-        if add:
-            self.stage = "forward() was interrupted while it added to the gradients"
-        self.classifier(targets, dloss=grad_scale / targets.size, add=add)
-        self.inputs = inputs.copy()
-        self.stage = "later" if add else "first"
-        return float(self.acts["losses"].mean())
-
-    def forward_rows(self, tokens, first=0):
-        """All layers up to lnf for tokens (b, n) at the positions first to first + n.
-
-        In training the tokens are a whole batch. In generation b is 1, and the positions before
-        `first` have left their keys and values in acts["qkv"], so that n new tokens cost n
-        positions. Returns lnf (b, n, C).
-        """
-        require(
-            self.stage in ("empty", "first", "full"),
-            f"{self.waiting()}: call backward() or zero_grad() first",
-        )
-        if self.stage == "first":
-            self.stage = "empty"  # the activations that its backward() needs are overwritten now
-        self.keys_owner = None
-
-        b, n = tokens.shape
-        params, acts = self.params, self.acts
-
-        residual = acts["encoded"][:b, :n]
-        encoder_forward(residual, tokens, params["wte"], params["wpe"][first : first + n])
-        for l in range(self.config.num_layers):
-            p, a = self.forward_layer(l, residual, first)
-            matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
-            residual_forward(a.residual3, a.residual2, a.fcproj)
-            residual = a.residual3
-
-        lnf = acts["lnf"][:b, :n]
-        mean = acts["lnf_mean"][:b, :n]
-        rstd = acts["lnf_rstd"][:b, :n]
-        layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
-        return lnf
-
-    def forward_layer(self, l, residual, first=0):
-        """Layer l from residual (b, n, C), its input, up to fch_gelu: all that its backward needs.
-
-        Returns the layer's parameters and its activations for these tokens, as layer() makes them.
-        """
-        b, n, _ = residual.shape
-        p = layer(self.params, l)
-        a = layer(self.acts, l)
-
-        qkv_so_far = a.qkv[:b, : first + n]  # attention looks back to position 0
-        new_qkv = a.qkv[:b, first : first + n]
-        for name, view in vars(a).items():
-            setattr(a, name, view[:b, :n])  # in training, all of it
-
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-        matmul_forward(new_qkv, a.ln1, p.qkvw, p.qkvb)
-        attention_forward(a.atty, a.att_lse, qkv_so_far, self.config.num_heads)
-        matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
-        residual_forward(a.residual2, residual, a.attproj)
-
-        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
-        matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
-        gelu_forward(a.fch_gelu, a.fch)
-        return p, a
-
-    def classifier(self, targets, dloss=None, add=False):
-        """acts["losses"] from acts["lnf"]; and, if dloss is given, the classifier's backward pass.
-
-        The logits (B, T, V) would be the largest array of all. Each token's logits only serve its
-        own loss, so we take some tokens at a time, LOGITS_ROWS, all the way: logits, probabilities,
-        losses, gradients. This is why the classifier's backward pass runs here, and not in
-        backward(): the logits of these tokens are gone when the next ones come. It leaves dlnf, and
-        its part of dwte. dloss is the weight of one token's loss.
-        """
-        wte = self.params["wte"]
-        lnf = as_one_sequence(self.acts["lnf"])
-        losses = as_one_sequence(self.acts["losses"])
-        targets = as_one_sequence(targets)
-
-        num_tokens = targets.size
-        for start in range(0, num_tokens, LOGITS_ROWS):
-            stop = min(start + LOGITS_ROWS, num_tokens)
-            piece = np.s_[:, start:stop]
-
-            logits = self.acts["logits"][:, : stop - start]
-            matmul_forward(logits, lnf[piece], wte)
-            crossentropy_softmax_forward(losses[piece], logits, targets[piece])
-
-            if dloss is not None:
-                dwte = self.grads["wte"]
-                dlnf = as_one_sequence(self.acts["dlnf"])
-                dlogits = logits  # in the same memory, which holds the probabilities now
-                crossentropy_softmax_backward(dlogits, targets[piece], dloss)
-                add_piece = add or start > 0
-                matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
-
-    def waiting(self):
-        """What keeps the model from doing something else, in words for an error message."""
-        if self.stage in ("first", "later"):
-            return "the last forward() waits for its backward()"
-        if self.stage in ("empty", "full"):
-            return "there is no forward() to go back from"
-        return self.stage
-
-    # ----------------------------------------------------------------------------------------------
-    # 6. The model backward: the same lines, reversed
-
-    def backward(self):
-        """Fill grads with the gradients of the last forward pass.
-
-        The first micro-batch since an update or zero_grad overwrites them, later ones add.
-        """
-        require(
-            self.stage in ("first", "later"),
-            f"backward() needs a training forward pass before it, but {self.waiting()}: "
-            "call zero_grad(), then forward()",
-        )
-        add = self.stage == "later"
-        self.stage = "backward() was interrupted, and the gradients are incomplete"
-
-        params, grads, acts = self.params, self.grads, self.acts
-        L, NH = self.config.num_layers, self.config.num_heads
-        dresidual, dlnf, dfch = acts["dresidual"], acts["dlnf"], acts["dfch"]
-        dln2, datty, dqkv, dln1 = acts["dln2"], acts["datty"], acts["dqkv"], acts["dln1"]
-
-        # The classifier has left dlnf.
-        dresidual[...] = 0
-        layernorm_backward(
-            dresidual, grads["lnfw"], grads["lnfb"],
-            dlnf, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"], add,
-        )  # fmt: skip
-
-        for l in reversed(range(L)):
-            p, g, a = layer(params, l), layer(grads, l), layer(acts, l)
-            residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            self.recompute_layer(l, residual)
-
-            # residual3 = residual2 + fcproj: dresidual is the gradient of both.
-            matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
-            gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
-            matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
-            layernorm_backward(
-                dresidual, g.ln2w, g.ln2b, dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
-            )
-
-            # residual2 = residual + attproj: the same again.
-            matmul_backward(datty, g.attprojw, g.attprojb, dresidual, a.atty, p.attprojw, add)
-            attention_backward(dqkv, datty, a.atty, a.att_lse, a.qkv, NH)
-            matmul_backward(dln1, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
-            layernorm_backward(
-                dresidual, g.ln1w, g.ln1b, dln1, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, add
-            )
-
-        encoder_backward(grads["wte"], grads["wpe"], dresidual, self.inputs, add)
-        self.stage = "full"
-
-    def recompute_layer(self, l, residual):
-        """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS."""
-        p = layer(self.params, l)
-        a = layer(self.acts, l)
-        last = self.config.num_layers - 1
-
-        if self.recompute == 1:
-            layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-            layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
-            gelu_forward(a.fch_gelu, a.fch)
-
-        if self.recompute == 2 and l < last:  # what the last layer computed is still there
-            self.forward_layer(l, residual)
-
-    def zero_grad(self):
-        """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
-        self.stage = "empty"
-
-    # ----------------------------------------------------------------------------------------------
-    # 7. AdamW
-
-    def grad_norm(self, part=np.s_[:]):
-        """The length of the gradient, as one vector of all parameters, or of a part of it: a float.
-
-        It may be called between backward() and update().
-        """
-        require(
-            self.stage == "full",
-            f"grad_norm() needs gradients: call forward() and backward() first ({self.stage})",
-        )
-        grads = self.flat[1, part]
-
-        def squares(i):
-            chunk = grads[i * ADAMW_CHUNK : (i + 1) * ADAMW_CHUNK]
-            return float(np.dot(chunk, chunk))
-
-        return math.sqrt(sum(parallel(squares, math.ceil(len(grads) / ADAMW_CHUNK))))
-
-    def update(
-        self,
-        learning_rate,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        step=None,
-        grad_scale=1.0,
-        part=np.s_[:],
-    ):
-        """One step of AdamW on all parameters.
-
-        weight_decay   applies to matrices and embeddings, not to biases and layernorms
-        step           the number of this update, from 1; the model counts by itself if it is None
-        grad_scale     what clipping multiplies the gradients by
-        part           the slice of the flat vector of parameters that is updated
-        """
-        require(
-            self.stage == "full",
-            f"update() needs gradients: call forward() and backward() first ({self.stage})",
-        )
-        step = self.updates + 1 if step is None else step
-        require(step >= 1, f"update(step={step}): steps are counted from 1")
-        self.stage = "update() was interrupted, and some parameters have changed, others have not"
-
-        p, g, m, v = self.flat
-        begin, end, _ = part.indices(len(p))
-        chunks = []
-        start = 0
-        for name, shape in param_shapes(self.config).items():
-            stop = start + math.prod(shape)
-            decay = learning_rate * weight_decay if is_decayed(name) else 0.0
-            for i in range(max(start, begin), min(stop, end), ADAMW_CHUNK):
-                chunk = slice(i, min(i + ADAMW_CHUNK, stop, end))
-                chunks.append((chunk, decay))
-            start = stop
-
-        def update_chunk(i):
-            chunk, decay = chunks[i]
-            adamw(
-                p[chunk], g[chunk], m[chunk], v[chunk],
-                decay, learning_rate, beta1, beta2, eps, step, grad_scale,
-            )  # fmt: skip
-
-        parallel(update_chunk, len(chunks))
-        self.updates = step
-        self.stage = "empty"
+ADAMW_CHUNK = 1 << 17  # elements; with chunks half as large, an update takes a tenth longer
 
 
-ADAMW_CHUNK = 1 << 17  # elements: five arrays of 512 KiB. Smaller chunks cost more than they gain
+def adamw_chunks(params, part):
+    """AdamW's work, cut into pieces: a list of (name, slice of the flat vector of parameters).
+
+    A chunk never crosses the border of a tensor, nor of `part`, the slice that is to be updated.
+    """
+    num_params = sum(view.size for view in params.values())
+    part_start, part_stop, _ = part.indices(num_params)
+
+    chunks = []
+    tensor_start = 0
+    for name, view in params.items():
+        tensor_stop = tensor_start + view.size
+        start = max(tensor_start, part_start)
+        stop = min(tensor_stop, part_stop)
+        for i in range(start, stop, ADAMW_CHUNK):
+            chunk = slice(i, min(i + ADAMW_CHUNK, stop))
+            chunks.append((name, chunk))
+        tensor_start = tensor_stop
+    return chunks
 
 
 def is_decayed(name):
@@ -1294,6 +1376,7 @@ class DataLoader:
 
     A shard is cut into windows of T tokens, and a batch is B windows. position is what the next
     batch depends on: [shard, offset, epoch], where offset counts the tokens seen of this shard.
+    Windows at the end of a shard that do not fill a batch are left out.
     """
 
     def __init__(self, source, B, T, vocab_size, shuffle_seed=None, rank=0, size=1):
@@ -1318,7 +1401,8 @@ class DataLoader:
 
     def seek(self, position):
         """Go to a position. Two numbers are a shard and an offset in it, in epoch 0."""
-        shard, offset, epoch = [*position, 0][:3]
+        shard, offset = position[:2]
+        epoch = position[2] if len(position) > 2 else 0
         self.position = [shard, offset, epoch]
         self.first, self.order = self.windows(shard, epoch)
 
@@ -1328,8 +1412,10 @@ class DataLoader:
         if self.shuffle_seed is None:
             return 0, np.arange((num_tokens - 1) // T)
 
+        # Each epoch cuts the shard at other places: the first window begins at one of its first T
+        # tokens, but not so late that less than a batch is left.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
-        first = int(rng.integers(min(T, num_tokens - B * T)))  # other windows in each epoch
+        first = int(rng.integers(min(T, num_tokens - B * T)))
         return first, rng.permutation((num_tokens - 1 - first) // T)
 
     def next_batch(self):
@@ -1390,21 +1476,19 @@ def train_step(
     return loss, norm
 
 
-def as_one_sequence(x):
-    """(B, T, ...) seen as (1, B*T, ...), which can be cut anywhere."""
-    return x.reshape(1, -1, *x.shape[2:], copy=False)
-
-
 def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
     """GPT2.generate, whose arguments are described there.
 
-    Each new token costs one position, because the keys and values of those before it are kept in
-    acts["qkv"]. (Not so when the layers share that, as with recompute = 2: then the whole window is
-    computed for each token.) When the context is full, its newer half begins a new one.
+    After the prompt, each new token costs one position, because the keys and values of those before
+    it are kept in acts["qkv"]. When the context is full, its newer half begins a new one.
+
+    Two things spoil the keys. Another generator, or another forward pass, may come in between; the
+    model remembers who ran last. And with recompute = 2 all layers share one qkv. In both cases the
+    whole window is computed again.
     """
     T = model.sequence_length
     keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
-    owner = object()  # another generator, or another forward pass, may come in between
+    owner = object()  # stands for this generator
     window = tokens[-T:]
     done = 0  # how many tokens of the window have their keys and values in acts["qkv"]
 
@@ -1415,7 +1499,7 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
         if model.keys_owner is not owner or not keeps_keys:
             done = 0
 
-        lnf = model.forward_rows(np.array([window[done:]]), first=done)
+        lnf = model.forward_rows(np.array([window[done:]]), start=done)
         model.keys_owner = owner
         done = len(window)
 
@@ -1426,7 +1510,10 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
 
 
 def sample(logits, temperature, top_k, rng):
-    """One token id drawn from softmax(logits / temperature), logits (V,)."""
+    """One token id drawn from softmax(logits / temperature), logits (V,).
+
+    Lay the tokens side by side on a line, each as long as it is likely, and drop a pin on the line.
+    """
     if temperature < 1e-30:
         return int(logits.argmax())
 
@@ -1435,10 +1522,10 @@ def sample(logits, temperature, top_k, rng):
         kth_largest = np.partition(logits, -top_k)[-top_k]
         logits[logits < kth_largest] = -np.inf
 
-    cumulative = np.exp(logits, out=logits).cumsum()
-    drawn = rng.random(dtype=np.float32) * cumulative[-1]
-    token = np.searchsorted(cumulative, drawn, "right")
-    return int(min(token, len(logits) - 1))
+    ends = np.exp(logits).cumsum()  # where each token ends on the line
+    pin = rng.random(dtype=np.float32) * ends[-1]
+    token = np.searchsorted(ends, pin, "right")  # the first token that ends behind the pin
+    return int(min(token, len(logits) - 1))  # rounding may put the pin at the very end
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1446,6 +1533,23 @@ def sample(logits, temperature, top_k, rng):
 # --------------------------------------------------------------------------------------------------
 # 9. Threads
 #
+# From here on the file deals with files, processes and command lines, and imports what they need.
+
+import argparse
+import codecs
+import contextlib
+import ctypes
+import glob
+import json
+import shutil
+import sys
+import threading
+import time
+import traceback
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor, wait
+
 # There are two kinds. BLAS has threads of its own, which serve the large matrix products. The
 # threads of `parallel` run blocks of rows; they run side by side because NumPy lets go of the
 # interpreter lock while it computes. While they run, BLAS is held to one thread, so that the two

@@ -586,7 +586,15 @@ def test_a_run_of_an_earlier_version_goes_on(call_main, tmp_path, monkeypatch):
         for path in (OLD_RUN / "final.safetensors", tmp_path / "old" / "run" / "model.safetensors")
     )
     assert before.keys() == after.keys()
-    assert max(relative_error(after[name], before[name]) for name in before) < 1e-5
+    for name in before:
+        if name.endswith("attn.c_attn.bias"):
+            # The keys' bias adds the same to all scores of a query, so it has no gradient. What
+            # stands there is rounding noise, which differs from one processor to the next.
+            C = len(before[name]) // 3
+            for biases in (before, after):
+                assert np.abs(biases[name][C : 2 * C]).max() < 1e-4
+                biases[name][C : 2 * C] = 0
+        assert relative_error(after[name], before[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize("flag, meaning", [(0, 0), (1, 1), (2, 2), (3, 2)])

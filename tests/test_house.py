@@ -49,7 +49,7 @@ def test_nothing_registers_itself_and_nothing_is_evaluated(name):
 def test_the_algorithm_knows_no_files_networks_processes_or_flags():
     """Sections 2 to 8 use no name that has to do with them."""
     text = (TOP / "train_gpt2.py").read_text(encoding="utf-8")
-    first = text[: text.index("# 2. The configuration")].count("\n")
+    first = text[: text.index("# 2. The layers")].count("\n")
     last = text[: text.index("# Here the algorithm ends")].count("\n")
     names = set()
     for node in ast.walk(ast.parse(text)):
