@@ -8,14 +8,14 @@ The trainer is compared with a second GPT-2, written as usual: PyTorch modules, 
 from autograd, so that nobody derived them by hand. It takes its weights from the trainer and must
 then agree with it, number for number. The order is that of the trainer's sections:
 
-    memory        where the tensors lie in the blob, and which of them the layers share
     layers        each forward and backward pass, in float64 to 1e-10 and in float32 to 1e-5
+    memory        where the tensors lie in the blob, and which of them the layers share
     whole model   every tensor of the two tables; one that no test compares is a failure
-    protocol      forward, backward and update in a wrong order, or interrupted
+    protocol      forward, backward and update in the right order and in a wrong one
     AdamW         ten steps beside torch.optim.AdamW, with all that a real run has
-    sampling      batches, one training step, generation
-    promises      the same bits for any number of threads, no float64 in a float32 run, no memory
-                  beyond the blob, copies and child processes that work
+    promises      micro-batches, the same bits for any number of threads, no memory beyond the blob
+
+What else there is to a model, such as batches, generation and interrupted calls, is in tests/.
 
 Where PyTorch is not needed, a case is worked out by hand or compared with differences. An error is
 relative and by norm, for a whole tensor: |ours - truth| / |truth|. All parameters are random: with
@@ -23,16 +23,8 @@ the fresh ones, a bias of 0 that is left out would change nothing.
 """
 
 import contextlib
-import copy
 import math
-import os
-import pickle
-import select
-import signal
-import sys
-import threading
 import tracemalloc
-from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import train_gpt2 as gpt2  # before NumPy: it tells how long idle BLAS threads wait
@@ -45,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import prepro_tinyshakespeare as prepro
 from prepro_tinyshakespeare import InputError
 
 
@@ -302,142 +293,6 @@ def train_steps(model, steps, batches, learning_rate=1e-2):
         clip = min(1.0, 0.5 / model.grad_norm())
         model.update(learning_rate, weight_decay=0.1, step=step, grad_scale=clip)
     return losses
-
-
-# --------------------------------------------------------------------------------------------------
-# Configuration and memory
-
-
-LAYOUTS = {  # the ways in which activations are laid out
-    "recompute 0": {"recompute": 0},
-    "recompute 1": {"recompute": 1},
-    "recompute 2": {"recompute": 2},
-    "without training": {"training": False},
-}
-EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-def test_parameters_stand_as_in_llm_c():
-    """Names and order are those of its files; the counts are those of OpenAI's four models."""
-    assert list(gpt2.param_shapes(gpt2.GPT2Config())) == [
-        "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
-        "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
-    ]  # fmt: skip
-
-    for L, NH, C, parameters in [
-        (12, 12, 768, 124_439_808),
-        (24, 16, 1024, 354_823_168),
-        (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ]:
-        config = gpt2.GPT2Config(num_layers=L, num_heads=NH, channels=C)
-        assert gpt2.count(gpt2.param_shapes(config)) == parameters
-
-
-@EVERY_LAYOUT
-def test_views_lie_in_the_blob_side_by_side(layout):
-    """In the order of the tables, without holes, from the beginning of the blob to its end."""
-    model = random_model(2, 9, **LAYOUTS[layout])
-    address = model.blob.ctypes.data
-    parts = [model.params, model.grads, model.m, model.v, model.acts]
-    for views in parts:
-        for name, view in views.items():
-            assert view.flags.c_contiguous and view.ctypes.data == address, name
-            address += view.nbytes
-    assert address == model.blob.ctypes.data + model.blob.nbytes
-
-    shapes = gpt2.param_shapes(model.config)
-    for views in parts[: len(model.flat)]:
-        assert {name: view.shape for name, view in views.items()} == shapes
-    acts = gpt2.act_shapes(model.config, 2, 9, **LAYOUTS[layout])
-    assert {name: view.shape for name, view in model.acts.items()} == acts
-    assert len(model.flat) == (1 if layout == "without training" else 4)
-
-
-@pytest.mark.parametrize(
-    "layout, kept",
-    [
-        ("recompute 1", "ln1_mean ln1_rstd qkv att_lse atty residual2 ln2_mean ln2_rstd fch "
-                        "residual3"),
-        ("recompute 2", "residual3"),
-        ("without training", "qkv"),
-    ],
-)  # fmt: skip
-def test_what_each_layer_keeps_for_itself(layout, kept):
-    """All others have one place, which the layers share; and recompute=0 shares nothing."""
-    config = gpt2.GPT2Config(num_layers=3, num_heads=1, channels=4)
-    everything = gpt2.act_shapes(config, 5, 6, recompute=0)
-    shapes = gpt2.act_shapes(config, 5, 6, **LAYOUTS[layout])
-    for name, shape in shapes.items():
-        if name in gpt2.NOT_PER_LAYER:
-            assert shape == everything[name], name
-        else:
-            assert everything[name][0] == 3, name
-            assert shape == (3 if name in kept.split() else 1, *everything[name][1:]), name
-
-    work_space = {"dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1"}
-    assert everything.keys() - shapes.keys() == (
-        work_space if layout == "without training" else set()
-    )
-
-
-def test_fresh_weights_are_gpt2s():
-    """Normal with standard deviation 0.02, into the residual stream 0.02 / sqrt(2L).
-
-    Every estimate lies within five of its own standard errors.
-    """
-    L = 4
-    model = gpt2.GPT2(gpt2.GPT2Config(128, 500, L, 4, 64), 1, 1, seed=8)
-    deviation = dict.fromkeys(["wte", "wpe", "qkvw", "fcw"], 0.02)
-    deviation |= dict.fromkeys(["attprojw", "fcprojw"], 0.02 / math.sqrt(2 * L))
-    for name, view in model.params.items():
-        if name not in deviation:
-            assert np.all(view == (1 if name in ("ln1w", "ln2w", "lnfw") else 0)), name
-            continue
-        n = view.size
-        z = view.astype(np.float64).ravel() / deviation[name]
-        assert abs(z.mean()) < 5 / math.sqrt(n), name
-        assert abs(z.std() - 1) < 5 / math.sqrt(2 * n), name
-        within_one = np.mean(abs(z) < 1)  # 68 % of a normal distribution
-        assert abs(within_one - 0.6827) < 5 * math.sqrt(0.6827 * 0.3173 / n), name
-        assert len(np.unique(view)) > 0.9 * n, name  # no layer is another's copy
-    assert not model.flat[1:].any()
-    assert not any(view.any() for view in model.acts.values())
-
-
-def test_a_seed_decides_every_bit():
-    def fresh(seed):
-        return gpt2.GPT2(gpt2.GPT2Config(64, 256, 2, 2, 32), 1, 8, seed=seed).params
-
-    one, two = fresh(1), fresh(2)
-    assert_same_bits(one, fresh(1))
-    for name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"):
-        assert not np.array_equal(one[name], two[name]), name
-
-    # The weights of a seed stay what they were in earlier versions of this trainer.
-    second = [float(fresh(1337)[name].flat[1]) for name in ("wte", "wpe", "qkvw", "fcprojw")]
-    assert second == pytest.approx(
-        [-0.019249863922595978, 0.0021467171609401703, 0.020022017881274223, 0.003657161258161068],
-        rel=1e-6,
-    )
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: gpt2.GPT2Config(channels=768, num_heads=11), "768.* 11"),
-        (lambda: gpt2.GPT2Config(num_layers=0), "num_layers.* 0"),
-        (lambda: gpt2.GPT2Config(vocab_size=50257.0), "vocab_size.* 50257.0"),
-        (lambda: gpt2.GPT2Config(num_layers=True), "num_layers.* True"),
-        (lambda: random_model(1, 9, max_seq_len=8), "length 9.* 8"),
-        (lambda: random_model(0, 9), "batch size 0"),
-        (lambda: random_model(1, 0), "length 0"),
-        (lambda: random_model(1, 9, recompute=5), "recompute.* 5"),
-    ],
-)
-def test_a_model_that_can_not_be_is_an_input_error(make, message):
-    with pytest.raises(InputError, match=message):
-        make()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -814,7 +669,7 @@ def test_gelu_by_hand():
 
 
 # --------------------------------------------------------------------------------------------------
-# Layers: blocks of rows, and threads
+# Layers: blocks of rows
 
 
 def test_by_rows_cuts_blocks_and_adds_their_sums_in_order(monkeypatch):
@@ -858,53 +713,140 @@ def test_blocks_equal_one_block(name, dtype, monkeypatch):
     assert_same_bits(blocks, whole)
 
 
-def test_parallel_runs_side_by_side_in_order_with_one_blas_thread(monkeypatch):
-    calls = []
-    barrier = threading.Barrier(3)
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 3)
-    monkeypatch.setattr(gpt2, "set_blas_threads", calls.append)
-
-    def task(i):
-        barrier.wait(timeout=30)  # which only three threads at once can pass
-        calls.append("task")
-        return i * i
-
-    assert gpt2.parallel(task, 6) == [0, 1, 4, 9, 16, 25]
-    assert calls == [1] + ["task"] * 6 + [gpt2.BLAS_THREADS]
+# --------------------------------------------------------------------------------------------------
+# Configuration and memory
 
 
-@pytest.mark.parametrize("bad", range(4))
-def test_parallel_passes_an_error_on(bad, monkeypatch):
-    """Whichever thread has met it; and BLAS gets its threads back."""
-    calls = []
-    barrier = threading.Barrier(4)
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 4)
-    monkeypatch.setattr(gpt2, "set_blas_threads", calls.append)
-
-    def task(i):
-        barrier.wait(timeout=30)  # one task for each thread
-        return 1 / (i - bad)
-
-    with pytest.raises(ZeroDivisionError):
-        gpt2.parallel(task, 4)
-    assert calls == [1, gpt2.BLAS_THREADS]
+LAYOUTS = {  # the ways in which activations are laid out
+    "recompute 0": {"recompute": 0},
+    "recompute 1": {"recompute": 1},
+    "recompute 2": {"recompute": 2},
+    "without training": {"training": False},
+}
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def test_parallel_does_with_the_threads_it_gets(monkeypatch):
-    def no_more(work):
-        raise RuntimeError("can't start new thread")
+def test_parameters_stand_as_in_llm_c():
+    """Names and order are those of its files; the counts are those of OpenAI's four models."""
+    assert list(gpt2.param_shapes(gpt2.GPT2Config())) == [
+        "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
+        "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
+    ]  # fmt: skip
 
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 4)
-    monkeypatch.setattr(gpt2, "POOL", SimpleNamespace(submit=no_more))
-    assert gpt2.parallel(lambda i: i * i, 6) == [0, 1, 4, 9, 16, 25]
+    for L, NH, C, parameters in [
+        (12, 12, 768, 124_439_808),
+        (24, 16, 1024, 354_823_168),
+        (36, 20, 1280, 774_030_080),
+        (48, 25, 1600, 1_557_611_200),
+    ]:
+        config = gpt2.GPT2Config(num_layers=L, num_heads=NH, channels=C)
+        assert gpt2.count(gpt2.param_shapes(config)) == parameters
 
 
-def test_blas_really_has_a_setter():
-    """Without it two kinds of threads would compete for the cores, and no result would show it."""
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
-    if blas != "scipy-openblas":
-        pytest.skip("another BLAS; one with OpenBLAS: pip install --force-reinstall numpy")
-    assert gpt2.set_blas_threads.__name__ == "scipy_openblas_set_num_threads64_"
+@EVERY_LAYOUT
+def test_views_lie_in_the_blob_side_by_side(layout):
+    """In the order of the tables, without holes, from the beginning of the blob to its end."""
+    model = random_model(2, 9, **LAYOUTS[layout])
+    address = model.blob.ctypes.data
+    parts = [model.params, model.grads, model.m, model.v, model.acts]
+    for views in parts:
+        for name, view in views.items():
+            assert view.flags.c_contiguous and view.ctypes.data == address, name
+            address += view.nbytes
+    assert address == model.blob.ctypes.data + model.blob.nbytes
+
+    shapes = gpt2.param_shapes(model.config)
+    for views in parts[: len(model.flat)]:
+        assert {name: view.shape for name, view in views.items()} == shapes
+    acts = gpt2.act_shapes(model.config, 2, 9, **LAYOUTS[layout])
+    assert {name: view.shape for name, view in model.acts.items()} == acts
+    assert len(model.flat) == (1 if layout == "without training" else 4)
+
+
+@pytest.mark.parametrize(
+    "layout, kept",
+    [
+        ("recompute 1", "ln1_mean ln1_rstd qkv att_lse atty residual2 ln2_mean ln2_rstd fch "
+                        "residual3"),
+        ("recompute 2", "residual3"),
+        ("without training", "qkv"),
+    ],
+)  # fmt: skip
+def test_what_each_layer_keeps_for_itself(layout, kept):
+    """All others have one place, which the layers share; and recompute=0 shares nothing."""
+    config = gpt2.GPT2Config(num_layers=3, num_heads=1, channels=4)
+    everything = gpt2.act_shapes(config, 5, 6, recompute=0)
+    shapes = gpt2.act_shapes(config, 5, 6, **LAYOUTS[layout])
+    for name, shape in shapes.items():
+        if name in gpt2.NOT_PER_LAYER:
+            assert shape == everything[name], name
+        else:
+            assert everything[name][0] == 3, name
+            assert shape == (3 if name in kept.split() else 1, *everything[name][1:]), name
+
+    work_space = {"dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1"}
+    assert everything.keys() - shapes.keys() == (
+        work_space if layout == "without training" else set()
+    )
+
+
+def test_fresh_weights_are_gpt2s():
+    """Normal with standard deviation 0.02, into the residual stream 0.02 / sqrt(2L).
+
+    Every estimate lies within five of its own standard errors.
+    """
+    L = 4
+    model = gpt2.GPT2(gpt2.GPT2Config(128, 500, L, 4, 64), 1, 1, seed=8)
+    deviation = dict.fromkeys(["wte", "wpe", "qkvw", "fcw"], 0.02)
+    deviation |= dict.fromkeys(["attprojw", "fcprojw"], 0.02 / math.sqrt(2 * L))
+    for name, view in model.params.items():
+        if name not in deviation:
+            assert np.all(view == (1 if name in ("ln1w", "ln2w", "lnfw") else 0)), name
+            continue
+        n = view.size
+        z = view.astype(np.float64).ravel() / deviation[name]
+        assert abs(z.mean()) < 5 / math.sqrt(n), name
+        assert abs(z.std() - 1) < 5 / math.sqrt(2 * n), name
+        within_one = np.mean(abs(z) < 1)  # 68 % of a normal distribution
+        assert abs(within_one - 0.6827) < 5 * math.sqrt(0.6827 * 0.3173 / n), name
+        assert len(np.unique(view)) > 0.9 * n, name  # no layer is another's copy
+    assert not model.flat[1:].any()
+    assert not any(view.any() for view in model.acts.values())
+
+
+def test_a_seed_decides_every_bit():
+    def fresh(seed):
+        return gpt2.GPT2(gpt2.GPT2Config(64, 256, 2, 2, 32), 1, 8, seed=seed).params
+
+    one, two = fresh(1), fresh(2)
+    assert_same_bits(one, fresh(1))
+    for name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"):
+        assert not np.array_equal(one[name], two[name]), name
+
+    # The weights of a seed stay what they were in earlier versions of this trainer.
+    second = [float(fresh(1337)[name].flat[1]) for name in ("wte", "wpe", "qkvw", "fcprojw")]
+    assert second == pytest.approx(
+        [-0.019249863922595978, 0.0021467171609401703, 0.020022017881274223, 0.003657161258161068],
+        rel=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: gpt2.GPT2Config(channels=768, num_heads=11), "768.* 11"),
+        (lambda: gpt2.GPT2Config(num_layers=0), "num_layers.* 0"),
+        (lambda: gpt2.GPT2Config(vocab_size=50257.0), "vocab_size.* 50257.0"),
+        (lambda: gpt2.GPT2Config(num_layers=True), "num_layers.* True"),
+        (lambda: random_model(1, 9, max_seq_len=8), "length 9.* 8"),
+        (lambda: random_model(0, 9), "batch size 0"),
+        (lambda: random_model(1, 0), "length 0"),
+        (lambda: random_model(1, 9, recompute=5), "recompute.* 5"),
+    ],
+)
+def test_a_model_that_can_not_be_is_an_input_error(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1077,19 +1019,6 @@ def test_uniform_logits_cost_ln_of_the_vocabulary():
     assert loss == pytest.approx(math.log(53), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8])
-def test_a_batch_may_be_a_view_of_any_integer_type(dtype):
-    """text[:, :-1] and text[:, 1:], as one writes it in a notebook, are not contiguous."""
-    text = np.random.default_rng(3).integers(0, 53, (2, 9)).astype(dtype)
-    found = []
-    for inputs, targets in ((text[:, :-1], text[:, 1:]), (text[:, :-1] + 0, text[:, 1:] + 0)):
-        model = random_model(2, 8)
-        loss = model.forward(inputs, targets)
-        model.backward()
-        found.append((loss, model.flat[1].tobytes()))
-    assert found[0] == found[1]
-
-
 @pytest.mark.parametrize("parts", [[9], [4, 1, 1, 3], [1] * 9], ids=str)
 @pytest.mark.parametrize("layout", ["recompute 0", "recompute 1", "without training"])
 def test_forward_rows_piece_by_piece_equals_the_whole(layout, parts):
@@ -1242,103 +1171,6 @@ def test_the_stages_are_those_that_the_class_describes():
     ]  # fmt: skip
 
 
-def interrupt(patch, function, number):
-    """Ctrl-C comes in the call of this number of one of the trainer's functions."""
-    original = getattr(gpt2, function)
-    calls = iter(range(1, number))
-
-    def interrupted(*args):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    patch.setattr(gpt2, function, interrupted)
-
-
-@pytest.mark.parametrize(
-    "story, call, function, number",
-    [
-        ("forward1", "backward", "layernorm_backward", 1),
-        ("forward1", "backward", "attention_backward", 2),
-        ("forward1", "backward", "encoder_backward", 1),
-        ("forward1 backward forward2", "backward", "gelu_backward", 1),
-        ("forward1 backward", "forward2", "matmul_backward", 1),
-        ("forward1 backward", "update", "adamw", 1),
-        ("forward1 backward", "update", "adamw", 3),
-    ],
-)
-def test_gradients_that_an_interrupted_call_left_are_not_used(
-    story, call, function, number, monkeypatch
-):
-    """They are incomplete. zero_grad() forgets them, and all is well."""
-    monkeypatch.setattr(gpt2, "ADAMW_CHUNK", 1000)
-    model = told(story)
-    with monkeypatch.context() as patch:
-        interrupt(patch, function, number)
-        with pytest.raises(KeyboardInterrupt):
-            CALLS[call](model)
-    for word in ("backward", "update", "norm", "forward2"):
-        assert_refused(model, word, "interrupted")
-    told("zero forward2 backward", model)
-    assert_same_bits(model.grads, told("forward2 backward").grads)
-
-
-@pytest.mark.parametrize(
-    "story, call, function, number, then, same_as",
-    [
-        ("", "forward1", "matmul_backward", 1, "forward2 backward", "forward2 backward"),
-        ("forward1", "forward2", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
-        ("forward1 backward", "validate", "crossentropy_softmax_forward", 1, "",
-         "forward1 backward"),
-        ("forward1 backward", "forward2", "gelu_forward", 2, "forward2 backward",
-         "forward1 backward forward2 backward"),
-    ],
-)  # fmt: skip
-def test_an_interrupted_call_that_has_spoilt_nothing_may_be_repeated(
-    story, call, function, number, then, same_as, monkeypatch
-):
-    model = told(story)
-    with monkeypatch.context() as patch:
-        interrupt(patch, function, number)
-        with pytest.raises(KeyboardInterrupt):
-            CALLS[call](model)
-    told(then, model)
-    assert_same_bits(model.grads, told(same_as).grads)
-
-
-@pytest.mark.parametrize("bad", [-1, 53, 1 << 40])
-@pytest.mark.parametrize("which", ["inputs", "targets"])
-def test_an_id_outside_the_vocabulary_is_an_input_error(which, bad):
-    batch = {"inputs": BATCHES[0][0].copy(), "targets": BATCHES[0][1].copy()}
-    batch[which][1, 3] = bad
-    with pytest.raises(InputError, match=f"{which}.*{bad}.* 52"):
-        random_model(2, 9).forward(**batch)
-
-
-@pytest.mark.parametrize(
-    "inputs, message",
-    [
-        (BATCHES[0][0][:, :8], r"\(2, 8\).*\(2, 9\)"),
-        (BATCHES[0][0].ravel(), r"\(18,\).*\(2, 9\)"),
-        (BATCHES[0][0] * 1.0, "inputs.* integers.* float64"),
-        (BATCHES[0][0][:0], "inputs.* integers"),
-    ],
-)
-def test_inputs_that_are_no_batch_are_an_input_error(inputs, message):
-    with pytest.raises(InputError, match=message):
-        random_model(2, 9).forward(inputs, BATCHES[0][1])
-
-
-def test_inputs_may_be_changed_before_backward():
-    """As a loader does which fills the same array again and again."""
-    model = random_model(2, 9)
-    inputs, targets = BATCHES[0].copy()
-    model.forward(inputs, targets, grad_scale=0.5)
-    inputs[...] = targets[...] = 0
-    model.backward()
-    assert_same_bits(model.grads, told("forward1 backward").grads)
-
-
 # --------------------------------------------------------------------------------------------------
 # AdamW
 
@@ -1446,69 +1278,7 @@ def test_an_update_in_two_parts_equals_one(cut, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
-# Batches, one training step, sampling
-
-
-def test_batches_follow_one_another_shard_after_shard(tmp_path):
-    """By hand: of 13 tokens, 12 are inputs; of 8, 6 are; then the first shard begins again."""
-    prepro.write_tokens(str(tmp_path / "a_0.bin"), list(range(13)))
-    prepro.write_tokens(str(tmp_path / "a_1.bin"), list(range(20, 28)))
-    loader = gpt2.DataLoader(str(tmp_path / "a_*.bin"), 2, 3, vocab_size=50257)
-    assert loader.sizes == [13, 8]
-
-    first_epoch = [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]], [[20, 21, 22], [23, 24, 25]]]
-    positions = []
-    for expected in first_epoch + first_epoch + first_epoch[:1]:
-        positions.append(list(loader.position))
-        inputs, targets = loader.next_batch()
-        assert inputs.tolist() == expected
-        assert np.array_equal(targets, inputs + 1)
-        assert inputs.dtype == targets.dtype == np.int64
-    assert [position[:2] for position in positions] == 2 * [[0, 0], [0, 6], [1, 0]] + [[0, 0]]
-    assert [position[2] for position in positions] == [0, 0, 0, 1, 1, 1, 2]
-
-    for position, expected in zip(positions, first_epoch, strict=False):
-        loader.seek(position[:2])  # as older checkpoints have it
-        assert loader.next_batch()[0].tolist() == expected
-
-
-@pytest.mark.parametrize("size", [33, 34, 40, 45])
-def test_shuffled_batches_see_each_window_once_an_epoch(size):
-    B, T = 3, 4
-    tokens = np.arange(size)
-    loader = gpt2.DataLoader(tokens, B, T, vocab_size=size, shuffle_seed=7)
-    batches, positions = [], []
-    while loader.position[2] < 20:
-        positions.append(list(loader.position))
-        batches.append(loader.next_batch())
-        assert np.array_equal(batches[-1][1], batches[-1][0] + 1)
-        assert np.array_equal(np.diff(batches[-1][0]), np.ones((B, T - 1)))
-
-    epochs = []
-    for epoch in range(20):
-        mine = [b for b, position in zip(batches, positions, strict=True) if position[2] == epoch]
-        starts = np.concatenate([inputs[:, 0] for inputs, targets in mine])
-        first = starts.min() % T
-        assert len(mine) == (size - 1 - first) // T // B
-        assert len(set(starts)) == len(starts) and set(starts % T) == {first}
-        assert starts.max() + T < size
-        epochs.append(starts.tolist())
-    assert len({str(starts) for starts in epochs}) > 15  # the order differs
-    assert {starts[0] % T for starts in epochs} == set(range(min(T, size - B * T)))
-
-    other = gpt2.DataLoader(tokens, B, T, vocab_size=size, shuffle_seed=7)
-    for i in (17, 3, 0, 21):
-        other.seek(positions[i])
-        assert np.array_equal(other.next_batch(), batches[i])
-        assert np.array_equal(other.next_batch(), batches[i + 1])
-
-
-def test_data_that_can_not_be_used_is_an_input_error():
-    gpt2.DataLoader(np.arange(13), 3, 4, vocab_size=13)
-    with pytest.raises(InputError, match="12 tokens.* 13"):
-        gpt2.DataLoader(np.arange(12), 3, 4, vocab_size=13)
-    with pytest.raises(InputError, match="token 12.* 11"):
-        gpt2.DataLoader(np.arange(13), 3, 4, vocab_size=12)
+# One training step
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 0.01, 100.0])
@@ -1537,164 +1307,6 @@ def test_a_training_step_is_the_sum_of_its_parts(grad_clip):
         assert len(checked) == 4  # three losses, as they come, and the norm
         assert checked[-1][1] == norm
     assert_all_close(model.params, expected.params)
-
-
-def sharp_model(B, T, dtype=np.float64, **layout):
-    """A model whose predictions differ from place to place."""
-    config = gpt2.GPT2Config(16, 256, 3, 2, 16)
-    model = gpt2.GPT2(config, B, T, seed=5, dtype=dtype, **layout)
-    for name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"):
-        model.params[name] *= 15
-    model.params["lnfw"][::2] = -1  # or else wte, being the classifier too, repeats each token
-    return model
-
-
-def generate_by_torch(model, tokens, number, temperature, top_k, rng):
-    """The reference sees the whole window for each token, and nothing is kept."""
-    reference = TorchGPT2(model.config, model.params).double()
-    T = model.sequence_length
-    window = list(tokens)[-T:]
-    new = []
-    for _ in range(number):
-        if len(window) > T:
-            window = window[-max(1, T // 2) :]
-        with torch.no_grad():
-            logits = reference.logits(torch.tensor([window]))[0, -1].numpy()
-        if temperature == 0:
-            window.append(int(np.argmax(logits)))
-        else:
-            if 0 < top_k < len(logits):
-                logits[np.argsort(logits)[:-top_k]] = -np.inf
-            probs = np.exp((logits - logits.max()) / temperature)
-            drawn = float(rng.random(dtype=np.float32)) * probs.sum()
-            window.append(next(i for i, sum in enumerate(probs.cumsum()) if sum > drawn))
-        new.append(window[-1])
-    return new
-
-
-@pytest.mark.parametrize("T", [16, 7, 2, 1])
-@pytest.mark.parametrize("prompt", [1, 5, 40])
-@pytest.mark.parametrize(
-    "temperature, top_k", [(0, 0), (1.0, 0), (0.7, 3), (1.5, 1), (0.3, 500), (0, 4)]
-)
-def test_generation_equals_pytorch(T, prompt, temperature, top_k):
-    """With kept keys and values, far past the context's end, from a prompt longer than it."""
-    prompt = [(7 * i) % 256 for i in range(prompt)]
-    model = sharp_model(2, T)
-    settings = 25, temperature, top_k
-    expected = generate_by_torch(model, prompt, *settings, np.random.default_rng(3))
-    assert list(model.generate(prompt, *settings, rng=np.random.default_rng(3))) == expected
-    assert list(model.generate(prompt, *settings, rng=3)) == expected
-    assert len(set(expected)) > 1
-
-    greedy = temperature == 0 or top_k == 1
-    assert greedy == (list(model.generate(prompt, *settings, rng=4)) == expected)
-    assert greedy == (list(model.generate(prompt, 25, temperature=0)) == expected)
-
-
-@EVERY_LAYOUT
-def test_generation_is_the_same_whatever_is_kept(layout):
-    expected = list(sharp_model(1, 9).generate([1, 2, 3], 20, temperature=0))
-    model = sharp_model(1, 9, **LAYOUTS[layout])
-    assert list(model.generate([1, 2, 3], 20, temperature=0)) == expected
-    assert len(set(expected)) > 3
-
-
-@pytest.mark.parametrize(
-    "layout, positions",
-    [
-        ("recompute 1", [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]),
-        ("recompute 2", [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]),  # nothing is kept
-    ],
-)
-def test_each_generated_token_costs_one_position(layout, positions, monkeypatch):
-    """By hand, with T = 8 and a prompt of 3 tokens: one position at a time, until there are 8.
-
-    When there are 9, the newer 4 begin again.
-    """
-    model = sharp_model(1, 8, **LAYOUTS[layout])
-    calls = []
-    matmul_forward = gpt2.matmul_forward
-
-    def counting(out, inp, weight, bias=None):
-        calls.append((weight.shape, math.prod(inp.shape[:-1])))
-        matmul_forward(out, inp, weight, bias)
-
-    monkeypatch.setattr(gpt2, "matmul_forward", counting)
-    list(model.generate([1, 2, 3], 12))
-    for name in ("qkvw", "attprojw", "fcw", "fcprojw"):
-        seen = [n for shape, n in calls if shape == model.params[name].shape[1:]]
-        assert seen == np.repeat(positions, 3).tolist()  # in three layers
-    assert [n for shape, n in calls if shape == model.params["wte"].shape] == [1] * 12
-
-
-def test_generation_may_be_interrupted_by_anything():
-    """By another generation, a validation or a training step: kept keys are not mixed up."""
-    model = sharp_model(1, 8)
-    expected = [list(sharp_model(1, 8).generate([token], 20, rng=token)) for token in (1, 2)]
-    one, two = (model.generate([token], 20, rng=token) for token in (1, 2))
-    found = [], []
-    for i in range(20):
-        found[0].append(next(one))
-        if i % 3 == 0:
-            model.forward(np.full((1, 8), i), np.full((1, 8), i), train=i % 2 == 0)
-        found[1].append(next(two))
-    assert list(found) == expected
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_generation_goes_on_after_a_forward_pass(train):
-    """Which has overwritten its keys and values."""
-    expected = list(sharp_model(1, 8).generate([1], 6, rng=1))
-    model = sharp_model(1, 8)
-    tokens = model.generate([1], 6, rng=1)
-    found = [next(tokens), next(tokens)]
-    model.forward(np.full((1, 8), 9), np.full((1, 8), 9), train=train)
-    assert found + list(tokens) == expected
-
-
-def test_tokens_come_one_by_one():
-    endless = sharp_model(1, 4).generate([1], 10**9)
-    assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3))
-
-
-@pytest.mark.parametrize("prompt", [[], [1, 256], [-1], [1.5], ["a"]])
-def test_a_prompt_that_is_no_text_is_an_input_error_at_once(prompt):
-    with pytest.raises(InputError, match="prompt: "):
-        sharp_model(1, 4).generate(prompt, 1)
-
-
-@pytest.mark.parametrize(
-    "temperature, top_k, weights",
-    [
-        (1, 0, [1, 2, 3, 4]),
-        (0.5, 0, [1, 4, 9, 16]),
-        (2, 4, [1, 2**0.5, 3**0.5, 2]),
-        (1, 2, [0, 0, 3, 4]),
-        (1, 1, [0, 0, 0, 1]),
-        (0, 0, [0, 0, 0, 1]),
-        (1e-40, 0, [0, 0, 0, 1]),
-    ],
-)
-def test_sampling_follows_the_distribution(temperature, top_k, weights):
-    """By hand: logits ln 1, ln 2, ln 3, ln 4 have the weights 1, 2, 3, 4 at temperature 1.
-
-    Of 4000 draws, each id's share is within five standard deviations of its probability.
-    """
-    logits = np.log(np.array([1, 2, 3, 4], np.float32))
-    rng = np.random.default_rng(0)
-    draws = [gpt2.sample(logits, temperature, top_k, rng) for _ in range(4000)]
-    p = np.array(weights) / sum(weights)
-    found = np.bincount(draws, minlength=4)
-    assert (abs(found - 4000 * p) <= 5 * np.sqrt(4000 * p * (1 - p))).all()
-    assert logits[0] == 0  # they are only read
-
-
-def test_rounding_never_leads_beyond_the_last_token():
-    below_one = SimpleNamespace(random=lambda dtype: np.nextafter(dtype(1), dtype(0)))
-    for size in (2, 3, 1000, 50257):
-        logits = np.linspace(0, 1, size, dtype=np.float32)
-        assert gpt2.sample(logits, 1.0, 0, below_one) == size - 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1744,76 +1356,6 @@ def test_a_run_has_the_losses_it_had_in_earlier_versions():
     assert norms[17:] == pytest.approx([1.0394905, 0.9929439, 0.9981517], rel=1e-3)
 
 
-class Traced(np.ndarray):
-    """An array that watches what is done with it. Every operand and result passes through here."""
-
-    float64 = []  # operations in which there was one, and where
-    callers = set()  # functions of the trainer that have been watched
-
-    @classmethod
-    def watch(cls, operation, *values):
-        frame = sys._getframe(2)
-        places = []
-        while frame:  # up the stack, through NumPy's own Python, to the trainer
-            if frame.f_globals is vars(gpt2):
-                cls.callers.add(frame.f_code.co_name)
-                places.append(f"line {frame.f_lineno} of {frame.f_code.co_name}")
-            frame = frame.f_back
-        for x in values:
-            if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float64:
-                cls.float64.append(f"{operation} in {places[0]}")
-
-    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
-        plain = [x.view(np.ndarray) if isinstance(x, Traced) else x for x in (*inputs, *out)]
-        if out:
-            kwargs["out"] = tuple(plain[len(inputs) :])
-        result = getattr(ufunc, method)(*plain[: len(inputs)], **kwargs)
-        Traced.watch(ufunc.__name__, result, *plain)
-        if out:
-            return out[0]
-        return result.view(Traced) if isinstance(result, np.ndarray) else result
-
-    def __array_function__(self, function, types, args, kwargs):
-        result = super().__array_function__(function, types, args, kwargs)
-        Traced.watch(function.__name__, result, *args)
-        return result.view(Traced) if type(result) is np.ndarray else result
-
-
-@pytest.mark.parametrize(
-    "constant, value",
-    [
-        (None, None),
-        # With these there is one, to show that it would have been seen.
-        ("GELU_SCALE", np.float64(gpt2.GELU_SCALE)),
-        ("GELU_CUBE", np.full(96, gpt2.GELU_CUBE)),
-        ("LN_EPS", np.float64(gpt2.LN_EPS)),
-        ("FUTURE", gpt2.FUTURE.astype(np.float64)),
-    ],
-    ids=["as it is", "GELU_SCALE", "GELU_CUBE", "LN_EPS", "FUTURE"],
-)
-def test_no_float64_in_a_float32_run(constant, value, monkeypatch):
-    """With one np.float64, NumPy goes on in float64, at half the speed. Nobody would notice."""
-    model = random_model(2, 9, np.float32)
-    for views in (model.params, model.grads, model.m, model.v, model.acts):
-        for name, view in views.items():
-            assert view.dtype == np.float32, name
-            views[name] = view.view(Traced)
-    model.flat = model.flat.view(Traced)
-
-    monkeypatch.setattr(Traced, "float64", [])
-    monkeypatch.setattr(Traced, "callers", set())
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 1)  # all in this thread, whose stack is watched
-    monkeypatch.setattr(np, "ascontiguousarray", lambda a: a.copy())  # which stays Traced
-    if constant:
-        monkeypatch.setattr(gpt2, constant, value)
-    train_steps(model, 2, random_tokens(2, B=2, T=9))
-    model.forward_rows(np.array([[1, 2]]), start=3)
-
-    assert bool(Traced.float64) == bool(constant), Traced.float64
-    layers = {name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))}
-    assert layers | {"adamw", "grad_norm"} <= Traced.callers
-
-
 def test_a_training_step_allocates_nothing_that_grows(monkeypatch):
     """What a step allocates beyond the blob is blocks that fit a cache.
 
@@ -1837,32 +1379,6 @@ def test_a_training_step_allocates_nothing_that_grows(monkeypatch):
     assert peak < smallest
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=["deepcopy", "pickle"],
-)  # fmt: skip
-@BOTH_FLOATS
-@EVERY_LAYOUT
-def test_a_copy_goes_on_as_the_model_would(copied, layout, dtype):
-    """Its views are its own blob's. Here it is made between a forward pass and its backward."""
-    expected, model = (random_model(2, 9, dtype, **LAYOUTS[layout]) for _ in range(2))
-    train = model.training
-    steps = "forward1 backward update forward1 backward forward2" if train else "validate"
-    twin = copied(told(steps, model))
-    told(steps, expected)
-    before = model.blob.tobytes()
-    for goes_on in (expected, twin):
-        if train:
-            told("backward", goes_on)
-            goes_on.update(1e-2)
-        told("generate", goes_on)
-    assert twin.blob.tobytes() == expected.blob.tobytes() != before
-    assert model.blob.tobytes() == before
-    assert_same_bits(twin.params, expected.params)
-    assert vars(twin).keys() == vars(expected).keys()
-    assert twin.config == model.config
-
-
 def test_what_is_saved_is_what_is_read(tmp_path):
     """The formats have tests of their own. Here every argument reaches its place."""
     model = random_model(2, 9, np.float32)
@@ -1873,27 +1389,3 @@ def test_what_is_saved_is_what_is_read(tmp_path):
     assert (found.batch_size, found.sequence_length, found.recompute) == (3, 5, 2)
     assert found.training
     assert not gpt2.GPT2.from_pretrained(str(tmp_path), 1, 5, training=False).training
-
-
-def test_a_child_process_computes_the_same(monkeypatch):
-    """os.fork copies no threads, so a child that waited for those of its parent would wait long."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system has no fork: run it on Linux or macOS")
-    monkeypatch.setattr(gpt2, "BLOCK_BYTES", 4096)
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 3)
-    model = random_model(2, 33)
-    batch = random_tokens(B=2, T=33)
-    loss = model.forward(*batch)
-
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(write_end, repr(model.forward(*batch)).encode())
-        os._exit(0)
-    os.close(write_end)
-    answered = select.select([read_end], [], [], 30)[0]
-    if not answered:
-        os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert os.read(read_end, 100).decode() == repr(loss)
-    os.close(read_end)

@@ -20,6 +20,7 @@ from common import (
 
 import prepro_tinyshakespeare as prepro
 import train_gpt2 as gpt2
+from train_gpt2 import InputError
 
 
 @pytest.mark.parametrize("sizes", [[7], [13], [25], [24], [26], [7, 12, 13, 30], [40, 7]])
@@ -47,6 +48,68 @@ def test_batches_come_in_llmc_order(tmp_path, sizes):
             other.seek(positions[start])
             for batch in expected[start : start + 9]:
                 np.testing.assert_array_equal(other.next_batch(), batch)
+
+
+def test_batches_follow_one_another_shard_after_shard(tmp_path):
+    """By hand: of 13 tokens, 12 are inputs; of 8, 6 are; then the first shard begins again."""
+    prepro.write_tokens(str(tmp_path / "a_0.bin"), list(range(13)))
+    prepro.write_tokens(str(tmp_path / "a_1.bin"), list(range(20, 28)))
+    loader = gpt2.DataLoader(str(tmp_path / "a_*.bin"), 2, 3, vocab_size=50257)
+    assert loader.sizes == [13, 8]
+
+    first_epoch = [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]], [[20, 21, 22], [23, 24, 25]]]
+    positions = []
+    for expected in first_epoch + first_epoch + first_epoch[:1]:
+        positions.append(list(loader.position))
+        inputs, targets = loader.next_batch()
+        assert inputs.tolist() == expected
+        assert np.array_equal(targets, inputs + 1)
+        assert inputs.dtype == targets.dtype == np.int64
+    assert [position[:2] for position in positions] == 2 * [[0, 0], [0, 6], [1, 0]] + [[0, 0]]
+    assert [position[2] for position in positions] == [0, 0, 0, 1, 1, 1, 2]
+
+    for position, expected in zip(positions, first_epoch, strict=False):
+        loader.seek(position[:2])  # as older checkpoints have it
+        assert loader.next_batch()[0].tolist() == expected
+
+
+@pytest.mark.parametrize("size", [33, 34, 40, 45])
+def test_shuffled_batches_see_each_window_once_an_epoch(size):
+    B, T = 3, 4
+    tokens = np.arange(size)
+    loader = gpt2.DataLoader(tokens, B, T, vocab_size=size, shuffle_seed=7)
+    batches, positions = [], []
+    while loader.position[2] < 20:
+        positions.append(list(loader.position))
+        batches.append(loader.next_batch())
+        assert np.array_equal(batches[-1][1], batches[-1][0] + 1)
+        assert np.array_equal(np.diff(batches[-1][0]), np.ones((B, T - 1)))
+
+    epochs = []
+    for epoch in range(20):
+        mine = [b for b, position in zip(batches, positions, strict=True) if position[2] == epoch]
+        starts = np.concatenate([inputs[:, 0] for inputs, targets in mine])
+        first = starts.min() % T
+        assert len(mine) == (size - 1 - first) // T // B
+        assert len(set(starts)) == len(starts) and set(starts % T) == {first}
+        assert starts.max() + T < size
+        epochs.append(starts.tolist())
+    assert len({str(starts) for starts in epochs}) > 15  # the order differs
+    assert {starts[0] % T for starts in epochs} == set(range(min(T, size - B * T)))
+
+    other = gpt2.DataLoader(tokens, B, T, vocab_size=size, shuffle_seed=7)
+    for i in (17, 3, 0, 21):
+        other.seek(positions[i])
+        assert np.array_equal(other.next_batch(), batches[i])
+        assert np.array_equal(other.next_batch(), batches[i + 1])
+
+
+def test_data_that_can_not_be_used_is_an_input_error():
+    gpt2.DataLoader(np.arange(13), 3, 4, vocab_size=13)
+    with pytest.raises(InputError, match="12 tokens.* 13"):
+        gpt2.DataLoader(np.arange(12), 3, 4, vocab_size=13)
+    with pytest.raises(InputError, match="token 12.* 11"):
+        gpt2.DataLoader(np.arange(13), 3, 4, vocab_size=12)
 
 
 def put_bad_file(*args, **header):

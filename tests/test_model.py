@@ -1,0 +1,233 @@
+"""What can go wrong between a model and its user: interrupted calls, wrong batches, copies, types.
+
+The calls in their order are proved in test_gpt2.py, which also tells stories in words: see CALLS.
+"""
+
+import copy
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+import train_gpt2 as gpt2
+from test_gpt2 import (
+    BATCHES,
+    BOTH_FLOATS,
+    CALLS,
+    EVERY_LAYOUT,
+    LAYOUTS,
+    assert_refused,
+    assert_same_bits,
+    random_model,
+    random_tokens,
+    told,
+    train_steps,
+)
+from train_gpt2 import InputError
+
+
+def interrupt(patch, function, number):
+    """Ctrl-C comes in the call of this number of one of the trainer's functions."""
+    original = getattr(gpt2, function)
+    calls = iter(range(1, number))
+
+    def interrupted(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    patch.setattr(gpt2, function, interrupted)
+
+
+@pytest.mark.parametrize(
+    "story, call, function, number",
+    [
+        ("forward1", "backward", "layernorm_backward", 1),
+        ("forward1", "backward", "attention_backward", 2),
+        ("forward1", "backward", "encoder_backward", 1),
+        ("forward1 backward forward2", "backward", "gelu_backward", 1),
+        ("forward1 backward", "forward2", "matmul_backward", 1),
+        ("forward1 backward", "update", "adamw", 1),
+        ("forward1 backward", "update", "adamw", 3),
+    ],
+)
+def test_gradients_that_an_interrupted_call_left_are_not_used(
+    story, call, function, number, monkeypatch
+):
+    """They are incomplete. zero_grad() forgets them, and all is well."""
+    monkeypatch.setattr(gpt2, "ADAMW_CHUNK", 1000)
+    model = told(story)
+    with monkeypatch.context() as patch:
+        interrupt(patch, function, number)
+        with pytest.raises(KeyboardInterrupt):
+            CALLS[call](model)
+    for word in ("backward", "update", "norm", "forward2"):
+        assert_refused(model, word, "interrupted")
+    told("zero forward2 backward", model)
+    assert_same_bits(model.grads, told("forward2 backward").grads)
+
+
+@pytest.mark.parametrize(
+    "story, call, function, number, then, same_as",
+    [
+        ("", "forward1", "matmul_backward", 1, "forward2 backward", "forward2 backward"),
+        ("forward1", "forward2", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
+        ("forward1 backward", "validate", "crossentropy_softmax_forward", 1, "",
+         "forward1 backward"),
+        ("forward1 backward", "forward2", "gelu_forward", 2, "forward2 backward",
+         "forward1 backward forward2 backward"),
+    ],
+)  # fmt: skip
+def test_an_interrupted_call_that_has_spoilt_nothing_may_be_repeated(
+    story, call, function, number, then, same_as, monkeypatch
+):
+    model = told(story)
+    with monkeypatch.context() as patch:
+        interrupt(patch, function, number)
+        with pytest.raises(KeyboardInterrupt):
+            CALLS[call](model)
+    told(then, model)
+    assert_same_bits(model.grads, told(same_as).grads)
+
+
+@pytest.mark.parametrize("bad", [-1, 53, 1 << 40])
+@pytest.mark.parametrize("which", ["inputs", "targets"])
+def test_an_id_outside_the_vocabulary_is_an_input_error(which, bad):
+    batch = {"inputs": BATCHES[0][0].copy(), "targets": BATCHES[0][1].copy()}
+    batch[which][1, 3] = bad
+    with pytest.raises(InputError, match=f"{which}.*{bad}.* 52"):
+        random_model(2, 9).forward(**batch)
+
+
+@pytest.mark.parametrize(
+    "inputs, message",
+    [
+        (BATCHES[0][0][:, :8], r"\(2, 8\).*\(2, 9\)"),
+        (BATCHES[0][0].ravel(), r"\(18,\).*\(2, 9\)"),
+        (BATCHES[0][0] * 1.0, "inputs.* integers.* float64"),
+        (BATCHES[0][0][:0], "inputs.* integers"),
+    ],
+)
+def test_inputs_that_are_no_batch_are_an_input_error(inputs, message):
+    with pytest.raises(InputError, match=message):
+        random_model(2, 9).forward(inputs, BATCHES[0][1])
+
+
+def test_inputs_may_be_changed_before_backward():
+    """As a loader does which fills the same array again and again."""
+    model = random_model(2, 9)
+    inputs, targets = BATCHES[0].copy()
+    model.forward(inputs, targets, grad_scale=0.5)
+    inputs[...] = targets[...] = 0
+    model.backward()
+    assert_same_bits(model.grads, told("forward1 backward").grads)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8])
+def test_a_batch_may_be_a_view_of_any_integer_type(dtype):
+    """text[:, :-1] and text[:, 1:], as one writes it in a notebook, are not contiguous."""
+    text = np.random.default_rng(3).integers(0, 53, (2, 9)).astype(dtype)
+    found = []
+    for inputs, targets in ((text[:, :-1], text[:, 1:]), (text[:, :-1] + 0, text[:, 1:] + 0)):
+        model = random_model(2, 8)
+        loss = model.forward(inputs, targets)
+        model.backward()
+        found.append((loss, model.flat[1].tobytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)  # fmt: skip
+@BOTH_FLOATS
+@EVERY_LAYOUT
+def test_a_copy_goes_on_as_the_model_would(copied, layout, dtype):
+    """Its views are its own blob's. Here it is made between a forward pass and its backward."""
+    expected, model = (random_model(2, 9, dtype, **LAYOUTS[layout]) for _ in range(2))
+    train = model.training
+    steps = "forward1 backward update forward1 backward forward2" if train else "validate"
+    twin = copied(told(steps, model))
+    told(steps, expected)
+    before = model.blob.tobytes()
+    for goes_on in (expected, twin):
+        if train:
+            told("backward", goes_on)
+            goes_on.update(1e-2)
+        told("generate", goes_on)
+    assert twin.blob.tobytes() == expected.blob.tobytes() != before
+    assert model.blob.tobytes() == before
+    assert_same_bits(twin.params, expected.params)
+    assert vars(twin).keys() == vars(expected).keys()
+    assert twin.config == model.config
+
+
+class Traced(np.ndarray):
+    """An array that watches what is done with it. Every operand and result passes through here."""
+
+    float64 = []  # operations in which there was one, and where
+    callers = set()  # functions of the trainer that have been watched
+
+    @classmethod
+    def watch(cls, operation, *values):
+        frame = sys._getframe(2)
+        places = []
+        while frame:  # up the stack, through NumPy's own Python, to the trainer
+            if frame.f_globals is vars(gpt2):
+                cls.callers.add(frame.f_code.co_name)
+                places.append(f"line {frame.f_lineno} of {frame.f_code.co_name}")
+            frame = frame.f_back
+        for x in values:
+            if isinstance(x, (np.ndarray, np.generic)) and x.dtype == np.float64:
+                cls.float64.append(f"{operation} in {places[0]}")
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=(), **kwargs):
+        plain = [x.view(np.ndarray) if isinstance(x, Traced) else x for x in (*inputs, *out)]
+        if out:
+            kwargs["out"] = tuple(plain[len(inputs) :])
+        result = getattr(ufunc, method)(*plain[: len(inputs)], **kwargs)
+        Traced.watch(ufunc.__name__, result, *plain)
+        if out:
+            return out[0]
+        return result.view(Traced) if isinstance(result, np.ndarray) else result
+
+    def __array_function__(self, function, types, args, kwargs):
+        result = super().__array_function__(function, types, args, kwargs)
+        Traced.watch(function.__name__, result, *args)
+        return result.view(Traced) if type(result) is np.ndarray else result
+
+
+@pytest.mark.parametrize(
+    "constant, value",
+    [
+        (None, None),
+        # With these there is one, to show that it would have been seen.
+        ("GELU_SCALE", np.float64(gpt2.GELU_SCALE)),
+        ("GELU_CUBE", np.full(96, gpt2.GELU_CUBE)),
+        ("LN_EPS", np.float64(gpt2.LN_EPS)),
+        ("FUTURE", gpt2.FUTURE.astype(np.float64)),
+    ],
+    ids=["as it is", "GELU_SCALE", "GELU_CUBE", "LN_EPS", "FUTURE"],
+)
+def test_no_float64_in_a_float32_run(constant, value, monkeypatch):
+    """With one np.float64, NumPy goes on in float64, at half the speed. Nobody would notice."""
+    model = random_model(2, 9, np.float32)
+    for views in (model.params, model.grads, model.m, model.v, model.acts):
+        for name, view in views.items():
+            assert view.dtype == np.float32, name
+            views[name] = view.view(Traced)
+    model.flat = model.flat.view(Traced)
+
+    monkeypatch.setattr(Traced, "float64", [])
+    monkeypatch.setattr(Traced, "callers", set())
+    monkeypatch.setattr(gpt2, "ROW_THREADS", 1)  # all in this thread, whose stack is watched
+    monkeypatch.setattr(np, "ascontiguousarray", lambda a: a.copy())  # which stays Traced
+    if constant:
+        monkeypatch.setattr(gpt2, constant, value)
+    train_steps(model, 2, random_tokens(2, B=2, T=9))
+    model.forward_rows(np.array([[1, 2]]), start=3)
+
+    assert bool(Traced.float64) == bool(constant), Traced.float64
+    layers = {name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))}
+    assert layers | {"adamw", "grad_norm"} <= Traced.callers
