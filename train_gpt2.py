@@ -46,15 +46,16 @@ Throughout this program we have (with the values of GPT-2 124M)
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
-    2. The gradient of the residual stream is added to, because in every layer two paths meet there.
-       It starts each backward pass as 0.
+    2. The gradient of the residual stream is added to, because two paths meet at each of a layer's
+       two additions. It starts each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
 
 There are two exceptions to rule 3, both in the embeddings. wte is used twice, by the encoder and by
-the classifier. The classifier comes first in the backward pass and follows the rule; when it takes
-the tokens in several pieces, only the first piece overwrites. The encoder then always adds. And wpe
-has rows for positions that a short sequence does not reach; their gradient is set to 0.
+the classifier. The classifier's backward pass comes first, at the end of forward(), and follows the
+rule; when it takes the tokens in several pieces, only the first piece overwrites. The encoder then
+always adds. And wpe has rows for positions that a short sequence does not reach; their gradient is
+set to 0.
 
 Everything is float32. The layers take any float type, and the tests run them in float64.
 """
@@ -107,7 +108,7 @@ from prepro_tinyshakespeare import InputError, require  # require(condition, mes
 # "By `add`" is rule 3 of the header: overwritten if add is False, added to if it is True. Arguments
 # may not overlap, with one exception: gelu_backward's dinp may be its dout. None of these functions
 # returns anything. What one of them needs only while it runs, such as the scores of attention, it
-# allocates itself, in pieces that do not grow with the model or the batch.
+# allocates itself; that is small beside the activations.
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -117,7 +118,8 @@ def encoder_forward(out, inp, wte, wpe):
 
         out[b, t] = wte[inp[b, t]] + wpe[t]
     """
-    np.take(wte, inp, axis=0, out=out, mode="clip")  # mode="raise" would make a copy first
+    # The ids have been checked. With mode="raise", NumPy would check them again and make a copy.
+    np.take(wte, inp, axis=0, out=out, mode="clip")
     out += wpe
 
 
@@ -166,7 +168,9 @@ def as_one_sequence(x):
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
 # tasks over the cores. Within a task, BLAS has one core for a matrix product; elsewhere it has all.
 
-BLOCK_BYTES = 512 * 1024  # of the widest array in a block: half the L2 cache of a core, or less
+# Of the widest array in a block. A few such arrays stay in a core's L2 cache or close to it. With
+# smaller blocks, the threads wait for each other to get at the Python interpreter.
+BLOCK_BYTES = 512 * 1024
 
 
 def by_rows(num_row_args):
@@ -174,9 +178,9 @@ def by_rows(num_row_args):
 
     The first `num_row_args` arguments have something for each token, in the shape (B, T, ...). The
     decorated body sees a block of them as (rows, ...): B and T have become one axis, n in the sums
-    below. It sees the other arguments as they are. If the
-    body returns sums over its rows, they are added up in the order of the blocks. The size of a
-    block does not depend on the number of threads, so neither do the results, to the last bit.
+    below. It sees the other arguments as they are. If the body returns sums over its rows, they are
+    added up in the order of the blocks. The size of a block does not depend on the number of
+    threads, so neither do the results, to the last bit.
     """
 
     def decorate(body):
@@ -262,9 +266,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
 
         e * rstd * ((1 if i == j, else 0) - 1 / C - norm[i] * norm[j] / C)
 
-    Multiplied by dnorm[i] and summed over i, this is e * dinp[j]:
+    Multiplied by dnorm[i] and summed over i, this is e times the gradient:
 
-        dinp[j] = rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
+        dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
     """
     sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
     dweight_sum, dbias_sum = sums
@@ -384,8 +388,9 @@ def split_qkv(qkv, NH):
 def head_groups(B, NH, queries, T, itemsize):
     """Attention's work, cut into pieces: a list of (b, slice of heads).
 
-    Heads and sequences do not depend on each other. A piece has so many heads of one sequence that
-    the scores of one block of queries, (heads, ATT_ROWS, T), take at most 1 MiB, but at least one.
+    Heads and sequences do not depend on each other, and write to different places. A piece is one
+    head of one sequence, or more of them as long as the scores of a block of queries, whose shape
+    is (heads, ATT_ROWS, T), take at most 1 MiB.
     """
     bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
     heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
@@ -416,7 +421,7 @@ def attention_forward(out, lse, qkv, NH):
         lse[t]     = log(sum over t2 of exp(att[t, t2]))
 
     p would take T * T numbers for each head. It is not kept: lse, the natural logarithm of the
-    softmax's denominator, is enough to compute p again in backward (Dao et al., 2022).
+    softmax's denominator, is enough to compute p again in backward (Dao et al., 2022; Dao, 2023).
     """
     B, T, _ = qkv.shape
     n = out.shape[1]
@@ -452,7 +457,7 @@ def attention_forward_heads(out, lse, q, k, v):
 
     for start in range(0, n, ATT_ROWS):
         stop = min(start + ATT_ROWS, n)
-        visible = past + stop  # the last query of the block sees so many keys
+        visible = past + stop  # the last query of the block sees this many keys
 
         att = q[:, start:stop] @ k[:, :visible].swapaxes(1, 2)  # (heads, stop - start, visible)
         hide_future(att[:, :, past + start :])
@@ -741,7 +746,8 @@ LOGITS_ROWS = 256  # the classifier takes this many tokens at a time, or more: s
 def act_shapes(config, B, T, recompute=1, training=True):
     """The activations in the order in which they are computed, then the backward pass's work space.
 
-    recompute   0, 1 or 2: more of it computes more again and keeps less, see SHARED_BY_LAYERS
+    recompute   0 keeps all that backward needs, 1 and 2 keep less and compute it again: see
+                SHARED_BY_LAYERS
     training    False: a model that only generates and validates has no work space for backward
     """
     V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
@@ -828,7 +834,7 @@ def layer(views, l, tokens=...):
 
 
 def init_weights(params, seed):
-    """Fill the parameters of a new model, as GPT-2 does (Radford et al., 2019).
+    """Fill the parameters of a new model, as llm.c and Hugging Face do (Radford et al., 2019).
 
     Weights are normal with a standard deviation of 0.02. The two projections into the residual
     stream have 0.02 / sqrt(2L), because the outputs of 2L of them are added up there. The weights
@@ -978,7 +984,7 @@ class GPT2:
             p, a = self.forward_layer(l, residual, start)
             matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
             residual_forward(a.residual3, a.residual2, a.fcproj)
-            residual = a.residual3
+            residual = a.residual3  # with training=False, the same memory in every layer
 
         lnf = acts["lnf"][:B, :n]
         mean = acts["lnf_mean"][:B, :n]
@@ -1050,10 +1056,10 @@ class GPT2:
     def room_for_logits(self):
         """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
 
-        In the forward pass of the first micro-batch that is so for all gradients but dwte: backward
-        will overwrite them later. Together they are larger than acts["logits"] (1691 tokens for
-        124M), and with larger pieces the products are faster: 4 % of a step at B*T = 1024, and 50
-        MB that acts["logits"] never takes. In later micro-batches the classifier uses that.
+        In the forward pass of the first micro-batch that is so for all gradients but dwte, because
+        backward will overwrite them. For 124M there is room for 1708 tokens, where acts["logits"]
+        has 256, and larger pieces make the products faster, by 4 % of a step at B*T = 1024. Later
+        micro-batches and validation must leave the gradients alone, and use acts["logits"].
         """
         V, C = self.params["wte"].shape
         free = self.flat[1, V * C :]  # all gradients but dwte, which stands first
@@ -1171,7 +1177,7 @@ class GPT2:
 
         weight_decay   applies to matrices and embeddings, not to biases and layernorms
         step           the number of this update, from 1; the model counts by itself if it is None
-        grad_scale     what clipping multiplies the gradients by
+        grad_scale     what the gradients are multiplied by first, less than 1 if they are clipped
         part           the slice of the flat vector of parameters that is updated: all of it, unless
                        several processes share the work
         """
@@ -1218,7 +1224,11 @@ class GPT2:
         )
 
     def refuse_interrupted(self):
-        """InputError if a call was interrupted, and has left gradients that are incomplete."""
+        """InputError if a call was interrupted, and has left gradients that are incomplete.
+
+        If it was update(), some parameters have taken the step and others have not. zero_grad()
+        makes it possible to go on from there; to undo the half, load a checkpoint.
+        """
         stages = ("no gradients", "first forward", "gradients", "later forward")
         require(self.stage in stages, f"{self.stage}: call zero_grad(), then forward()")
 
@@ -1293,6 +1303,9 @@ class GPT2:
         return tokens
 
 
+# --------------------------------------------------------------------------------------------------
+# 7. AdamW, continued: what update() does with each chunk of the parameters
+
 ADAMW_CHUNK = 1 << 17  # elements; with chunks half as large, an update takes a tenth longer
 
 
@@ -1318,7 +1331,10 @@ def adamw_chunks(params, part):
 
 
 def is_decayed(name):
-    """Whether weight decay applies to a parameter: to matrices and embeddings."""
+    """Whether weight decay applies to a parameter: to matrices and embeddings, as is usual.
+
+    A layernorm's scale has its best value near 1, not near 0, and biases are few and small.
+    """
     return not name.startswith("ln") and not name.endswith("b")
 
 
@@ -1370,8 +1386,8 @@ class DataLoader:
     """Batches of consecutive tokens, shard after shard, over and over.
 
     source        an array of token ids, or a pattern of token files: see open_shards
-    shuffle_seed  None: one passage after the other, as llm.c's CPU trainer takes them. A number:
-                  the passages of a shard in an order that is drawn anew for each epoch
+    shuffle_seed  None: the windows of a shard in the order of the text. A number: in an order that
+                  is drawn anew for each epoch
     rank, size    of `size` processes that share the data, this is number `rank`
 
     A shard is cut into windows of T tokens, and a batch is B windows. position is what the next
@@ -1400,7 +1416,7 @@ class DataLoader:
         self.seek([0, 0, 0])
 
     def seek(self, position):
-        """Go to a position. Two numbers are a shard and an offset in it, in epoch 0."""
+        """Go to a position. One without an epoch, from an old checkpoint, is in epoch 0."""
         shard, offset = position[:2]
         epoch = position[2] if len(position) > 2 else 0
         self.position = [shard, offset, epoch]
@@ -1413,7 +1429,8 @@ class DataLoader:
             return 0, np.arange((num_tokens - 1) // T)
 
         # Each epoch cuts the shard at other places: the first window begins at one of its first T
-        # tokens, but not so late that less than a batch is left.
+        # tokens, but not so late that less than a batch is left. A run is resumed at a position, so
+        # the three numbers must always give the same order: another program can't go on with it.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
         first = int(rng.integers(min(T, num_tokens - B * T)))
         return first, rng.permutation((num_tokens - 1 - first) // T)
@@ -1459,8 +1476,9 @@ def train_step(
 ):  # fmt: skip
     """One update from the next micro_batches batches of the loader: returns (loss, norm).
 
-    grad_clip   the largest norm of the gradient, 0 for any; a longer one is scaled down to it
-    check       called with a loss or a norm and its name as soon as it is known
+    grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
+    check       called with the loss so far, and with the norm, and their names, before they are
+                used. It may raise an error, if one of them is not finite
     """
     loss = 0.0
     for _ in range(micro_batches):
@@ -1525,7 +1543,7 @@ def sample(logits, temperature, top_k, rng):
     ends = np.exp(logits).cumsum()  # where each token ends on the line
     pin = rng.random(dtype=np.float32) * ends[-1]
     token = np.searchsorted(ends, pin, "right")  # the first token that ends behind the pin
-    return int(min(token, len(logits) - 1))  # rounding may put the pin at the very end
+    return int(min(token, len(logits) - 1))  # with NaN among the logits, there is none
 
 
 # --------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def blob_parts(config, B, T):
 
 USES = {  # r: reads, w: writes, of params, grads, m, v, activations, logits, work space
     "forward": "r   w  ",
-    "classifier": "rw  rww",  # of params and grads only wte, of the activations lnf and losses
+    "classifier": "rw  rww",  # of params only wte, of the activations lnf and losses
     "backward": "rw  r w",
     "update": "wrww   ",
 }
@@ -103,20 +103,30 @@ def draw_blob():
             if use != " ":
                 dark = use == "w"
                 only_wte = user == "classifier" and name in ("params", "grads")
+                y, length = -row * 0.45 - 0.35, size * wte if only_wte else size
                 axes.barh(
-                    -row * 0.45 - 0.35, size * wte if only_wte else size, left=x, height=0.32,
+                    y, length, left=x, height=0.32,
                     edgecolor=PAPER, color=colour, alpha=1.0 if dark else 0.4,
                 )  # fmt: skip
+                if only_wte and name == "grads":
+                    rest = size - length
+                    axes.barh(y, rest, left=x + length, height=0.32, edgecolor=PAPER, color=GREY)
+                    axes.text(x + length / 2, y, "dwte", ha="center", va="center", color="w")
+                    axes.text(x + length + rest / 2, y, "logits *", ha="center", va="center")
         x += size
 
     last = ", ".join(f"{name} {size:.0f}" for name, size in parts[-3:])
     axes.text(x, 0.55, f"{last} MB", ha="right", va="bottom")
     for row, name in enumerate(USES, start=1):
         axes.text(-15, -row * 0.45 - 0.35, name, ha="right", va="center")
-    legend = "dark: writes, light: reads.  GPT-2 124M, B = 4, T = 64, to scale"
+    legend = (
+        "dark: writes, light: reads.  GPT-2 124M, B = 4, T = 64, to scale\n"
+        "* in the first micro-batch of a step, before backward writes these gradients; "
+        "later ones use the place on the right"
+    )
     axes.text(0, -2.62, legend, va="top")
     axes.set_xlim(-150, x + 5)
-    axes.set_ylim(-2.95, 0.9)
+    axes.set_ylim(-3.15, 0.9)
     axes.axis("off")
     save(figure, "blob.svg")
 

@@ -168,6 +168,14 @@ def test_sampling_follows_the_distribution(temperature, top_k, weights):
     assert logits[0] == 0  # they are only read
 
 
+def test_sampling_from_nan_gives_some_token():
+    """A run that has diverged must come to its next check, which says so, and not end here."""
+    for logits in (np.full(5, np.nan, np.float32), np.array([0, np.nan, 1], np.float32)):
+        for temperature in (0, 1.0):
+            token = gpt2.sample(logits, temperature, 0, np.random.default_rng(0))
+            assert 0 <= token < len(logits)
+
+
 def test_rounding_never_leads_beyond_the_last_token():
     below_one = SimpleNamespace(random=lambda dtype: np.nextafter(dtype(1), dtype(0)))
     for size in (2, 3, 1000, 50257):
