@@ -790,6 +790,12 @@ def test_what_each_layer_keeps_for_itself(layout, kept):
     )
 
 
+def test_sizes_become_plain_integers():
+    """As they are written to a config.json, which has no place for NumPy's."""
+    config = gpt2.GPT2Config(np.int64(8), np.uint16(53), np.int32(2), 1, np.int8(4))
+    assert {type(size) for size in vars(config).values()} == {int}
+
+
 def test_fresh_weights_are_gpt2s():
     """Normal with standard deviation 0.02, into the residual stream 0.02 / sqrt(2L).
 

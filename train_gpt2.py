@@ -1781,9 +1781,7 @@ def run_packed(model, acts, tokens, positions, n, parts):
     """
     params, NH = model.params, model.config.num_heads
     N = tokens.size
-    a = layer(acts, 0)
-    for name, view in vars(a).items():
-        setattr(a, name, view[:, :N])
+    a = layer(acts, 0, np.s_[:, :N])
 
     residual = acts["encoded"][:, :N]
     encoder_forward(residual, tokens, params["wte"], params["wpe"][positions])

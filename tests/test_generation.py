@@ -168,6 +168,12 @@ def test_sampling_follows_the_distribution(temperature, top_k, weights):
     assert logits[0] == 0  # they are only read
 
 
+def test_large_logits_do_not_overflow():
+    logits = np.array([990, 1000, -1000], np.float32)
+    rng = np.random.default_rng(0)
+    assert {gpt2.sample(logits, 1.0, 0, rng) for _ in range(100)} == {1}
+
+
 def test_sampling_from_nan_gives_some_token():
     """A run that has diverged must come to its next check, which says so, and not end here."""
     for logits in (np.full(5, np.nan, np.float32), np.array([0, np.nan, 1], np.float32)):
