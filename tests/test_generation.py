@@ -136,6 +136,12 @@ def test_tokens_come_one_by_one():
     assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3))
 
 
+def test_without_rng_the_seed_is_0():
+    expected = list(sharp_model(1, 4).generate([1], 30, rng=0))
+    assert list(sharp_model(1, 4).generate([1], 30)) == expected
+    assert list(sharp_model(1, 4).generate([1], 30, rng=1)) != expected
+
+
 @pytest.mark.parametrize("prompt", [[], [1, 256], [-1], [1.5], ["a"]])
 def test_a_prompt_that_is_no_text_is_an_input_error_at_once(prompt):
     with pytest.raises(InputError, match="prompt: "):
