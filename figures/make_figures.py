@@ -337,7 +337,8 @@ def draw_benchmark(files):
                 -i + offset, middle, height=0.36, color=colour, xerr=error,
                 error_kw={"ecolor": INK, "linewidth": 0.8},
             )  # fmt: skip
-            axes.text(0.02, -i + offset, f"{middle:.2f}", va="center", fontsize=8, color="w")
+            ink = INK if colour == GREY else "w"
+            axes.text(0.02, -i + offset, f"{middle:.2f}", va="center", fontsize=8, color=ink)
         axes.text(-0.02, -i, f"{name}\n{cpu}", ha="right", va="center", fontsize=8)
     axes.axvline(1.0, color=ORANGE, linewidth=1)
     axes.text(1.01, 0.55, "PyTorch", color=ORANGE, fontsize=8)
