@@ -5,7 +5,7 @@ There is no framework underneath. Every layer is a function that computes its ou
 followed by a function that computes its gradients (backward). Parameters, gradients, moments and
 activations stand in one flat array, which is laid out before the first step. Names, layouts of the
 parameters and file formats are those of llm.c (github.com/karpathy/llm.c). PyTorch appears only in
-test_gpt2.py, which checks every number.
+test_gpt2.py, which compares every tensor with it.
 
     python train_gpt2.py
         fine-tunes GPT-2 124M on Shakespeare
@@ -46,8 +46,9 @@ Throughout this program we have (with the values of GPT-2 124M)
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
-    2. The gradient of the residual stream is added to, because two paths meet at each of a layer's
-       two additions. It starts each backward pass as 0.
+    2. The gradient of the residual stream is added to, because the stream is read twice in each
+       half of a layer: by a layernorm, and by the addition at the end of that half. It starts each
+       backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
 
@@ -168,8 +169,8 @@ def as_one_sequence(x):
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
 # tasks over the cores. Within a task, BLAS has one core for a matrix product; elsewhere it has all.
 
-# Of the widest array in a block. A few such arrays stay in a core's L2 cache or close to it. With
-# smaller blocks, the threads wait for each other to get at the Python interpreter.
+# The size of the widest array in a block. A few such arrays stay in a core's L2 cache or close to
+# it. With smaller blocks, the threads wait for each other to get at the Python interpreter.
 BLOCK_BYTES = 512 * 1024
 
 
@@ -560,7 +561,7 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
 
 
 GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh(u)) the slope of Phi at x = 0
-GELU_CUBE = 0.044715  # fitted by Hendrycks & Gimpel; GPT-2 was trained with it
+GELU_CUBE = 0.044715  # makes it close to Phi elsewhere; GPT-2 was trained with this constant
 
 
 @by_rows(2)
@@ -1102,7 +1103,8 @@ class GPT2:
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
             self.recompute_layer(l, residual)
 
-            # residual3 = residual2 + fcproj: dresidual is the gradient of both.
+            # residual3 = residual2 + fcproj. dresidual is the gradient of fcproj, and the first part
+            # of that of residual2. layernorm_backward adds the other part.
             matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
             gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
             matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
@@ -1110,7 +1112,7 @@ class GPT2:
                 dresidual, g.ln2w, g.ln2b, dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
             )
 
-            # residual2 = residual + attproj: the same again.
+            # residual2 = residual + attproj, likewise.
             matmul_backward(datty, g.attprojw, g.attprojb, dresidual, a.atty, p.attprojw, add)
             attention_backward(dqkv, datty, a.atty, a.att_lse, a.qkv, NH)
             matmul_backward(dln1, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
@@ -1205,7 +1207,7 @@ class GPT2:
     # The order of calls, and what else one does with a model
 
     def begin_forward(self):
-        """Refuse a forward pass that would spoil the gradients, else note what it overwrites."""
+        """Refuse a forward pass that would spoil the gradients, or forget what it overwrites."""
         self.refuse_interrupted()
         require(
             self.stage != "later forward",  # has added its part to dwte, which can't be taken back
@@ -1224,10 +1226,10 @@ class GPT2:
         )
 
     def refuse_interrupted(self):
-        """InputError if a call was interrupted, and has left gradients that are incomplete.
+        """InputError if a call was interrupted, and has left its work half done.
 
         If it was update(), some parameters have taken the step and others have not. zero_grad()
-        makes it possible to go on from there; to undo the half, load a checkpoint.
+        makes it possible to go on from there. Only a checkpoint has the parameters as they were.
         """
         stages = ("no gradients", "first forward", "gradients", "later forward")
         require(self.stage in stages, f"{self.stage}: call zero_grad(), then forward()")
@@ -1249,6 +1251,8 @@ class GPT2:
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
         """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
+
+        The model looks back over at most sequence_length tokens.
 
         temperature   0 always takes the likeliest token
         top_k         above 0, choose among the k likeliest
@@ -1429,8 +1433,8 @@ class DataLoader:
             return 0, np.arange((num_tokens - 1) // T)
 
         # Each epoch cuts the shard at other places: the first window begins at one of its first T
-        # tokens, but not so late that less than a batch is left. A run is resumed at a position, so
-        # the three numbers must always give the same order: another program can't go on with it.
+        # tokens, but not so late that less than a batch is left. Seed, shard and epoch alone fix
+        # the order, so a run that is resumed at a position finds the same windows.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
         first = int(rng.integers(min(T, num_tokens - B * T)))
         return first, rng.permutation((num_tokens - 1 - first) // T)
