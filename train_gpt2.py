@@ -46,9 +46,9 @@ Throughout this program we have (with the values of GPT-2 124M)
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
-    2. The gradient of the residual stream is added to, because the stream is read twice in each
-       half of a layer: by a layernorm, and by the addition at the end of that half. It starts each
-       backward pass as 0.
+    2. The gradient of the residual stream is added to, because the stream forks in each half of a
+       layer: it is read by a layernorm, and by the addition at the end of that half. It starts
+       each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
 
@@ -391,7 +391,7 @@ def head_groups(B, NH, queries, T, itemsize):
 
     Heads and sequences do not depend on each other, and write to different places. A piece is one
     head of one sequence, or more of them as long as the scores of a block of queries, whose shape
-    is (heads, ATT_ROWS, T), take at most 1 MiB.
+    is (heads, ATT_ROWS, T), take at most 1 MiB. (Backward has two such arrays, for blocks of keys.)
     """
     bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
     heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
@@ -445,8 +445,9 @@ def attention_forward(out, lse, qkv, NH):
 def attention_forward_heads(out, lse, q, k, v):
     """Some heads of one sequence: out, q (heads, n, hs); lse (heads, n); k, v (heads, T, hs).
 
-    A block of queries is compared with the keys up to its own end only. When T is long, this saves
-    nearly half of the work.
+    It goes by blocks of queries, so that a row of the softmax is complete in one block. A block is
+    compared with the keys up to its own end only. When T is long, this saves nearly half of the
+    work.
     """
     _, n, hs = q.shape
     past = k.shape[1] - n  # positions before the first query
@@ -467,7 +468,7 @@ def attention_forward_heads(out, lse, q, k, v):
         att -= peak[:, :, None]
         exp_att = np.exp(att, out=att)
         total = np.einsum("hqk->hq", exp_att)
-        lse[:, start:stop] = np.log(total) + peak
+        lse[:, start:stop] = np.log(total) + peak  # that of att before peak was subtracted
 
         weighted_sum = exp_att @ v[:, :visible]  # (heads, stop - start, hs)
         np.divide(weighted_sum, total[:, :, None], out=out[:, start:stop])
@@ -482,7 +483,7 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
         p   = softmax(att)            (T, T), each row by itself
         out = p @ v                   (T, hs)
 
-    From its last line to its first, by the rules for a matrix product:
+    From its last line to its first. If z = x @ y, then dx = dz @ y.T and dy = x.T @ dz:
 
         dp   = dout @ v.T             (T, T)
         dv   = p.T @ dout             (T, hs)
@@ -1103,8 +1104,8 @@ class GPT2:
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
             self.recompute_layer(l, residual)
 
-            # residual3 = residual2 + fcproj. dresidual is the gradient of fcproj, and the first part
-            # of that of residual2. layernorm_backward adds the other part.
+            # residual3 = residual2 + fcproj. dresidual is the gradient of fcproj, and one part of
+            # that of residual2. layernorm_backward adds the other part.
             matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
             gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
             matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
@@ -1480,6 +1481,8 @@ def train_step(
 ):  # fmt: skip
     """One update from the next micro_batches batches of the loader: returns (loss, norm).
 
+    Where several processes train together, train_step_together (section 12) takes its place.
+
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
     check       called with the loss so far, and with the norm, and their names, before they are
                 used. It may raise an error, if one of them is not finite
@@ -1505,8 +1508,8 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
     it are kept in acts["qkv"]. When the context is full, its newer half begins a new one.
 
     Two things spoil the keys. Another generator, or another forward pass, may come in between; the
-    model remembers who ran last. And with recompute = 2 all layers share one qkv. In both cases the
-    whole window is computed again.
+    model remembers who ran last. And in a model for training with recompute = 2, all layers share
+    one qkv. In both cases the whole window is computed again.
     """
     T = model.sequence_length
     keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
