@@ -58,7 +58,8 @@ rule; when it takes the tokens in several pieces, only the first piece overwrite
 always adds. And wpe has rows for positions that a short sequence does not reach; their gradient is
 set to 0.
 
-Everything is float32. The layers take any float type, and the tests run them in float64.
+Everything is float32. The layers take any float type, and the tests run them in float64. A single
+number, such as the learning rate, is a Python float, which is rounded where it meets an array.
 """
 
 # --------------------------------------------------------------------------------------------------
@@ -411,7 +412,7 @@ def attention_forward(out, lse, qkv, NH):
 
     qkv (B, T, 3C); out (B, n, C) and lse (B, n, NH) are those of the last n of the T positions. In
     training n is T. In generation n is the number of new tokens, usually 1, and T counts the
-    tokens so far.
+    tokens so far; row i of out and lse is then that of position t = T - n + i.
 
     Each head h computes, with its own hs channels of the query q[t], the key k[t2] and the value
     v[t2] (see split_qkv):
@@ -1201,6 +1202,7 @@ class GPT2:
             )  # fmt: skip
 
         parallel(update_chunk, len(chunks))
+        self.keys_owner = None  # the keys and values are those of the old parameters
         self.updates = step
         self.stage = "no gradients"
 
@@ -1253,7 +1255,8 @@ class GPT2:
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
         """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
 
-        The model looks back over at most sequence_length tokens.
+        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
+        last ones.
 
         temperature   0 always takes the likeliest token
         top_k         above 0, choose among the k likeliest
@@ -1505,11 +1508,12 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
     """GPT2.generate, whose arguments are described there.
 
     After the prompt, each new token costs one position, because the keys and values of those before
-    it are kept in acts["qkv"]. When the context is full, its newer half begins a new one.
+    it are kept in acts["qkv"]. When there are more than sequence_length tokens, the newer half of
+    them begins a new window.
 
-    Two things spoil the keys. Another generator, or another forward pass, may come in between; the
-    model remembers who ran last. And in a model for training with recompute = 2, all layers share
-    one qkv. In both cases the whole window is computed again.
+    Two things spoil the keys. Another generator, another forward pass or an update may come in
+    between; the model remembers whose keys it has. And in a model for training with recompute = 2,
+    all layers share one qkv. In both cases the whole window is computed again.
     """
     T = model.sequence_length
     keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
@@ -1539,7 +1543,7 @@ def sample(logits, temperature, top_k, rng):
 
     Lay the tokens side by side on a line, each as long as it is likely, and drop a pin on the line.
     """
-    if temperature < 1e-30:
+    if temperature < 1e-30:  # 0, or so small that float32 would take it for 0
         return int(logits.argmax())
 
     logits = (logits - logits.max()) / temperature

@@ -131,6 +131,28 @@ def test_generation_goes_on_after_a_forward_pass(train):
     assert found + list(tokens) == expected
 
 
+def test_generation_goes_on_with_the_parameters_of_an_update():
+    """A generator that has run between backward() and update() must not keep its old keys."""
+    batch = np.full((1, 16), 9), np.full((1, 16), 3)
+    prompt = list(range(40, 50))
+    model = sharp_model(1, 16)
+    tokens = model.generate(prompt, 6, temperature=0)
+    model.forward(*batch)
+    model.backward()
+    first = next(tokens)
+    model.update(0.1)
+    expected = list(model.generate([*prompt, first], 5, temperature=0))
+
+    model = sharp_model(1, 16)
+    tokens = model.generate(prompt, 6, temperature=0)
+    model.forward(*batch)
+    model.backward()
+    next(tokens)
+    model.update(0.1)
+    assert list(tokens) == expected
+    assert expected != list(sharp_model(1, 16).generate([*prompt, first], 5, temperature=0))
+
+
 def test_tokens_come_one_by_one():
     endless = sharp_model(1, 4).generate([1], 10**9)
     assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3))
