@@ -2097,6 +2097,7 @@ def end_all(world, code):
     """End all processes of a run because this one can't go on. Alone, return the exit code."""
     if world.comm:
         sys.stderr.flush()
+        time.sleep(0.5)  # so that mpiexec passes on what was printed, before it ends everything
         world.comm.Abort(code)
     return code
 
