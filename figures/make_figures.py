@@ -306,7 +306,7 @@ def draw_losses():
 # The benchmark
 
 
-IN_README = "amd-epyc-skylakex-2-threads.json"
+IN_README = "intel-r-xeon-r-processor-skylakex-2-threads.json"
 
 
 def read_benchmarks():
@@ -366,7 +366,7 @@ def short_table(found):
     lines = ["| B, T | train_gpt2.py | tokens/s | peak MB | speed | memory |"]
     lines += ["|---|---|---|---|---|---|"]
     for row in found["training"]:
-        if row["who"].startswith("train_gpt2.py"):
+        if row["who"].startswith("train_gpt2.py --"):
             rate = row["B"] * row["T"] / row["seconds"]
             lines.append(
                 f"| {row['B']}, {row['T']} | `{row['who'].split(' ', 1)[1]}` | {rate:.0f} | "
