@@ -2998,6 +2998,9 @@ def begin(named, stopped, world=ALONE):
 
 def open_model(args, named, stopped, world):
     """A Run with the model that args name, its weights drawn or read."""
+    if args.model not in (*prepro.WEIGHTS, *FRESH, "bytes"):
+        find_weights(args.model)  # an error if it is not there, before anything is fetched
+
     data_named = {"input_bin", "input_val_bin"} & named.keys()
     if not args.inference_only and args.model != "bytes" and not data_named:
         args.input_bin, args.input_val_bin = prepro.prepare_tinyshakespeare()

@@ -83,6 +83,11 @@ def test_help_opens_with_three_examples_and_names_every_flag(tmp_path):
         assert f" --{name} X {meaning} (default: {default!r})" in " ".join(rest.split())
 
 
+def test_a_model_that_is_not_there_is_missed_before_anything_is_fetched(tmp_path):
+    error = failed_in_one_line(run_command(tmp_path, "--model", "nonesuch"))
+    assert "--model 'nonesuch': no such file" in error and "fetch" not in error
+
+
 def test_flags_and_defaults_are_those_of_the_design():
     assert {f"--{name}" for name in gpt2.FLAGS} == set(DESIGNED_FLAGS)
     assert {
