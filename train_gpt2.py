@@ -3,18 +3,12 @@ GPT-2, trained in NumPy: the whole algorithm, written out.
 
 There is no framework underneath. Every layer is a function that computes its output (forward),
 followed by a function that computes its gradients (backward). Parameters, gradients, moments and
-activations stand in one flat array, which is laid out before the first step. Names, layouts of the
-parameters and file formats are those of llm.c (github.com/karpathy/llm.c). PyTorch appears only in
-test_gpt2.py, which compares every tensor with it.
+activations lie in one flat array, which is laid out before the first step. Names and layouts of the
+parameters are those of llm.c (github.com/karpathy/llm.c). PyTorch appears only in the tests:
+test_gpt2.py compares every tensor with it.
 
     python train_gpt2.py
-        fine-tunes GPT-2 124M on Shakespeare
-
-    python train_gpt2.py --model d6 --num_iterations 200 --learning_rate 1e-3 --output_dir data/d6
-        trains a small model from scratch and keeps it
-
-    python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"
-        lets a model continue a text
+        fine-tunes GPT-2 124M on Shakespeare; with --help it shows what else it does
 
 There is no tensor class here, no autograd, no layer object, no device and no mixed precision.
 
@@ -25,8 +19,8 @@ Sections 1 to 8 are the algorithm:
     3  the configuration                    7  AdamW
     4  memory                               8  data, one training step, sampling
 
-The sections after them make it a tool: threads, weights, evaluation, several processes,
-checkpoints, the loop, the command line.
+The sections after them make it a tool: threads, files, the training loop, checkpoints, the command
+line. The file stands alone: it needs NumPy, and tiktoken where GPT-2's tokens meet text.
 
 Throughout this program we have (with the values of GPT-2 124M)
 
@@ -52,11 +46,7 @@ Whether a backward function overwrites (=) or adds (+=) follows three rules:
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
 
-There are two exceptions to rule 3, both in the embeddings. wte is used twice, by the encoder and by
-the classifier. The classifier's backward pass comes first, at the end of forward(), and follows the
-rule; when it takes the tokens in several pieces, only the first piece overwrites. The encoder then
-always adds. And wpe has rows for positions that a short sequence does not reach; their gradient is
-set to 0.
+The embeddings are the exception to rule 3: see encoder_backward and GPT2.classifier.
 
 Everything is float32. The layers take any float type, and the tests run them in float64. A single
 number, such as the learning rate, is a Python float, which is rounded where it meets an array.
@@ -68,12 +58,8 @@ number, such as the learning rate, is a Python float, which is rounded where it 
 import functools
 import math
 import os
-import signal
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the program
 
 # BLAS threads that have nothing to do wait for 2^20 cycles and then sleep. By default they keep a
 # core busy for a tenth of a second, which costs 12 % of a step at T = 1024.
@@ -81,8 +67,16 @@ os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 import numpy as np  # 2.1 or newer
 
-import prepro_tinyshakespeare as prepro  # text, tokens, downloads and every file format
-from prepro_tinyshakespeare import InputError, require  # require(condition, message)
+
+class InputError(ValueError):
+    """Something from outside is not as it must be: one line with what was found, and the remedy."""
+
+
+def require(condition, message):
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
 
 # --------------------------------------------------------------------------------------------------
 # 2. The layers. Each forward is followed by its backward
@@ -128,8 +122,9 @@ def encoder_forward(out, inp, wte, wpe):
 def encoder_backward(dwte, dwpe, dout, inp, add):
     """The gradient of a sum is the gradient of both summands: a row of wte, and a row of wpe.
 
-    dwte (V, C) is always added to, since the classifier has written its part before
-    dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
+    dwte (V, C) is always added to: wte is also the classifier's matrix, whose backward pass comes
+    first, at the end of forward(), and has written its part already
+    dwpe (max_seq_len, C) follows `add`; its rows behind T get 0; dout (B, T, C); inp (B, T)
 
         dwte[inp[b, t]] += dout[b, t]
         dwpe[t]          = sum over b of dout[b, t]
@@ -141,7 +136,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
     T = dout.shape[1]
     accumulate(dwpe[:T], dout.sum(axis=0), add)
     if not add:
-        dwpe[T:] = 0  # no token stood at these positions
+        dwpe[T:] = 0  # there was no token at these positions
 
 
 def accumulate(grad, value, add):
@@ -158,7 +153,7 @@ def rows_of(x):
 
 
 def as_one_sequence(x):
-    """(B, T, ...) seen as (1, B*T, ...), which can be cut anywhere."""
+    """(B, T, ...) seen as (1, B*T, ...): the classifier cuts it anywhere, not only at sequences."""
     return x.reshape(1, -1, *x.shape[2:], copy=False)
 
 
@@ -178,9 +173,11 @@ BLOCK_BYTES = 512 * 1024
 def by_rows(num_row_args):
     """Make a layer that was written for a block of rows work on whole arrays.
 
+    Read @by_rows as: "for each block of rows, run this body".
+
     The first `num_row_args` arguments have something for each token, in the shape (B, T, ...). The
-    decorated body sees a block of them as (rows, ...): B and T have become one axis, n in the sums
-    below. It sees the other arguments as they are. If the body returns sums over its rows, they are
+    decorated body sees a block of them as (rows, ...): B and T have become one axis. It sees the
+    other arguments as they are. If the body returns sums over its rows, they are
     added up in the order of the blocks. The size of a block does not depend on the number of
     threads, so neither do the results, to the last bit.
     """
@@ -271,6 +268,9 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
     Multiplied by dnorm[i] and summed over i, this is e times the gradient:
 
         dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
+
+    It is in two parts, because dinp is computed block by block, and dweight and dbias only when the
+    sums of all blocks are there.
     """
     sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
     dweight_sum, dbias_sum = sums
@@ -391,8 +391,8 @@ def head_groups(B, NH, queries, T, itemsize):
     """Attention's work, cut into pieces: a list of (b, slice of heads).
 
     Heads and sequences do not depend on each other, and write to different places. A piece is one
-    head of one sequence, or more of them as long as the scores of a block of queries, whose shape
-    is (heads, ATT_ROWS, T), take at most 1 MiB. (Backward has two such arrays, for blocks of keys.)
+    head of one sequence, or more of them as long as the scores of ATT_ROWS positions with all T,
+    whose shape is (heads, ATT_ROWS, T), take at most 1 MiB.
     """
     bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
     heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
@@ -502,8 +502,8 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 
         datt[j] = p[j] * (dp[j] - sum over i of p[i] * dp[i])
 
-    The sum on the right need not be taken over T numbers. With dp[i] = dout . v[i] it becomes
-    dout . (sum over i of p[i] * v[i]) = dout . out, a sum over hs numbers.
+    With dp[i] = dout . v[i], the sum on the right becomes dout . (sum over i of p[i] * v[i]), which
+    is dout . out: one number for each query, that is known before p and dp are.
 
     For two scores 0 and log(3), p is 1/4 and 3/4. Then dp = (1, 0) gives the sum 1/4, and
     datt = (1/4 * 3/4, 3/4 * -1/4) = (3/16, -3/16).
@@ -529,9 +529,14 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     """Some heads of one sequence: lse (heads, T), all others (heads, T, hs).
 
-    It goes by blocks of keys. The keys from t0 to t1 are seen by the queries from t0 on: in part by
-    the first t1 - t0 of them, all by the later ones. So a block of keys meets all of its queries at
-    once, and its dk and dv are complete. A query meets several blocks of keys, and its dq is a sum.
+    It goes by blocks of keys. That is possible although a row of the softmax, which is that of a
+    query, seems to be needed whole: for its denominator, and for the sum of p * dp. Both are known
+    in advance, one number for each query: lse, and dout . out. So any block of the (T, T) square
+    can be computed by itself. If the square is cut by keys, dk and dv of a block are finished at
+    once, and only dq is a running sum; if it were cut by queries, dk and dv would be.
+
+    The keys from t0 to t1 are seen by the queries from t0 on: in part by the first t1 - t0 of them,
+    all by the later ones.
     """
     _, T, hs = q.shape
     scale = hs**-0.5
@@ -651,7 +656,7 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 
         loss = log(sum over i of exp(logits[i])) - logits[target]
 
-    The derivative of the logarithm by logits[i] is exp(logits[i]) / sum = probs[i], so
+    The derivative of the logarithm with respect to logits[i] is exp(logits[i]) / sum = probs[i], so
 
         dlogits[i] = (probs[i] - (1 if i is the target, else 0)) * dloss
     """
@@ -688,19 +693,21 @@ class GPT2Config:
 # --------------------------------------------------------------------------------------------------
 # 4. Memory: two tables and one blob
 #
-# Everything that outlives a layer stands in one array, the blob. It is allocated once, filled with
-# zeros. The system gives memory to a page of zeros only when something is written to it.
+# All that is needed after a layer has run lies in one array, the blob. It is allocated once, filled
+# with zeros. The system gives memory to a page of zeros only when something is written to it.
 #
-#     | params     | grads      | m          | v          | activations     | work space      |
-#     | wte..lnfb  | wte..lnfb  | wte..lnfb  | wte..lnfb  | encoded..losses | dresidual..dln1 |
+#     | params    | grads           | m         | v         | acts                              |
+#     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
+#     |           |     | logits    |           |           |                 |                 |
 #
-#     | <------- flat: four rows of equal length -------------> | <------------- acts ----------> |
-#                        |
-#                        all but dwte: logits, in the forward pass of the first micro-batch of a
-#                        step, because backward has not written there yet (see room_for_logits)
+#     | <---- flat: four rows of equal length ------------> | activations     | work space of   |
+#     |                                                     |                 | backward        |
+#
+# Logits and gradients share memory in the first forward pass of a step, when backward has written
+# no gradients yet: see room_for_logits.
 #
 # A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
-# checkpoints and the coverage of the tests all follow from the two tables below.
+# checkpoints and the coverage of the tests follow from the two tables below.
 
 
 def param_shapes(config):
@@ -808,6 +815,18 @@ def count(shapes):
     return sum(math.prod(shape) for shape in shapes.values())
 
 
+class Views(dict):
+    """Named views of a flat array. Their numbers may be changed, the views themselves may not."""
+
+    def __setitem__(self, name, value):
+        same = value is self.get(name)  # as in views[name] *= 2, which ends with this assignment
+        require(same, f"[{name!r}] is a part of the blob: write [{name!r}][...] = value")
+
+    def update(self, values):
+        for name, value in values.items():
+            self[name] = value
+
+
 def carve(flat, shapes):
     """Cut a flat array into named views, in the table's order: {"wte": (V, C) view, ...}."""
     views = {}
@@ -816,7 +835,7 @@ def carve(flat, shapes):
         stop = start + math.prod(shape)
         views[name] = flat[start:stop].reshape(shape)
         start = stop
-    return views
+    return Views(views)
 
 
 def of_layer(view, l):
@@ -824,16 +843,16 @@ def of_layer(view, l):
     return view[l] if len(view) > 1 else view[0]
 
 
-def layer(views, l, tokens=...):
+def layer(views, l, index=...):
     """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3].
 
-    tokens   of activations (B, T, ...), an index into B and T; all of them by default
+    index   of activations (B, T, ...), an index into B and T; all of them by default
     """
-    own = SimpleNamespace()
+    found = SimpleNamespace()
     for name, view in views.items():
         if name not in NOT_PER_LAYER:
-            setattr(own, name, of_layer(view, l)[tokens])
-    return own
+            setattr(found, name, of_layer(view, l)[index])
+    return found
 
 
 def init_weights(params, seed):
@@ -860,8 +879,33 @@ def init_weights(params, seed):
 # --------------------------------------------------------------------------------------------------
 # 5. The model forward: a line or two for each layer
 #
+#     x = wte[tokens] + wpe[positions]                            (B, T, C), the residual stream
+#     for each layer:
+#         x += attproj(attention(qkv(layernorm(x))))              C -> 3C -> C -> C channels
+#         x += fcproj(gelu(fc(layernorm(x))))                     C -> 4C -> 4C -> C channels
+#     logits = layernorm(x) @ wte.T                               (B, T, V)
+#
+# where attproj, qkv, fc and fcproj are matmuls with weights and a bias of their own. In the code,
+# x is called encoded at first, residual2 after a layer's first half and residual3 after its second.
+#
 # Where the time of a step goes (124M, B = 4, T = 64, two cores of an Intel Xeon): of 1119 ms, the
 # matrix products take 758, AdamW 192, attention 49, GELU 48, layernorm 47, everything else 25.
+
+
+# What each call makes of the stage of a step (see GPT2). In a stage that is missing, it is refused.
+NEXT_STAGE = {
+    # A new pass through the layers, for whatever purpose, overwrites the activations. So it drops a
+    # forward pass that waits for its backward(), unless it has added its part to dwte already.
+    "another forward pass": {
+        "no gradients": "no gradients",
+        "first forward": "no gradients",
+        "gradients": "gradients",
+    },
+    "forward()": {"no gradients": "first forward", "gradients": "later forward"},
+    "backward()": {"first forward": "gradients", "later forward": "gradients"},
+    "grad_norm()": {"gradients": "gradients"},
+    "update()": {"gradients": "no gradients"},
+}
 
 
 class GPT2:
@@ -874,9 +918,10 @@ class GPT2:
     training                      False: a model that generates and validates, without gradients
     dtype                         float32; the tests also use float64
 
-    params, grads, m, v, acts are dicts of named views of the array `blob`. flat is its first part:
-    four rows, each of which holds all parameters, gradients, m or v. (With training=False it is one
-    row, of parameters.)
+    params, grads, m, v, acts are dicts of named views of the array `blob`; section 4 draws it. flat
+    is its first part, four rows (with training=False one row, of parameters). An activation of
+    shape (1, ...) in place of (L, ...) is shared by the layers, and holds that of the layer that
+    was computed last; recompute=0 shares none. acts["logits"] holds a piece of them, in passing.
 
     One step is forward(), backward(), update(). Several micro-batches make one step if forward()
     and backward() are called for each of them before update(). `stage` says how far the step is:
@@ -887,7 +932,9 @@ class GPT2:
                           forward() of another micro-batch
         "later forward"   that of a later micro-batch is done, backward() is next
 
-    or, after a call that was interrupted, a sentence that says so.
+    `interrupted` names a call that was left with its work half done, otherwise it is None. Then
+    zero_grad() makes it possible to go on. If it was update(), some parameters have taken the step
+    and others have not, and only a checkpoint has them as they were.
     """
 
     def __init__(
@@ -910,31 +957,131 @@ class GPT2:
             recompute in SHARED_BY_LAYERS,
             f"recompute is {recompute!r}, expected one of {list(SHARED_BY_LAYERS)}",
         )
+        single_or_double = np.dtype(dtype) in (np.float32, np.float64)
+        require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
         self.config = config
         self.batch_size = B
         self.sequence_length = T
         self.recompute = recompute
         self.training = training
 
-        shapes = param_shapes(config)
-        acts = act_shapes(config, B, T, recompute, training)
-        n = count(shapes)
-        rows = 4 if training else 1  # without training there are parameters only
-        self.blob = np.zeros(rows * n + count(acts), dtype)
-        self.flat = self.blob[: rows * n].reshape(rows, n)
-
-        self.params = carve(self.flat[0], shapes)
-        self.grads = carve(self.flat[1], shapes) if training else {}
-        self.m = carve(self.flat[2], shapes) if training else {}
-        self.v = carve(self.flat[3], shapes) if training else {}
-        self.acts = carve(self.blob[rows * n :], acts)
-
         self.stage = "no gradients"
+        self.interrupted = None
         self.inputs = None  # of the last forward pass; encoder_backward needs them
         self.updates = 0  # how many updates there have been
-        self.keys_owner = None  # the generator whose keys and values are in acts["qkv"]
+
+        rows = 4 if training else 1  # without training there are parameters only
+        acts = act_shapes(config, B, T, recompute, training)
+        self.blob = np.zeros(rows * count(param_shapes(config)) + count(acts), dtype)
+        self.cut_blob()
         if seed is not None:
             init_weights(self.params, seed)
+
+    def cut_blob(self):
+        """Make all views of the blob: first the rows of `flat`, then the activations."""
+        shapes = param_shapes(self.config)
+        acts = act_shapes(
+            self.config, self.batch_size, self.sequence_length, self.recompute, self.training
+        )
+        rows = 4 if self.training else 1
+        num_params = count(shapes)
+        self.flat = self.blob[: rows * num_params].reshape(rows, num_params)
+        self.params = carve(self.flat[0], shapes)
+        self.grads = carve(self.flat[1], shapes) if self.training else Views()
+        self.m = carve(self.flat[2], shapes) if self.training else Views()
+        self.v = carve(self.flat[3], shapes) if self.training else Views()
+        self.acts = carve(self.blob[rows * num_params :], acts)
+
+        self.keys_owner = None  # the generator whose keys and values are in acts["qkv"]
+        self.reader = None  # the model that computes token_losses
+
+    def __getstate__(self):
+        """For copy and pickle: all but the views, which __setstate__ cuts anew."""
+        views = {"flat", "params", "grads", "m", "v", "acts", "keys_owner", "reader"}
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.cut_blob()
+
+    # What one does with a model besides training it. Sections 8 and 10 have the work.
+
+    @classmethod
+    def from_pretrained(
+        cls, source, batch_size=4, sequence_length=64, recompute=1, training=True
+    ):
+        """A model with weights from outside.
+
+        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a folder of Hugging Face's; a
+        .safetensors file; or a .bin file of llm.c's. Errors: InputError, OSError.
+        """
+        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
+        save_huggingface(folder, self.config, self.params)
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
+        """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
+
+        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
+        last ones.
+
+        temperature   0 always takes the likeliest token
+        top_k         above 0, choose among the k likeliest
+        rng           a NumPy Generator, or a seed; None draws another text each time
+        """
+        tokens = self.check_tokens(tokens, "prompt", ndim=1)
+        require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
+        rng = np.random.default_rng(rng)
+        return generate_tokens(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
+
+    def token_losses(self, context, continuations):
+        """How unlikely each token of some continuations is: a list of arrays (n,), in nats.
+
+        context         a list of at least one token id
+        continuations   lists of token ids; each one by itself follows the context
+
+        Context and continuation together may be as long as the model's context. They need no
+        training, and any batch size and sequence length will do.
+        """
+        context = self.check_tokens(context, "context", ndim=1)
+        continuations = [self.check_tokens(c, "continuation", ndim=1) for c in continuations]
+        return continuation_losses(self, context, continuations)
+
+    def check_tokens(self, tokens, what, ndim=2):
+        """tokens as an int64 array, or InputError if one of them is no id of the vocabulary."""
+        tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
+        V = self.config.vocab_size
+        require(
+            tokens.size > 0 and tokens.dtype.kind in "iu" and tokens.ndim == ndim,
+            f"{what}: expected integers in {ndim} dimensions, found {tokens.shape} of "
+            f"{tokens.dtype}",
+        )
+        lowest, highest = tokens.min(), tokens.max()
+        require(
+            0 <= lowest and highest < V,
+            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
+        )
+        return tokens.astype(np.int64, "C", copy=False)
+
+    def advance(self, call):
+        """Go to the stage that a call leads to. InputError if it can't be made now."""
+        require(
+            self.interrupted is None,
+            f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
+        )
+        allowed = NEXT_STAGE[call]
+        require(
+            self.stage in allowed,
+            f"{call} can't follow here: the stage is {self.stage!r}, expected "
+            f"{' or '.join(map(repr, allowed))}: a step is forward(), backward(), update(), and "
+            "zero_grad() begins it anew",
+        )
+        self.stage = allowed[self.stage]
+
+    # ----------------------------------------------------------------------------------------------
+    # The forward pass
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """The mean cross-entropy, in nats, of predicting targets from inputs: a float.
@@ -944,10 +1091,12 @@ class GPT2:
         train        False: for validation, without a backward pass
         grad_scale   the gradients will be those of loss * grad_scale. It is 1/k where k
                      micro-batches make one step
+
+        The logits of the batch are not kept; they are acts["lnf"] @ params["wte"].T, (B, T, V).
         """
         inputs = self.check_tokens(inputs, "inputs")
         targets = self.check_tokens(targets, "targets")
-        expected = (self.batch_size, self.sequence_length)
+        expected = self.acts["losses"].shape  # B and T, which __init__ has fixed
         require(
             inputs.shape == targets.shape == expected,
             f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
@@ -957,37 +1106,34 @@ class GPT2:
             "a model made with training=False has no gradients: use forward(..., train=False)",
         )
 
-        self.forward_rows(inputs)
+        lnf = self.forward_tokens(inputs)
         if not train:
-            self.classifier(targets)
-            return float(self.acts["losses"].mean())
+            return float(self.classifier(lnf, targets).mean())
 
         add = self.stage == "gradients"  # then this is a later micro-batch
-        if add:
-            self.stage = "forward() was interrupted while it added to the gradients"
-        self.classifier(targets, dloss=grad_scale / targets.size, add=add)
+        self.advance("forward()")
+        self.interrupted = "forward()"  # until the classifier has written its gradients
+        losses = self.classifier(lnf, targets, dloss=grad_scale / targets.size, add=add)
         self.inputs = inputs.copy()
-        self.stage = "later forward" if add else "first forward"
-        return float(self.acts["losses"].mean())
+        self.interrupted = None
+        return float(losses.mean())
 
-    def forward_rows(self, tokens, start=0):
+    def forward_tokens(self, tokens, start=0):
         """All layers up to lnf for tokens (B, n) at the positions start to start + n.
 
         In training the tokens are a whole batch, and start is 0. In generation B is 1, and
         acts["qkv"] holds the keys and values of the positions before start already, so that only
         the n new positions are computed. Returns lnf (B, n, C).
         """
-        self.begin_forward()
+        self.advance("another forward pass")
+        self.keys_owner = None
         B, n = tokens.shape
         params, acts = self.params, self.acts
 
         residual = acts["encoded"][:B, :n]
         encoder_forward(residual, tokens, params["wte"], params["wpe"][start : start + n])
         for l in range(self.config.num_layers):
-            p, a = self.forward_layer(l, residual, start)
-            matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
-            residual_forward(a.residual3, a.residual2, a.fcproj)
-            residual = a.residual3  # with training=False, the same memory in every layer
+            residual = self.forward_layer(l, residual, start)
 
         lnf = acts["lnf"][:B, :n]
         mean = acts["lnf_mean"][:B, :n]
@@ -996,10 +1142,18 @@ class GPT2:
         return lnf
 
     def forward_layer(self, l, residual, start=0):
-        """Layer l from residual (B, n, C), its input, up to fch_gelu: all that its backward needs.
+        """Layer l: its output residual3 (B, n, C) from its input, residual (B, n, C)."""
+        p, a = self.forward_up_to_gelu(l, residual, start)
 
-        The last two lines of a layer stand in forward_rows, because recompute_layer does without
-        them. Returns the layer's parameters and its activations for these tokens: see layer().
+        # residual3 = residual2 + fcproj(gelu(fc(layernorm(residual2)))), (B, n, C)
+        matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
+        residual_forward(a.residual3, a.residual2, a.fcproj)
+        return a.residual3  # with training=False, the same memory in every layer
+
+    def forward_up_to_gelu(self, l, residual, start=0):
+        """All of layer l that its backward pass reads: the layer without its last two lines.
+
+        Returns the layer's parameters and its activations for these tokens: see layer().
         """
         B, n, _ = residual.shape
         p = layer(self.params, l)
@@ -1010,29 +1164,32 @@ class GPT2:
         qkv_so_far = of_layer(self.acts["qkv"], l)[:B, : start + n]
         new_qkv = qkv_so_far[:, start:]
 
+        # residual2 = residual + attproj(attention(qkv(layernorm(residual)))), (B, n, C)
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
         matmul_forward(new_qkv, a.ln1, p.qkvw, p.qkvb)
         attention_forward(a.atty, a.att_lse, qkv_so_far, self.config.num_heads)
         matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
         residual_forward(a.residual2, residual, a.attproj)
 
+        # gelu(fc(layernorm(residual2))), (B, n, 4C)
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
         matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
         gelu_forward(a.fch_gelu, a.fch)
         return p, a
 
-    def classifier(self, targets, dloss=None, add=False):
-        """acts["losses"] from acts["lnf"]; and, if dloss is given, the classifier's backward pass.
+    def classifier(self, lnf, targets, dloss=None, add=False):
+        """The losses (1, B*n) of predicting targets (B, n) from lnf (B, n, C).
 
-        The logits (B, T, V) would be the largest array of all. Each token's logits only serve its
+        The logits (B, n, V) would be the largest array of all. Each token's logits only serve its
         own loss, so we take some tokens at a time, a piece, all the way: logits, probabilities,
-        losses, gradients. This is why the classifier's backward pass runs here, and not in
-        backward(): the logits of these tokens are gone when the next ones come. It leaves dlnf, and
-        its part of dwte. dloss is the weight of one token's loss.
+        losses, and, if dloss is given, gradients. This is why the classifier's backward pass runs
+        here, and not in backward(): the logits of these tokens are gone when the next ones come. It
+        leaves dlnf, and its part of dwte; of several pieces, the first one follows `add` and the
+        others add. dloss is the weight of one token's loss.
         """
         wte = self.params["wte"]
-        lnf = as_one_sequence(self.acts["lnf"])
-        losses = as_one_sequence(self.acts["losses"])
+        lnf = as_one_sequence(lnf)
+        losses = as_one_sequence(self.acts["losses"])[:, : targets.size]
         targets = as_one_sequence(targets)
 
         gradients_are_free = dloss is not None and not add
@@ -1055,6 +1212,7 @@ class GPT2:
                 crossentropy_softmax_backward(dlogits, targets[piece], dloss)
                 add_piece = add or start > 0
                 matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
+        return losses
 
     def room_for_logits(self):
         """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
@@ -1080,14 +1238,9 @@ class GPT2:
         The first micro-batch since an update or zero_grad overwrites them, later ones add. The
         classifier has left dlnf and its part of dwte.
         """
-        self.refuse_interrupted()
-        require(
-            self.stage in ("first forward", "later forward"),
-            "backward(): there is no forward() to go back from, or another one has overwritten its "
-            "activations: call forward() first",
-        )
         add = self.stage == "later forward"
-        self.stage = "backward() was interrupted, and the gradients are incomplete"
+        self.advance("backward()")
+        self.interrupted = "backward()"  # until all gradients are complete
 
         params, grads, acts = self.params, self.grads, self.acts
         L, NH = self.config.num_layers, self.config.num_heads
@@ -1123,7 +1276,7 @@ class GPT2:
             )
 
         encoder_backward(grads["wte"], grads["wpe"], dresidual, self.inputs, add)
-        self.stage = "gradients"
+        self.interrupted = None
 
     def recompute_layer(self, l, residual):
         """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS.
@@ -1142,11 +1295,12 @@ class GPT2:
             gelu_forward(a.fch_gelu, a.fch)
 
         if self.recompute == 2:
-            self.forward_layer(l, residual)
+            self.forward_up_to_gelu(l, residual)
 
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
         self.stage = "no gradients"
+        self.interrupted = None
 
     # ----------------------------------------------------------------------------------------------
     # 7. AdamW
@@ -1157,7 +1311,7 @@ class GPT2:
         It may be called between backward() and update(). The squares are added up in float32 within
         a chunk, and in Python's float64 over the chunks.
         """
-        self.require_gradients("grad_norm()")
+        self.advance("grad_norm()")
         grads = self.flat[1, part]
 
         def squares(i):
@@ -1185,10 +1339,10 @@ class GPT2:
         part           the slice of the flat vector of parameters that is updated: all of it, unless
                        several processes share the work
         """
-        self.require_gradients("update()")
         step = self.updates + 1 if step is None else step
         require(step >= 1, f"update(step={step}): steps are counted from 1")
-        self.stage = "update() was interrupted, and some parameters have changed, others have not"
+        self.advance("update()")
+        self.interrupted = "update()"  # until all parameters have changed
 
         p, g, m, v = self.flat
         chunks = adamw_chunks(self.params, part)
@@ -1204,115 +1358,11 @@ class GPT2:
         parallel(update_chunk, len(chunks))
         self.keys_owner = None  # the keys and values are those of the old parameters
         self.updates = step
-        self.stage = "no gradients"
-
-    # ----------------------------------------------------------------------------------------------
-    # The order of calls, and what else one does with a model
-
-    def begin_forward(self):
-        """Refuse a forward pass that would spoil the gradients, or forget what it overwrites."""
-        self.refuse_interrupted()
-        require(
-            self.stage != "later forward",  # has added its part to dwte, which can't be taken back
-            "the last forward() waits for its backward(): call backward() or zero_grad() first",
-        )
-        if self.stage == "first forward":
-            self.stage = "no gradients"  # no backward() can follow without its activations
-        self.keys_owner = None
-
-    def require_gradients(self, call):
-        """InputError unless grads hold gradients. After forward() they may hold logits."""
-        self.refuse_interrupted()
-        require(
-            self.stage == "gradients",
-            f"{call} needs gradients: call forward() and backward() first",
-        )
-
-    def refuse_interrupted(self):
-        """InputError if a call was interrupted, and has left its work half done.
-
-        If it was update(), some parameters have taken the step and others have not. zero_grad()
-        makes it possible to go on from there. Only a checkpoint has the parameters as they were.
-        """
-        stages = ("no gradients", "first forward", "gradients", "later forward")
-        require(self.stage in stages, f"{self.stage}: call zero_grad(), then forward()")
-
-    @classmethod
-    def from_pretrained(
-        cls, source, batch_size=4, sequence_length=64, recompute=1, training=True
-    ):
-        """A model with weights from outside.
-
-        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a folder of Hugging Face's; a
-        .safetensors file; or a .bin file of llm.c's. Errors: InputError, OSError.
-        """
-        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
-        prepro.save_huggingface(folder, asdict(self.config), self.params)
-
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
-        """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
-
-        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
-        last ones.
-
-        temperature   0 always takes the likeliest token
-        top_k         above 0, choose among the k likeliest
-        rng           a NumPy Generator, or a seed
-        """
-        tokens = self.check_tokens(list(tokens), "prompt")
-        rng = np.random.default_rng(0 if rng is None else rng)
-        return generate_tokens(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
-
-    def __getstate__(self):
-        """What copy.deepcopy and pickle keep: not the views, which __init__ carves anew."""
-        return {
-            "config": self.config,
-            "batch_size": self.batch_size,
-            "sequence_length": self.sequence_length,
-            "recompute": self.recompute,
-            "training": self.training,
-            "blob": self.blob,
-            "stage": self.stage,
-            "inputs": self.inputs,
-            "updates": self.updates,
-        }
-
-    def __setstate__(self, state):
-        self.__init__(
-            state["config"],
-            state["batch_size"],
-            state["sequence_length"],
-            seed=None,
-            recompute=state["recompute"],
-            training=state["training"],
-            dtype=state["blob"].dtype,
-        )
-        self.blob[...] = state["blob"]
-        self.stage = state["stage"]
-        self.inputs = state["inputs"]
-        self.updates = state["updates"]
-
-    def check_tokens(self, tokens, what):
-        """tokens as an integer array, or InputError if one of them is no id of the vocabulary."""
-        tokens = np.ascontiguousarray(tokens)
-        V = self.config.vocab_size
-        require(
-            tokens.size > 0 and tokens.dtype.kind in "iu",
-            f"{what}: expected integers, found {tokens.size} of {tokens.dtype}",
-        )
-        lowest, highest = tokens.min(), tokens.max()
-        require(
-            0 <= lowest and highest < V,
-            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
-        )
-        return tokens
+        self.interrupted = None
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. AdamW, continued: what update() does with each chunk of the parameters
+# 7. AdamW, continued: what update() does with the parameters, chunk by chunk
 
 ADAMW_CHUNK = 1 << 17  # elements; with chunks half as large, an update takes a tenth longer
 
@@ -1358,8 +1408,8 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     m and v start at 0 and are too small at first; c1 = 1 - beta1^step and c2 = 1 - beta2^step make
     up for it. decay is learning_rate * weight_decay.
 
-    c1 and c2 are numbers, while m and v are arrays. We multiply the fraction by sqrt(c2), above and
-    below, and get a formula with two passes over memory fewer:
+    c1 and c2 are numbers, while m and v are arrays. We multiply numerator and denominator by
+    sqrt(c2), and get a formula with two passes over memory fewer:
 
         p = p - decay * p - (learning_rate * sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))
     """
@@ -1393,66 +1443,47 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 class DataLoader:
     """Batches of consecutive tokens, shard after shard, over and over.
 
-    source        an array of token ids, or a pattern of token files: see open_shards
+    shards        a list of arrays of token ids, or of whatever has a length and gives slices
     shuffle_seed  None: the windows of a shard in the order of the text. A number: in an order that
                   is drawn anew for each epoch
-    rank, size    of `size` processes that share the data, this is number `rank`
 
     A shard is cut into windows of T tokens, and a batch is B windows. position is what the next
     batch depends on: [shard, offset, epoch], where offset counts the tokens seen of this shard.
     Windows at the end of a shard that do not fill a batch are left out.
     """
 
-    def __init__(self, source, B, T, vocab_size, shuffle_seed=None, rank=0, size=1):
+    def __init__(self, shards, B, T, shuffle_seed=None):
         self.B, self.T = B, T
         self.shuffle_seed = shuffle_seed
-        self.rank, self.size = rank, size
-        self.names, self.shards = open_shards(source)
-        self.sizes = [len(shard) for shard in self.shards]
-
-        for name, shard in zip(self.names, self.shards, strict=True):
-            require(
-                len(shard) >= B * T + 1,
-                f"{name}: has {len(shard)} tokens, a batch needs B*T + 1 = {B * T + 1}: "
-                "use a smaller --batch_size",
-            )
-            highest = shard.max()
-            require(
-                highest < vocab_size,
-                f"{name}: holds token {highest}, the model's vocabulary ends at {vocab_size - 1}",
-            )
+        self.shards = shards
+        shortest = min(len(shard) for shard in shards)
+        require(
+            shortest >= B * T + 1,
+            f"a shard has {shortest} tokens, a batch needs B*T + 1 = {B * T + 1}",
+        )
         self.seek([0, 0, 0])
 
     def seek(self, position):
-        """Go to a position. One without an epoch, from an old checkpoint, is in epoch 0."""
-        shard, offset = position[:2]
-        epoch = position[2] if len(position) > 2 else 0
-        self.position = [shard, offset, epoch]
+        """Go to a position."""
+        self.position = list(position)
+        shard, _, epoch = position
         self.first, self.order = self.windows(shard, epoch)
 
     def windows(self, shard, epoch):
         """Where the first window of a shard begins, and the order in which windows are taken."""
-        num_tokens, B, T = self.sizes[shard], self.B, self.T
+        num_tokens, B, T = len(self.shards[shard]), self.B, self.T
         if self.shuffle_seed is None:
             return 0, np.arange((num_tokens - 1) // T)
 
         # Each epoch cuts the shard at other places: the first window begins at one of its first T
-        # tokens, but not so late that less than a batch is left. Seed, shard and epoch alone fix
-        # the order, so a run that is resumed at a position finds the same windows.
+        # tokens, but not so late that less than a batch is left. The order depends on seed, shard,
+        # epoch, B and T alone, so a run that is resumed at a position finds the same windows.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
         first = int(rng.integers(min(T, num_tokens - B * T)))
         return first, rng.permutation((num_tokens - 1 - first) // T)
 
     def next_batch(self):
         """inputs, targets (B, T), int64. The targets are the inputs, one token further."""
-        for turn in range(self.size):  # the batches of the other processes are passed over
-            if turn == self.rank:
-                inputs, targets = self.read_batch()
-            self.advance()
-        return inputs, targets
-
-    def read_batch(self):
-        """The batch at the present position."""
         shard, offset, _ = self.position
         tokens = self.shards[shard]
         next_window = offset // self.T
@@ -1461,9 +1492,11 @@ class DataLoader:
         targets = np.empty((self.B, self.T), np.int64)
         for b in range(self.B):
             start = self.first + self.order[next_window + b] * self.T
-            stop = start + self.T
-            inputs[b] = tokens[start:stop]
-            targets[b] = tokens[start + 1 : stop + 1]
+            window = tokens[start : start + self.T + 1]
+            inputs[b] = window[:-1]
+            targets[b] = window[1:]
+
+        self.advance()
         return inputs, targets
 
     def advance(self):
@@ -1478,42 +1511,53 @@ class DataLoader:
             self.seek([0, 0, epoch + 1])
 
 
-def train_step(
-    model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0, step=None,
-    check=lambda value, what: None,
-):  # fmt: skip
+def learning_rate_at(step, num_iterations, peak, warmup_iters=0, final_frac=1.0):
+    """The learning rate of the update that comes after `step` updates of num_iterations.
+
+    It rises to its peak in a straight line over warmup_iters updates. From there, half a period of
+    a cosine takes it down to final_frac * peak (Loshchilov & Hutter, 2016).
+    """
+    if step < warmup_iters:
+        return peak * (step + 1) / warmup_iters
+
+    low = peak * final_frac
+    done = (step - warmup_iters) / (num_iterations - warmup_iters)
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0):
     """One update from the next micro_batches batches of the loader: returns (loss, norm).
 
-    Where several processes train together, train_step_together (section 12) takes its place.
-
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
-    check       called with the loss so far, and with the norm, and their names, before they are
-                used. It may raise an error, if one of them is not finite
+
+    FloatingPointError if the loss or the norm is not finite; the parameters are as they were then.
     """
     loss = 0.0
     for _ in range(micro_batches):
         inputs, targets = loader.next_batch()
         loss += model.forward(inputs, targets, grad_scale=1 / micro_batches) / micro_batches
-        check(loss, "loss")
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
         model.backward()
 
     norm = model.grad_norm()
-    check(norm, "gradient norm")
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}")
     clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
-    model.update(learning_rate, weight_decay=weight_decay, step=step, grad_scale=clip)
+    model.update(learning_rate, weight_decay=weight_decay, grad_scale=clip)
     return loss, norm
 
 
 def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
     """GPT2.generate, whose arguments are described there.
 
-    After the prompt, each new token costs one position, because the keys and values of those before
-    it are kept in acts["qkv"]. When there are more than sequence_length tokens, the newer half of
-    them begins a new window.
+    After the prompt, each new token takes the computation of one position, because the keys and
+    values of those before it are kept in acts["qkv"]. When there are more than sequence_length
+    tokens, the newer half of them begins a new window.
 
-    Two things spoil the keys. Another generator, another forward pass or an update may come in
-    between; the model remembers whose keys it has. And in a model for training with recompute = 2,
-    all layers share one qkv. In both cases the whole window is computed again.
+    The keys are those of another text after another forward pass, those of other parameters after
+    an update; the model remembers whose keys it has. And in a model for training with recompute=2,
+    all layers share one qkv. In all these cases the whole window is computed again.
     """
     T = model.sequence_length
     keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
@@ -1528,7 +1572,7 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
         if model.keys_owner is not owner or not keeps_keys:
             done = 0
 
-        lnf = model.forward_rows(np.array([window[done:]]), start=done)
+        lnf = model.forward_tokens(np.array([window[done:]]), start=done)
         model.keys_owner = owner
         done = len(window)
 
@@ -1538,12 +1582,43 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
         yield window[-1]
 
 
+def continuation_losses(model, context, continuations):
+    """GPT2.token_losses, whose arguments are described there.
+
+    A second model computes them, which has no gradients, room for one sequence as long as the
+    context, and the parameters of the first. The keys and values of `context` are computed once.
+    Each continuation then takes the positions behind them, where the one before it was.
+    """
+    longest = len(context) + max(map(len, continuations), default=0)
+    most = model.config.max_seq_len + 1  # nothing is predicted from the last token
+    require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
+
+    if model.reader is None:
+        model.reader = GPT2(
+            model.config, 1, model.config.max_seq_len, None, training=False, dtype=model.blob.dtype
+        )
+        model.reader.params = model.params  # its own are pages of zeros, which take no memory
+    reader = model.reader
+
+    # The last token of the context predicts the first one of a continuation.
+    before, last = context[:-1], context[-1:]
+    if len(before):
+        reader.forward_tokens(before[None, :])
+
+    losses = []
+    for tokens in continuations:
+        inputs = np.concatenate([last, tokens[:-1]])
+        lnf = reader.forward_tokens(inputs[None, :], start=len(before))
+        losses.append(reader.classifier(lnf, tokens[None, :])[0].copy())
+    return losses
+
+
 def sample(logits, temperature, top_k, rng):
     """One token id drawn from softmax(logits / temperature), logits (V,).
 
     Lay the tokens side by side on a line, each as long as it is likely, and drop a pin on the line.
     """
-    if temperature < 1e-30:  # 0, or so small that float32 would take it for 0
+    if temperature < 1e-30:  # as good as 0, and float32 could not divide by much less
         return int(logits.argmax())
 
     logits = (logits - logits.max()) / temperature
@@ -1568,9 +1643,13 @@ import argparse
 import codecs
 import contextlib
 import ctypes
+import difflib
 import glob
 import json
-import shutil
+import re
+import shlex
+import signal
+import stat
 import sys
 import threading
 import time
@@ -1578,6 +1657,7 @@ import traceback
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor, wait
+from typing import NamedTuple
 
 # There are two kinds. BLAS has threads of its own, which serve the large matrix products. The
 # threads of `parallel` run blocks of rows; they run side by side because NumPy lets go of the
@@ -1603,6 +1683,7 @@ def threads_wanted():
     return os.cpu_count() or 1
 
 
+@functools.cache
 def find_blas_threads_setter():
     """The function of NumPy's own OpenBLAS that sets its number of threads.
 
@@ -1618,6 +1699,7 @@ def find_blas_threads_setter():
     return lambda n: None
 
 
+@functools.cache
 def keep_freed_pages():
     """Tell glibc to keep freed memory, so that temporaries need not be mapped and zeroed again.
 
@@ -1630,22 +1712,28 @@ def keep_freed_pages():
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def make_pool():
-    """The threads of `parallel`. Each is started when it is needed first."""
-    global POOL
-    POOL = ThreadPoolExecutor(max_workers=64)
+@functools.cache
+def make_pool(process):
+    """The threads of `parallel` in a process: a fork has none of those of its parent."""
+    return ThreadPoolExecutor(max_workers=64)
 
 
-ROW_THREADS = BLAS_THREADS = threads_wanted()
-set_blas_threads = find_blas_threads_setter()
-keep_freed_pages()
-make_pool()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=make_pool)  # threads do not come along into a new process
+THREADS = threads_wanted()
+
+
+def share_cores(processes):
+    """Use this process's share of the cores, unless the user has set the number of threads."""
+    global THREADS
+    if not threads_named():
+        THREADS = max(1, threads_wanted() // processes)
+        find_blas_threads_setter()(THREADS)
 
 
 def parallel(task, n):
-    """[task(0), ..., task(n - 1)], computed by ROW_THREADS threads while BLAS has one."""
+    """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one."""
+    keep_freed_pages()
+    set_blas_threads = find_blas_threads_setter()
+    pool = make_pool(os.getpid())
     results = [None] * n
     numbers = iter(range(n))
 
@@ -1656,1244 +1744,17 @@ def parallel(task, n):
     helpers = []
     set_blas_threads(1)
     try:
-        for _ in range(min(ROW_THREADS, n) - 1):
+        for _ in range(min(THREADS, n) - 1):
             with contextlib.suppress(RuntimeError):  # no more threads are to be had
-                helpers.append(POOL.submit(work))
+                helpers.append(pool.submit(work))
         work()
     finally:
         wait(helpers)
-        set_blas_threads(BLAS_THREADS)
+        set_blas_threads(THREADS)
 
     for helper in helpers:
         helper.result()
     return results
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Weights and tokens from files
-#
-# The formats are described in prepro_tinyshakespeare.py, which checks whatever it reads.
-
-
-def open_shards(source):
-    """(names, arrays of token ids) of a pattern of token files, or of one array.
-
-    A token file is mapped into memory, not read.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        return ["the text"], [source]
-
-    names = sorted(glob.glob(os.fspath(source)))
-    require(
-        names,
-        f"{source}: no such token file: write one with python prepro_tinyshakespeare.py",
-    )
-    return names, [prepro.open_tokens(name) for name in names]
-
-
-def check_vocabulary(loader, vocab_size, what):
-    """InputError if a model of GPT-2's tokens is given a file of bytes."""
-    highest = max(int(shard.max()) for shard in loader.shards)
-    of_bytes = vocab_size >= 50257 and highest < 256
-    require(
-        not of_bytes,
-        f"{what} {loader.names[0]}: holds bytes, and the model's vocabulary is GPT-2's: write its "
-        "tokens without --bytes 1, or use --model bytes",
-    )
-
-
-def load_pretrained(cls, source, batch_size, sequence_length, recompute, training):
-    """GPT2.from_pretrained, whose arguments are described there."""
-    path = find_weights(source)
-    config = GPT2Config(**prepro.read_sizes(path))
-    tensors = prepro.find_tensors(path, param_shapes(config))
-    model = cls(config, batch_size, sequence_length, None, recompute, training)
-    prepro.read_tensors(tensors, model.params)
-    return model
-
-
-def find_weights(source):
-    """The path of a model: of a name that OpenAI gave, fetched if need be, or source itself."""
-    source = os.fspath(source)
-    if source in prepro.WEIGHTS and not os.path.exists(source):
-        return prepro.fetch_weights(source)
-
-    names = ", ".join([*prepro.WEIGHTS, *FRESH, "bytes"])
-    require(os.path.exists(source), f"--model {source!r}: no such file, and none of {names}")
-
-    stopped_run = list_checkpoints(source)
-    if stopped_run and not holds_weights(source):
-        raise InputError(
-            f"{source}: holds checkpoints of a run that was stopped: use --model {stopped_run[0]}"
-        )
-    return source
-
-
-def write_tensors(model, inputs, targets, folder):
-    """Write what a port to another language checks itself against, in llm.c's two formats.
-
-    The model, and one batch (B, T) with its logits, its loss and all gradients. Returns the paths:
-    FOLDER/gpt2_124M.bin and FOLDER/gpt2_124M_debug_state.bin for 124 million parameters.
-    """
-    millions = round(model.flat.shape[1] / 1e6)
-    model_path = os.path.join(folder, f"gpt2_{millions}M.bin")
-    state_path = os.path.join(folder, f"gpt2_{millions}M_debug_state.bin")
-    prepro.write_llmc_model(model_path, asdict(model.config), model.params)
-
-    model.zero_grad()
-    loss = model.forward(inputs, targets)
-    model.backward()
-
-    def logits_pieces():
-        lnf = rows_of(model.acts["lnf"])
-        for i in range(0, len(lnf), LOGITS_ROWS):
-            yield lnf[i : i + LOGITS_ROWS] @ model.params["wte"].T
-
-    prepro.write_llmc_state(state_path, inputs, targets, logits_pieces(), loss, model.grads)
-    return [model_path, state_path]
-
-
-# --------------------------------------------------------------------------------------------------
-# 11. Evaluation: HellaSwag (Zellers et al., 2019)
-#
-# An example has a context and four endings, one of which is right. The model's answer is the ending
-# that it finds likeliest: the one with the least sum of its tokens' losses, for the score "acc", or
-# with the least mean, for "acc_norm".
-#
-# The plain way runs the model on four sequences, context + ending. Here the context is computed
-# once, and the four endings follow it in one sequence of rows:
-#
-#     rows         | context     | ending 0   | ending 1   | ending 2   | ending 3   |
-#     positions    | 0 ... n - 1 | n ...      | n ...      | n ...      | n ...      |
-#
-# Only attention has to know of this: an ending looks back at the context and at itself.
-
-
-def evaluation_acts(config, rows):
-    """Activations (1, rows, ...) for run_packed, which all layers share."""
-    shapes = act_shapes(config, 1, rows, training=False)
-    shapes["qkv"] = (1, *shapes["qkv"][1:])
-    return carve(np.zeros(count(shapes), np.float32), shapes)
-
-
-def packed_attention(out, lse, qkv, NH, n, parts):
-    """attention_forward for a context of n rows and the parts (slices) that follow it."""
-    attention_forward(out[:, :n], lse[:, :n], qkv[:, :n], NH)
-    for part in parts:
-        if part.start < part.stop:
-            visible = np.concatenate([qkv[:, :n], qkv[:, part]], axis=1)
-            attention_forward(out[:, part], lse[:, part], visible, NH)
-
-
-def run_packed(model, acts, tokens, positions, n, parts):
-    """lnf (1, N, C) of a packed sequence, tokens (1, N), positions (N,). The rest as above.
-
-    These are the layers of section 5, with another attention.
-    """
-    params, NH = model.params, model.config.num_heads
-    N = tokens.size
-    a = layer(acts, 0, np.s_[:, :N])
-
-    residual = acts["encoded"][:, :N]
-    encoder_forward(residual, tokens, params["wte"], params["wpe"][positions])
-    for l in range(model.config.num_layers):
-        p = layer(params, l)
-        layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
-        matmul_forward(a.qkv, a.ln1, p.qkvw, p.qkvb)
-        packed_attention(a.atty, a.att_lse, a.qkv, NH, n, parts)
-        matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
-        residual_forward(a.residual2, residual, a.attproj)
-
-        layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
-        matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
-        gelu_forward(a.fch_gelu, a.fch)
-        matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
-        residual_forward(a.residual3, a.residual2, a.fcproj)
-        residual = a.residual3
-
-    lnf, mean, rstd = acts["lnf"][:, :N], acts["lnf_mean"][:, :N], acts["lnf_rstd"][:, :N]
-    layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
-    return lnf
-
-
-def ending_losses(model, acts, context, endings):
-    """The losses of the tokens of each ending after a context: a list of arrays.
-
-    context and the endings are lists of token ids. Where they come from, no ending with its context
-    is longer than the model's context.
-    """
-    n = len(context)
-    tokens, positions = list(context), list(range(n))
-    predicting = []  # for each token of each ending, the row that predicts it
-    parts = []
-    for ending in endings:
-        begin = len(tokens)
-        tokens += ending[:-1]  # nothing is predicted from the last one
-        positions += range(n, n + len(ending) - 1)
-        parts.append(slice(begin, len(tokens)))
-        predicting += [n - 1, *range(begin, len(tokens))]
-
-    tokens, positions = np.array([tokens]), np.array(positions)
-    lnf = run_packed(model, acts, tokens, positions, n, parts)[:, predicting]
-    targets = np.array([sum(endings, [])])
-
-    losses = np.empty(targets.shape, lnf.dtype)
-    for start in range(0, targets.size, LOGITS_ROWS):
-        piece = np.s_[:, start : start + LOGITS_ROWS]
-        logits = acts["logits"][:, : targets[piece].size]
-        matmul_forward(logits, lnf[piece], model.params["wte"])
-        crossentropy_softmax_forward(losses[piece], logits, targets[piece])
-
-    ends = np.cumsum([len(ending) for ending in endings])
-    return np.split(losses[0], ends[:-1])
-
-
-def fitting(example, max_seq_len):
-    """An example whose context has lost its beginning, if it is too long for the model."""
-    longest = max(len(ending) for ending in example.endings)
-    room = max_seq_len - longest
-    require(room > 0, f"HellaSwag: an ending has {longest} tokens, the model reads {max_seq_len}")
-    return example._replace(context=example.context[-room:])
-
-
-def rows_needed(example):
-    """How many rows an example takes when it is packed."""
-    return len(example.context) + sum(len(ending) - 1 for ending in example.endings)
-
-
-def hellaswag(run):
-    """Answer the run's examples and print the score: acc_norm, or None if a signal came before.
-
-    Several processes take turns with the examples.
-    """
-    model, world = run.model, run.world
-    examples = [fitting(example, model.config.max_seq_len) for example in run.examples]
-    acts = evaluation_acts(model.config, max(map(rows_needed, examples)))
-
-    right, right_norm = [], []  # for each example, whether the answer was
-    with Progress("hellaswag") as progress:
-        for first in range(0, len(examples), world.size):
-            if run.must_stop():
-                break
-            for example in examples[first:][world.rank : world.rank + 1]:  # one; none at the end
-                losses = ending_losses(model, acts, example.context, example.endings)
-                right.append(np.argmin([loss.sum() for loss in losses]) == example.label)
-                right_norm.append(np.argmin([loss.mean() for loss in losses]) == example.label)
-            progress.done = (first + world.size) / len(examples)
-
-    answered, acc, acc_norm = (world.sum(n) for n in (len(right), sum(right), sum(right_norm)))
-    if answered == 0:
-        return None
-
-    line = f"hellaswag {acc_norm}/{answered} acc_norm {acc_norm / answered:.4f} "
-    line += f"acc {acc / answered:.4f}"
-    old_and_new = zip(run.examples, examples, strict=True)
-    cut = sum(len(new.context) < len(old.context) for old, new in old_and_new)
-    if cut:
-        line += f" ({cut} contexts were too long and lost their beginning)"
-    whole = answered == len(examples)
-    if not whole:
-        line += f" (stopped after {answered} of {len(examples)})"
-    print_now(line)
-    return acc_norm / answered if whole else None
-
-
-# --------------------------------------------------------------------------------------------------
-# 12. Several processes (skip this on first reading)
-#
-#     mpiexec -n 4 python train_gpt2.py ...
-#
-# starts this program four times, on one machine or on several. Each process has all parameters and
-# all gradients, and takes its own batches. And each owns a quarter of the flat vector: it alone
-# updates that part of the parameters, and it alone has AdamW's m and v for it. It never touches the
-# rest of m and v, which therefore costs no memory (ZeRO, stage 1; Rajbhandari et al., 2020). The
-# processes exchange numbers by MPI.
-
-PIECE = 1 << 20  # elements that are sent at a time
-
-
-class World:
-    """The processes that train together. With one alone, the methods do nothing.
-
-    comm         MPI's communicator; None for one process
-    rank, size   this is number `rank` of `size` processes
-    local_size   how many of them share this machine
-    """
-
-    def __init__(self, comm=None, local_size=1):
-        self.comm = comm
-        self.rank = comm.rank if comm else 0
-        self.size = comm.size if comm else 1
-        self.local_size = local_size
-
-    def part(self, n, rank=None):
-        """The slice of a vector of n elements that a process owns: this one, or another."""
-        rank = self.rank if rank is None else rank
-        width = math.ceil(n / self.size)
-        return slice(min(n, rank * width), min(n, (rank + 1) * width))
-
-    def wait(self):
-        """Go on when all processes have come here."""
-        if self.comm:
-            self.comm.Barrier()
-
-    def sum(self, number):
-        """The sum of one number of each process, in the order of the processes."""
-        return sum(self.comm.allgather(number)) if self.comm else number
-
-    def greatest(self, number):
-        """The greatest of one number of each process."""
-        return max(self.comm.allgather(number)) if self.comm else number
-
-    def sum_gradients(self, grads):
-        """Add up the gradients (n,) of all processes. Each part of the sum goes to its owner.
-
-        MPI takes the pieces for all owners side by side. They are copied there, a piece of each
-        part at a time, so that there is no second copy of the whole.
-        """
-        n = len(grads)
-        parts = [grads[self.part(n, rank)] for rank in range(self.size)]
-        side_by_side = np.zeros((self.size, PIECE // self.size), grads.dtype)
-        total = np.empty(PIECE // self.size, grads.dtype)
-
-        for start in range(0, len(parts[0]), len(total)):
-            piece = slice(start, start + len(total))
-            for rank, part in enumerate(parts):
-                side_by_side[rank, : len(part[piece])] = part[piece]
-            self.comm.Reduce_scatter_block(side_by_side, total)
-            own = parts[self.rank][piece]
-            own[...] = total[: len(own)]
-
-    def gather_params(self, params):
-        """Fill in the parts of the parameters (n,) that other processes have updated."""
-        from mpi4py import MPI
-
-        parts = [self.part(len(params), rank) for rank in range(self.size)]
-        starts = [part.start for part in parts]
-        lengths = [part.stop - part.start for part in parts]
-        self.comm.Allgatherv(MPI.IN_PLACE, [params, (lengths, starts)])
-
-    def pieces(self, row):
-        """A row of m or v (n,), piece by piece, for process 0. The other processes send theirs."""
-        for owner in range(self.size):
-            part = row[self.part(len(row), owner)]
-            for start in range(0, len(part), PIECE):
-                piece = part[start : start + PIECE]
-                if owner > 0 and self.rank == owner:
-                    self.comm.Send(piece, dest=0)
-                if owner > 0 and self.rank == 0:
-                    piece = np.empty_like(piece)
-                    self.comm.Recv(piece, source=owner)
-                yield piece
-
-    def crc32(self, row):
-        """The CRC-32 of a row of m or v. Each process continues where the one before it ended."""
-        value = 0
-        for owner in range(self.size):
-            if self.rank == owner:
-                value = zlib.crc32(row[self.part(len(row))], value)
-            if self.comm:
-                value = self.comm.bcast(value, root=owner)
-        return value
-
-    @contextlib.contextmanager
-    def first_rank_first(self):
-        """Process 0 does what stands in here, then all others do: they find what it fetched."""
-        if self.rank > 0:
-            self.wait()
-        try:
-            yield
-        finally:
-            if self.rank == 0:
-                self.wait()
-
-    def check_alike(self, facts):
-        """InputError unless all processes give the same facts: a dict of what can be in JSON."""
-        if not self.comm:
-            return
-        text = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
-        hashes = {name: zlib.crc32(value.encode()) for name, value in text.items()}
-        for rank, other in enumerate(self.comm.allgather(hashes)):
-            for name in hashes:
-                same = other[name] == hashes[name]
-                require(same, f"process {rank} has other {name} than process {self.rank}")
-
-
-ALONE = World()
-
-
-def train_step_together(
-    world, model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0, step=None,
-    check=lambda value, what: None,
-):  # fmt: skip
-    """train_step on several processes, each with micro_batches batches of its own.
-
-    The result is that of one process with all these batches.
-    """
-    scale = 1 / (micro_batches * world.size)
-    loss = 0.0
-    for _ in range(micro_batches):
-        inputs, targets = loader.next_batch()
-        loss += model.forward(inputs, targets, grad_scale=scale) * scale
-        check(loss, "loss")
-        model.backward()
-    loss = world.sum(loss)
-
-    params, grads = model.flat[:2]
-    part = world.part(len(params))
-    world.sum_gradients(grads)
-    norm = math.sqrt(world.sum(model.grad_norm(part) ** 2))
-    check(norm, "gradient norm")
-
-    clip = grad_clip / norm if 0 < grad_clip < norm else 1.0
-    model.update(learning_rate, weight_decay=weight_decay, step=step, grad_scale=clip, part=part)
-    world.gather_params(params)
-    return loss, norm
-
-
-def launched():
-    """(rank, size) of this process, from what mpiexec left in the environment; (0, 1) without."""
-    names = (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
-        ("PMI_RANK", "PMI_SIZE"),  # MPICH, Intel MPI, Microsoft MPI
-    )
-    for rank, size in names:
-        if os.environ.get(rank, "").isdecimal() and os.environ.get(size, "").isdecimal():
-            return int(os.environ[rank]), int(os.environ[size])
-    return 0, 1
-
-
-def join_world():
-    """The World that mpiexec started this process in, with this process's share of the cores."""
-    _, size = launched()
-    if size == 1:
-        return ALONE
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError):
-        raise InputError(
-            f"mpiexec started {size} processes, and mpi4py is missing, which they need: "
-            "pip install mpi4py mpich"
-        ) from None
-
-    comm = MPI.COMM_WORLD
-    local_size = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-    share_cores(local_size)
-    if comm.rank > 0:
-        sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-    return World(comm, local_size)
-
-
-def share_cores(local_size):
-    """Use this process's share of the machine's cores, unless the user has set the number."""
-    global ROW_THREADS, BLAS_THREADS
-    if not threads_named():
-        share = max(1, (os.cpu_count() or 1) // local_size)
-        ROW_THREADS = BLAS_THREADS = min(threads_wanted(), share)
-        set_blas_threads(BLAS_THREADS)
-
-
-def end_all(world, code):
-    """End all processes of a run because this one can't go on. Alone, return the exit code."""
-    if world.comm:
-        sys.stderr.flush()
-        time.sleep(0.5)  # so that mpiexec passes on what was printed, before it ends everything
-        world.comm.Abort(code)
-    return code
-
-
-# --------------------------------------------------------------------------------------------------
-# 13. Checkpoints
-#
-# DIR/checkpoint_STEP is a folder with what save_pretrained writes; main.log; and
-# optimizer.safetensors, which holds AdamW's m and v, each one row laid out like the parameters,
-# and, as metadata, the state of the run in JSON. Each part has a checksum in it. The folder is
-# written under another name and then renamed. The last two checkpoints are kept.
-
-
-@dataclass
-class Run:
-    """A run of the training loop: the model, its data, and how far it is."""
-
-    args: SimpleNamespace  # the value of every flag
-    model: GPT2
-    world: World
-    stopped: list  # the numbers of the signals that have come
-    loader: DataLoader = None
-    val_loader: DataLoader = None
-    step: int = 0  # updates done
-    position: list = None  # of the loader, when the run was saved
-    evaluated: bool = False  # whether the validation and the sample of this step are done
-    examples: list = None  # of HellaSwag, if they are asked for
-    log: list = None  # the lines of main.log
-    tokens: list = None  # the number of tokens in each shard of the training data
-    tokens_crc32: list = None  # and their checksums
-    saved_as_evaluated: bool = None  # what the checkpoint of this step says about `evaluated`
-
-    def must_stop(self):
-        """Whether a signal has come to this process, or to another one. All get the same answer."""
-        number = self.world.greatest(self.stopped[0] if self.stopped else 0)
-        if number and not self.stopped:
-            self.stopped.append(number)
-        return bool(number)
-
-    def writes(self):
-        """Whether this process writes to --output_dir."""
-        return bool(self.args.output_dir) and self.world.rank == 0
-
-
-def list_checkpoints(folder):
-    """The checkpoints in a folder, newest first."""
-    if not folder:
-        return []
-    pattern = os.path.join(glob.escape(folder), "checkpoint_" + "[0-9]" * 8)
-    return sorted(glob.glob(pattern), reverse=True)
-
-
-def checksums(moments, params, folder):
-    """CRC-32s of the parameters as they stand in the blob, of m and v, and of the small files."""
-    sums = [zlib.crc32(params), *moments]
-    for name in ("config.json", "generation_config.json", "main.log"):
-        data = np.fromfile(os.path.join(folder, name), np.uint8)
-        sums.append(zlib.crc32(data))
-    return sums
-
-
-def save_checkpoint(model, folder, state, world=ALONE):
-    """Write DIR/checkpoint_STEP, and delete all but the last two.
-
-    state: a dict of what a run needs besides the model, see state_of; "log" are main.log's lines.
-    Of several processes, the first one writes, and the others send it their parts of m and v.
-    """
-    params, _, m, v = model.flat
-    moments = {"m": m, "v": v}
-    sums = [world.crc32(row) for row in moments.values()]
-    if world.rank > 0:
-        for row in moments.values():
-            for _ in world.pieces(row):
-                pass
-        return
-
-    final = os.path.join(folder, f"checkpoint_{state['step']:08d}")
-    temporary = os.path.join(folder, "checkpoint.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-
-    model.save_pretrained(temporary)
-    write_log(os.path.join(temporary, "main.log"), state["log"])
-
-    text = json.dumps({**state, "log": None, "crc32": checksums(sums, params, temporary)})
-    metadata = {"state": text, "crc32": str(zlib.crc32(text.encode()))}
-    path = os.path.join(temporary, "optimizer.safetensors")
-    prepro.write_safetensors(path, moments, metadata, world.pieces)
-
-    replace_folder(temporary, final)
-    for old in list_checkpoints(folder)[2:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def state_of(run):
-    """What a checkpoint keeps of a run, besides the model."""
-    return {
-        "step": run.step,
-        "position": run.loader.position,
-        "evaluated": run.evaluated,
-        "log": run.log,
-        "settings": vars(run.args),
-        "tokens": run.tokens,
-        "tokens_crc32": run.tokens_crc32,
-    }
-
-
-def replace_folder(temporary, final):
-    """Rename a folder. One that has this name already is moved away first, and deleted at last."""
-    old = f"{final}.old"
-    if os.path.exists(final):
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(final, old)
-    os.replace(temporary, final)
-    prepro.sync_folder(os.path.dirname(final))
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_replaced(folder):
-    """Give a checkpoint its name back if the run was killed within replace_folder."""
-    for old in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.old")):
-        final = old.removesuffix(".old")
-        if not os.path.exists(final):
-            os.replace(old, final)
-
-
-def read_state(folder):
-    """(state, m and v as StoredTensors) of a checkpoint. InputError unless all is as it must be."""
-    path = os.path.join(folder, "optimizer.safetensors")
-    moments, metadata = prepro.read_safetensors(path)
-    text = str(metadata.get("state")).encode(errors="replace")
-    right = str(zlib.crc32(text)) == metadata.get("crc32")
-    require(right, "its state does not match its checksum")
-
-    state = prepro.parse_json(text, path)
-    settings = state.get("settings")
-    require(isinstance(settings, dict), "its settings are not as expected")
-    for name, value in settings.items():
-        known = name in DEFAULTS and isinstance(value, (type(DEFAULTS[name]), int))
-        known = known and isinstance(value, str) == isinstance(DEFAULTS[name], str)
-        require(known, f"its setting {name!r} is not as expected")
-    if "shuffle" not in settings:  # written before there was such a flag
-        settings["shuffle"] = 0
-        settings["recompute"] = {2: 1, 3: 2}.get(settings.get("recompute"), 1)
-    if settings.get("total_batch_size") == 0:  # likewise: one batch of one process
-        B, T = settings.get("batch_size", 4), settings.get("sequence_length", 64)
-        settings["total_batch_size"] = B * T
-
-    require(prepro.are_sizes(state.get("crc32")), "its checksums are not as expected")
-    sums = state.get("tokens_crc32", [])
-    require(prepro.are_sizes(sums, most=1 << 16), "its checksums are not as expected")
-    step, position = state.get("step"), state.get("position")
-    require(prepro.are_sizes([step]), "its step is not as expected")
-    right = prepro.are_sizes(position) and len(position) in (2, 3)
-    require(right, "its position is not as expected")
-    right = prepro.are_sizes(state.get("tokens"), most=1 << 16)
-    require(right, "its tokens are not as expected")
-    require(type(state.get("evaluated")) is bool, "its state is not as expected")
-    return state, moments
-
-
-def load_checkpoint(folder, named, world=ALONE):
-    """(args, model, state) of a checkpoint, with the flags in `named` that may change.
-
-    InputError if a bit of it is wrong.
-    """
-    state, moments = read_state(folder)
-    changed = {name: value for name, value in named.items() if name in MAY_CHANGE}
-    args = SimpleNamespace(**DEFAULTS | state["settings"] | changed)
-
-    config = GPT2Config(**prepro.read_sizes(folder))
-    tensors = prepro.find_tensors(folder, param_shapes(config))
-    model = make_model(args, config, world)
-    params, _, m, v = model.flat
-    with Progress(f"reading {folder}"):
-        prepro.read_tensors(tensors, model.params)
-        sums = [read_moments(moments, "m", m, world), read_moments(moments, "v", v, world)]
-        right = state["crc32"] == checksums(sums, params, folder)
-        require(right, "its data does not match its checksum")
-
-    model.updates = state["step"]
-    log = np.fromfile(os.path.join(folder, "main.log"), np.uint8).tobytes()
-    state["log"] = log.decode(errors="replace").splitlines()
-    return args, model, state
-
-
-def read_moments(moments, name, row, world):
-    """Read this process's part of m or v into row (n,). The CRC-32 of all of it, as in the file."""
-    stored = moments.get(name)
-    right = stored is not None and (stored.dtype, stored.shape) == ("F32", row.shape)
-    require(right, f"{name} is not as expected")
-
-    part = world.part(len(row))
-    value = 0
-    start = 0
-    for piece in prepro.read_pieces(stored, name):
-        value = zlib.crc32(piece, value)
-        begin = max(start, part.start)
-        end = min(start + len(piece), part.stop)
-        if begin < end:
-            row[begin:end] = piece[begin - start : end - start]
-        start += len(piece)
-    return value
-
-
-def resume(named, stopped, world=ALONE):
-    """The Run of the newest whole checkpoint in --output_dir. None if there is no checkpoint."""
-    output_dir = named.get("output_dir", "")
-    recover_replaced(output_dir)
-    folders = list_checkpoints(output_dir)
-    for folder in folders:
-        try:
-            args, model, state = load_checkpoint(folder, named, world)
-        except (InputError, OSError) as error:
-            print_now(f"{folder} is damaged: {error}: taking the one before it")
-            continue
-
-        refuse_changed_flags(args, named)
-        print_now(f"resuming from {folder}")
-        for newer in folders[: folders.index(folder)]:  # a whole one will take its name
-            shutil.rmtree(f"{newer}.damaged", ignore_errors=True)
-            os.replace(newer, f"{newer}.damaged")
-        return Run(
-            args=args,
-            model=model,
-            world=world,
-            stopped=stopped,
-            step=state["step"],
-            position=state["position"],
-            evaluated=state["evaluated"],
-            saved_as_evaluated=state["evaluated"],
-            log=state["log"],
-            tokens=state["tokens"],
-            tokens_crc32=state.get("tokens_crc32"),
-        )
-
-    whole = not folders
-    require(whole, f"no checkpoint in {output_dir} is whole: choose another --output_dir")
-    require(
-        not holds_weights(output_dir),
-        f"{output_dir} holds weights, but no checkpoint to resume from: fine-tune from them with "
-        f"--model {output_dir} and another --output_dir",
-    )
-    print_now("no checkpoint to resume from: starting anew")
-    return None
-
-
-def refuse_changed_flags(args, named):
-    """InputError if a flag is named that a resumed run can't change."""
-    clashes = []
-    for name, value in named.items():
-        before = getattr(args, name)
-        if value != before:
-            clashes.append(f"--{name} {value!r} (it was {before!r})")
-    require(
-        not clashes,
-        f"the run in {args.output_dir} can't go on with {', '.join(clashes)}: leave that out, or "
-        "start another",
-    )
-
-
-def holds_weights(folder):
-    """Whether a folder holds the weights of a finished run."""
-    return os.path.exists(os.path.join(folder, "model.safetensors"))
-
-
-def refuse_used_folder(folder):
-    """InputError if a folder holds a run, which a new run would overwrite."""
-    log = os.path.join(folder, "main.log")
-    used = list_checkpoints(folder) or holds_weights(folder)
-    used = used or os.path.exists(log) and os.path.getsize(log) > 0
-    require(
-        not used,
-        f"{folder} holds a run: go on with --resume 1, or choose another --output_dir",
-    )
-
-
-def lock_folder(folder):
-    """Keep a folder to this process until it ends. Returns a file that must stay open."""
-    os.makedirs(folder, exist_ok=True)
-    handle = open(os.path.join(folder, ".lock"), "ab")
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except OSError:
-        handle.close()
-        raise InputError(
-            f"{folder}: another run is writing there: choose another --output_dir"
-        ) from None
-
-
-# --------------------------------------------------------------------------------------------------
-# 14. The training loop
-
-
-def train(run):
-    """Train, validate, sample and save, until all updates are done or a signal has come."""
-    args = run.args
-    micro_batches = count_micro_batches(args, run.world.size)
-    first_step = run.step
-    began = time.perf_counter()
-    seconds = None  # that the last update took
-    loader = FirstBatch(run.loader) if args.overfit_single_batch else run.loader
-    one_step = train_step
-    if run.world.size > 1:
-        one_step = functools.partial(train_step_together, run.world)
-    if run.writes():
-        write_log(os.path.join(args.output_dir, "main.log"), run.log)
-
-    while True:
-        last = run.step >= args.num_iterations
-        if not run.evaluated:
-            run.evaluated = evaluate(run, last)
-
-        stop = run.must_stop()  # asked once, because a signal may come at any moment
-        if args.output_dir and (last or stop or is_due(run.step, args.checkpoint_every)):
-            save(run, run.step > first_step)
-        if last or stop:
-            break
-
-        learning_rate = learning_rate_at(run.step, args)
-        started = time.perf_counter()
-        with Progress(f"step {run.step + 1}", seconds):
-            loss, norm = one_step(
-                run.model, loader, micro_batches,
-                learning_rate, args.weight_decay, args.grad_clip, run.step + 1,
-                functools.partial(check_finite, model=run.model, step=run.step),
-            )  # fmt: skip
-        seconds = time.perf_counter() - started
-
-        run.step += 1
-        run.evaluated = False
-        print_now(
-            f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
-            f"lr {learning_rate:.2e}, {seconds * 1e3:.0f} ms, "
-            f"{args.total_batch_size / seconds:.0f} tok/s)"
-        )
-        write_log_line(run, "trl", loss)
-
-    seconds = time.perf_counter() - began
-    finish(run, seconds, (run.step - first_step) * args.total_batch_size / seconds, last)
-
-
-class FirstBatch:
-    """A loader that gives the first batch again and again."""
-
-    def __init__(self, loader):
-        self.loader = loader
-
-    def next_batch(self):
-        self.loader.seek([0, 0, 0])
-        return self.loader.next_batch()
-
-
-def count_micro_batches(args, size=1):
-    """How many batches each of `size` processes takes for one update.
-
-    --total_batch_size counts the tokens of all. InputError if they can't share it out.
-    """
-    tokens = args.batch_size * args.sequence_length * size
-    total = args.total_batch_size
-    nearest = max(1, total // tokens) * tokens
-    what = "B*T" if size == 1 else f"B*T * {size} processes"
-    require(
-        total == nearest,
-        f"--total_batch_size {total} is no multiple of {what} = {tokens}: try {nearest}",
-    )
-    return total // tokens
-
-
-def is_due(step, every):
-    """Whether something that is done after every so many updates is due; never if every is 0."""
-    return every > 0 and step > 0 and step % every == 0
-
-
-def learning_rate_at(step, args):
-    """Of the update that follows `step` others: a rise to the peak, then half a cosine down."""
-    peak = args.learning_rate
-    if step < args.warmup_iters:
-        return peak * (step + 1) / args.warmup_iters
-
-    low = peak * args.learning_rate_decay_frac
-    done = (step - args.warmup_iters) / (args.num_iterations - args.warmup_iters)
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def evaluate(run, last):
-    """Validate and sample, where that is due. Returns False if a signal came before it was done."""
-    args = run.args
-    if run.must_stop():
-        return False
-
-    if args.val_loss_every and (last or run.step % args.val_loss_every == 0):
-        loss = validate(run)
-        if loss is None:
-            return False
-        check_finite(loss, "loss", run.model, run.step)
-        print_now(f"val loss {loss:.6f}")
-        write_log_line(run, "tel", loss)
-        if run.examples:
-            score = hellaswag(run)
-            if score is None:
-                return False
-            write_log_line(run, "eval", score)
-
-    sampling = args.sample_every and run.step and (last or run.step % args.sample_every == 0)
-    if sampling and run.world.rank == 0:
-        print_now("--- sample")
-        try:
-            print_sample(run.model, args, run.step, run.stopped)
-        except InputError as error:  # no vocabulary: nothing trained is lost for want of a sample
-            print_now(f"none: {error}")
-    return True
-
-
-def validate(run):
-    """The mean loss of the first val_max_steps batches of the validation data. None if stopped.
-
-    Several processes take turns with the batches.
-    """
-    steps, size = run.args.val_max_steps, run.world.size
-    run.val_loader.seek([0, 0, 0])
-    losses = []
-    with Progress("validating") as progress:
-        for first in range(0, steps, size):
-            if run.must_stop():
-                return None
-            inputs, targets = run.val_loader.next_batch()  # each process gets another one
-            if first + run.world.rank < steps:
-                losses.append(run.model.forward(inputs, targets, train=False))
-            progress.done = (first + size) / steps
-    return run.world.sum(sum(losses)) / steps
-
-
-def save(run, changed):
-    """A checkpoint of this step; if the disk is full, ask for room, so that nothing is lost."""
-    folder = run.args.output_dir
-    exists = os.path.join(folder, f"checkpoint_{run.step:08d}") in list_checkpoints(folder)
-    exists = bool(run.world.greatest(exists))
-    if exists and not changed and run.saved_as_evaluated == run.evaluated:
-        return
-
-    while True:
-        try:
-            with Progress(f"saving to {folder}"):
-                save_checkpoint(run.model, folder, state_of(run), run.world)
-            run.saved_as_evaluated = run.evaluated
-            return
-        except (OSError, InputError) as error:
-            shutil.rmtree(os.path.join(folder, "checkpoint.tmp"), ignore_errors=True)
-            kept = list_checkpoints(folder)
-            message = f"can't save to {folder}: {prepro.reason(error)}; the last whole checkpoint "
-            message += f"is {kept[0]}" if kept else "is none"
-            if not (sys.stdin and sys.stdin.isatty()) or run.world.size > 1:
-                raise InputError(message) from None
-            print_now(f"{message}. Make room and press Enter, or give up with Ctrl-C")
-            sys.stdin.readline()
-
-
-def finish(run, seconds, tokens_per_second, last):
-    """Leave the weights in --output_dir, and print the last line."""
-    args = run.args
-    complete = last and not run.stopped
-    if run.writes() and complete:
-        publish_weights(args.output_dir)
-
-    summary = [f"{run.step} updates"]
-    for kind, name in (("trl", "train"), ("tel", "val")):
-        losses = [float(line.split(":")[2]) for line in run.log if f" {kind}:" in line]
-        if losses:
-            curve = sparkline(losses)
-            summary.append(f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {curve}")
-    summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
-    if args.output_dir and complete:
-        summary.append(f"saved in {args.output_dir}")
-    elif args.output_dir:
-        summary.append(f"go on with --output_dir {args.output_dir} --resume 1")
-    print_now(("" if complete else "stopped: ") + ", ".join(summary))
-
-
-def publish_weights(folder):
-    """Put the last checkpoint's weights into the folder itself, as hard links where that works."""
-    checkpoint = list_checkpoints(folder)[0]
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        source = os.path.join(checkpoint, name)
-        temporary = os.path.join(folder, f"{name}.tmp")
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
-        os.replace(temporary, os.path.join(folder, name))
-        with contextlib.suppress(FileNotFoundError):  # it stays if both are the same file already
-            os.remove(temporary)
-    prepro.sync_folder(folder)
-
-
-def check_finite(value, what, model, step):
-    """InputError if a loss or a norm is NaN or infinite. It names the tensor where that began."""
-    if math.isfinite(value):
-        return
-    tables = (model.params, model.acts) if what == "loss" else (model.grads,)
-    names = in_order_of_computation(model.config.num_layers)
-    if what != "loss":
-        names.reverse()
-
-    culprit = "the last sum"
-    for name, l in names:
-        view = find_view(tables, name, l, model.config.num_layers)
-        if view is not None and not np.isfinite(view).all():
-            culprit = name if l is None else f"{name} of layer {l}"
-            break
-    raise InputError(
-        f"update {step + 1}: the {what} is {value}; it began in {culprit}. The last checkpoint is "
-        "as it was. Try a smaller --learning_rate, or --grad_clip 1"
-    )
-
-
-def in_order_of_computation(num_layers):
-    """(name, l) of every tensor that forward uses, in order; l is None outside the layers."""
-    first = ["wte", "wpe", "encoded"]
-    of_layers = [
-        "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
-        "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb",
-        "ln1_mean", "ln1_rstd", "ln1", "qkv", "att_lse", "atty", "attproj", "residual2",
-        "ln2_mean", "ln2_rstd", "ln2", "fch", "fch_gelu", "fcproj", "residual3",
-    ]  # fmt: skip
-    last = ["lnfw", "lnfb", "lnf_mean", "lnf_rstd", "lnf", "logits", "losses"]
-
-    names = [(name, None) for name in first]
-    for l in range(num_layers):
-        names += [(name, l) for name in of_layers]
-    names += [(name, None) for name in last]
-    return names
-
-
-def find_view(tables, name, l, num_layers):
-    """A tensor in one of the tables. None if it is not there, or if a later layer overwrote it."""
-    for table in tables:
-        if name not in table:
-            continue
-        view = table[name]
-        if l is None:
-            return view
-        if len(view) == num_layers:
-            return view[l]
-        return view[0] if l == num_layers - 1 else None  # shared: holds the last layer's
-    return None
-
-
-def write_log(path, lines):
-    """Write main.log anew."""
-    with prepro.atomic_write(path) as file:
-        for line in lines:
-            file.write(f"{line}\n".encode())
-
-
-def write_log_line(run, kind, value):
-    """Add a line to main.log, in llm.c's format.
-
-    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag.
-    """
-    line = f"s:{run.step} {kind}:{value:.4f}"
-    run.log.append(line)
-    if run.writes():
-        with open(os.path.join(run.args.output_dir, "main.log"), "a") as file:
-            file.write(line + "\n")
-
-
-def sparkline(values, width=60):
-    """A row of characters whose heights follow the values."""
-    encoding = getattr(sys.stdout, "encoding", "") or ""
-    blocks = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
-
-    groups = np.array_split(values, min(width, len(values)))
-    means = np.array([group.mean() for group in groups])
-    heights = (means - means.min()) / max(np.ptp(means), 1e-9)
-    return "".join(blocks[round(height * 7)] for height in heights.tolist())
-
-
-def print_now(text, end="\n"):
-    """Print at once. If nobody reads any more, SIGPIPE has told the run to stop."""
-    with contextlib.suppress(BrokenPipeError):
-        print(text, end=end, flush=True)
-
-
-class Progress:
-    """A line on the terminal that says what takes so long. It appears after two seconds.
-
-    with Progress("validating") as progress: progress.done = 0.5
-    """
-
-    def __init__(self, what, expected=None):
-        self.what = what
-        self.expected = expected  # seconds
-        self.done = None  # a fraction, where it is known
-
-    def __enter__(self):
-        self.started = time.monotonic()
-        self.shown = False
-        self.ended = threading.Event()
-        if sys.stderr and sys.stderr.isatty():
-            threading.Thread(target=self.show, daemon=True).start()
-        return self
-
-    def __exit__(self, *error):
-        self.ended.set()
-        if self.shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-    def show(self):
-        """Write the line anew each second, until the end."""
-        while not self.ended.wait(1.0):
-            seconds = time.monotonic() - self.started
-            if seconds < 2:
-                continue
-            left = None
-            if self.done:
-                left = seconds / self.done - seconds
-            elif self.expected:
-                left = self.expected - seconds
-            estimate = f", {max(0, left):.0f} s left" if left is not None else ""
-            self.shown = True
-            line = f"\r\033[K{self.what}: {seconds:.0f} s{estimate}"
-            print(line, end="", file=sys.stderr, flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# 15. The command line
-
-# name: (default, meaning). The defaults are those of llm.c's CPU trainer.
-FLAGS = {
-    "model": (
-        "gpt2",
-        "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48 or bytes: fresh weights; or a folder, "
-        ".safetensors or .bin",
-    ),
-    "input_bin": (
-        "data/tiny_shakespeare_train.bin",
-        "training tokens: a path or a glob pattern",
-    ),
-    "input_val_bin": ("data/tiny_shakespeare_val.bin", "validation tokens, likewise"),
-    "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
-    "batch_size": (4, "B, sequences per batch"),
-    "sequence_length": (
-        64,
-        "T, tokens per sequence (when only generating: the model's whole context)",
-    ),
-    "total_batch_size": (0, "tokens per update of all processes; 0: B*T times their number"),
-    "num_iterations": (40, "updates"),
-    "learning_rate": (1e-4, "its peak"),
-    "warmup_iters": (0, "updates over which it rises to the peak"),
-    "learning_rate_decay_frac": (
-        1.0,
-        "fraction of the peak to which a cosine takes it by the end",
-    ),
-    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"),
-    "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
-    "shuffle": (
-        0,
-        "1: take the passages of the text in an order drawn anew for each epoch; that is the "
-        "default for fresh weights",
-    ),
-    "val_loss_every": (10, "updates between validations; 0: none"),
-    "val_max_steps": (5, "batches per validation"),
-    "hellaswag_eval": (0, "1: score the model on HellaSwag after every validation"),
-    "hellaswag_limit": (0, "use the first so many examples of HellaSwag; 0: all 10042"),
-    "sample_every": (20, "updates between samples; 0: none"),
-    "inference_only": (0, "1: continue --prompt, or score HellaSwag, and train nothing"),
-    "overfit_single_batch": (0, "1: train on the first batch again and again"),
-    "write_tensors": (0, "1: write what a port checks itself against, to --output_dir or data"),
-    "recompute": (
-        1,
-        "0: store everything; 1: compute layernorm and GELU again in backward; 2: whole layers",
-    ),
-    "checkpoint_every": (
-        0,
-        "updates between checkpoints in --output_dir; 0: only at the end, or when stopped",
-    ),
-    "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
-    "seed": (1337, "of fresh weights, of the order of passages and of samples"),
-    "prompt": ("", "text to continue; if empty, a new text begins"),
-    "max_new_tokens": (64, "length of a sample, in tokens"),
-    "top_k": (0, "sample among the k likeliest; 0: among all"),
-    "temperature": (1.0, "of samples: below 1 bolder, above 1 wilder, 0 always the likeliest"),
-}
-DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
-AT_LEAST_ONE = {"batch_size", "sequence_length", "val_max_steps"}
-
-# These may differ when a run is resumed.
-MAY_CHANGE = {
-    "num_iterations", "val_loss_every", "val_max_steps", "sample_every", "checkpoint_every",
-    "hellaswag_eval", "hellaswag_limit", "resume", "output_dir", "max_new_tokens", "temperature",
-    "top_k", "prompt",
-}  # fmt: skip
-
-# dL has L layers and these channels, in heads of 64.
-FRESH = {"d6": 384, "d12": 768, "d24": 1024, "d36": 1280, "d48": 1600}
-
-# --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
-BYTES_CONFIG = GPT2Config(64, 256, 2, 4, 128)
-BYTES_DEFAULTS = {
-    "model": "bytes",
-    "input_bin": "",
-    "batch_size": 16,
-    "num_iterations": 1200,
-    "learning_rate": 4e-3,
-    "warmup_iters": 100,
-    "learning_rate_decay_frac": 0.05,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "shuffle": 1,
-    "val_loss_every": 200,
-    "val_max_steps": 30,
-    "sample_every": 1200,
-    "max_new_tokens": 400,
-    "temperature": 0.6,
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the whole usage before it."""
-
-    def error(self, message):
-        rank, _ = launched()
-        if rank == 0:
-            print(f"error: {message} (--help lists all flags)", file=sys.stderr)
-        sys.exit(2)
-
-
-def flag_type(name):
-    """A function from the text of a flag to its value."""
-    kind = type(DEFAULTS[name])
-    low = 1 if name in AT_LEAST_ONE else 0
-    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
-
-    def convert(text):
-        try:
-            value = kind(text)
-            right = kind is str or low <= value < 1 << 63
-        except ValueError:
-            right = False
-        if not right:
-            raise argparse.ArgumentTypeError(f"expected {expected} of at least {low}, not {text!r}")
-        return value
-
-    return convert
-
-
-def parse_args(argv=None):
-    """The flags that argv names: {flag: value}. Leaves with exit code 2 if they make no sense."""
-    examples = "\n\n" + __doc__[__doc__.index("    python") : __doc__.index("There is no tensor")]
-    parser = Parser(usage=examples, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, (default, meaning) in FLAGS.items():
-        text = f"{meaning} (default: {default!r})".replace("%", "%%")
-        parser.add_argument(f"--{name}", type=flag_type(name), metavar="X", help=text)
-
-    argv = sys.argv[1:] if argv is None else argv
-    for argument in argv:
-        if argument.endswith("=--"):  # argparse takes the value -- for the end of the flags
-            parser.error(f"{argument}: the value can't be --")
-
-    named = vars(parser.parse_args(argv))
-    if named.get("recompute", 0) == 3:  # the name of this level before
-        named["recompute"] = 2
-    return named
-
-
-def check_flags(named):
-    """InputError if the flags can't be meant."""
-    recompute = named.get("recompute", 1)
-    known = recompute in SHARED_BY_LAYERS
-    require(known, f"--recompute {recompute}: expected one of {list(SHARED_BY_LAYERS)}")
-    require(
-        named.get("prompt") != "",
-        "--prompt is empty: give it some text, or leave it out for one of the model's own",
-    )
-    for name in ("checkpoint_every", "resume"):
-        alone = named.get(name) and not named.get("output_dir")
-        require(not alone, f"--{name} needs --output_dir")
-
-
-def settings(named):
-    """The value of every flag: what was named, else the default of this kind of model."""
-    model = named.get("model", DEFAULTS["model"])
-    if model == "bytes":
-        return SimpleNamespace(**DEFAULTS | BYTES_DEFAULTS | named)
-    shuffle = {"shuffle": int(model in FRESH)}
-    return SimpleNamespace(**DEFAULTS | shuffle | named)
 
 
 def available_memory():
@@ -2919,6 +1780,1314 @@ def available_memory():
     return min(free)
 
 
+# --------------------------------------------------------------------------------------------------
+# 10. Files
+#
+# What is read from outside is checked before it is believed.
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """A binary file to write to, which takes the place of `path` when it is whole and on the disk.
+
+    It is written to PATH.tmp, flushed, and renamed. So PATH is never half a file, and if writing
+    fails, the old PATH is still there.
+    """
+    temporary = f"{path}.tmp"  # the same name each time: what a killed run left is overwritten
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # Windows has no such handles
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)  # so that the new name survives a power cut
+            os.close(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def regular_file(path):
+    """InputError if path is a folder, a pipe or a device. Reading a pipe could wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except ValueError as error:  # a name in an index may hold what no file's name can
+        raise InputError(f"{path!a}: expected a file's name: {error}") from None
+    require(stat.S_ISREG(mode), f"{path}: expected a file, found a folder, a pipe or a device")
+
+
+MAX_JSON = 1 << 20  # bytes; the header of GPT-2 XL's weights has 70 KB
+
+
+def read_json(path):
+    """The JSON object in a small file: a dict."""
+    regular_file(path)
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_JSON), path)
+
+
+def parse_json(data, path):
+    """The JSON object in bytes that were read from path: a dict."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON: {error}") from None
+    found = type(value).__name__
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {found}")
+    return value
+
+
+def are_sizes(value):
+    """Whether value is a short list of integers that can be sizes."""
+    if not isinstance(value, list) or len(value) > 8:
+        return False
+    return all(type(i) is int and 0 <= i < 1 << 48 for i in value)
+
+
+def in_data(name):
+    """data/NAME; if there is no data/ in this folder, the one beside this file, if that exists."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+    if not os.path.isdir("data") and os.path.isdir(beside):
+        return f"{beside}/{name}"
+    return f"data/{name}"
+
+
+@contextlib.contextmanager
+def lying_beside():
+    """For the late import of one of the project's other files, and for the errors it raises."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is needed here, and does not lie beside {os.path.abspath(__file__)}: "
+            "get it from where this file comes from"
+        ) from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def provide(what):
+    """The path of "gpt2", "tiny_shakespeare" or "vocabulary": fetched if it is not in data/."""
+    with lying_beside():
+        import prepro_tinyshakespeare
+
+        return prepro_tinyshakespeare.provide(what)
+
+
+# llm.c's token file:
+#
+#     256 int32: 20240520, version 1, number of tokens, size of the vocabulary (0: unknown), zeros
+#     the tokens, uint16
+
+TOKENS = 20240520
+
+
+class TokenFile:
+    """A file of token ids: it has a length, and its slices are uint16 arrays.
+
+    Each slice is read anew. So any number of files may be in use, and one that is cut short while a
+    run goes on is an error. (If it were mapped into memory, the system would end the process.)
+    """
+
+    def __init__(self, path):
+        regular_file(path)
+        self.path = path
+        header = np.fromfile(path, "<i4", 256).tolist()
+        require(
+            len(header) == 256 and header[:2] == [TOKENS, 1],
+            f"{path}: no token file of version 1: it begins with {header[:2]}, expected "
+            f"{[TOKENS, 1]}: write it with python prepro_tinyshakespeare.py",
+        )
+        self.count, self.vocab_size = header[2:4]
+        found, expected = os.path.getsize(path), 1024 + 2 * self.count
+        require(
+            found == expected and self.count > 0,
+            f"{path}: has {found} bytes, {self.count} tokens make {expected}: write it anew",
+        )
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, piece):
+        start, stop, _ = piece.indices(self.count)
+        tokens = np.fromfile(self.path, "<u2", stop - start, offset=1024 + 2 * start)
+        require(len(tokens) == stop - start, f"{self.path}: has become shorter")
+        return tokens
+
+
+def open_shards(pattern):
+    """The token files that a path or a pattern names: a list of TokenFile."""
+    names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+    require(
+        names, f"{pattern}: no such token file: write one with python prepro_tinyshakespeare.py"
+    )
+    return [TokenFile(name) for name in names]
+
+
+PASSAGE = 1000  # bytes
+
+
+def text_at_hand():
+    """(names, training, validation): a text that needs no network, as bytes, uint8 arrays.
+
+    Tiny Shakespeare, if it lies in data/, otherwise this project's main files. Every tenth passage
+    validates, so that both sides have some of everything.
+    """
+    here = os.path.dirname(os.path.abspath(__file__))
+    names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
+    paths = [os.path.join(here, name) for name in names]
+    if os.path.exists(in_data("tiny_shakespeare.txt")):
+        paths = [in_data("tiny_shakespeare.txt")]
+
+    texts = {path: np.fromfile(path, np.uint8) for path in paths if os.path.exists(path)}
+    text = np.concatenate(list(texts.values()))
+    passages = np.split(text, range(PASSAGE, len(text), PASSAGE))
+    validation = passages[5::10]
+    del passages[5::10]
+    names = ", ".join(map(os.path.basename, texts))
+    return names, np.concatenate(passages), np.concatenate(validation)
+
+
+def tokenizer(vocab_size):
+    """How a model reads and writes: an object with
+
+    encode   a function from a text to a list of ids
+    decode   a function from an id to bytes
+    first    the id that begins a new text
+
+    InputError if it needs GPT-2's vocabulary, and that can't be had.
+    """
+    if vocab_size == 256:
+        return SimpleNamespace(
+            encode=lambda text: list(text.encode(errors="surrogateescape")),
+            decode=lambda i: bytes([i]),
+            first=ord("\n"),
+        )
+    if not is_gpt2s(vocab_size):
+
+        def refuse(text):
+            raise InputError(
+                f"the model has {vocab_size} tokens, neither bytes nor GPT-2's, and only who made "
+                "them can put a text into them: use model.generate with ids"
+            )
+
+        return SimpleNamespace(encode=refuse, decode=lambda i: b"%d " % i, first=0)
+
+    gpt2 = gpt2_encoding()
+
+    def decode(i):
+        padding = i >= gpt2.n_vocab
+        return b"" if padding else gpt2.decode_single_token_bytes(i)
+
+    return SimpleNamespace(encode=gpt2.encode_ordinary, decode=decode, first=gpt2.eot_token)
+
+
+def is_gpt2s(vocab_size):
+    """Whether a vocabulary is GPT-2's 50257 tokens, perhaps padded to a multiple of 128."""
+    return 50257 <= vocab_size <= 50304
+
+
+def gpt2_encoding():
+    """tiktoken's "gpt2". InputError if it is missing."""
+    try:
+        import tiktoken
+
+        if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+            os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
+        return tiktoken.get_encoding("gpt2")
+    except ImportError:
+        raise InputError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
+    except InputError:
+        raise
+    except Exception as error:  # whatever it is, it comes from tiktoken's files or its network
+        raise InputError(f"tiktoken can't load GPT-2's vocabulary: {error}") from None
+
+
+# safetensors, Hugging Face's format:
+#
+#     8 bytes: n, little-endian
+#     n bytes of JSON: {name: {"dtype": ..., "shape": ..., "data_offsets": [begin, end]}, ...}
+#     the tensors, one after the other, without holes
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    path: str
+    offset: int  # in bytes, from the beginning of the file
+    dtype: str  # "F32", "F16", "BF16", ...
+    shape: tuple
+    transposed: bool = False  # Hugging Face keeps four of the matrices as (C, OC)
+
+
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2,
+    "F32": 4, "I32": 4, "F64": 8, "I64": 8,
+}  # fmt: skip
+FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 is the upper half of a float32
+
+
+def read_safetensors(path):
+    """The header of a .safetensors file, checked: ({name: StoredTensor}, metadata)."""
+    regular_file(path)
+    total = os.path.getsize(path)
+    with open(path, "rb") as file:
+        n = int.from_bytes(file.read(8), "little")
+        plausible = 8 <= total >= n + 8 and n <= MAX_JSON
+        require(plausible, f"{path}: no .safetensors file: {total} bytes, a header of {n}")
+        header = parse_json(file.read(n), path)
+
+    metadata = header.pop("__metadata__", {})
+    require(isinstance(metadata, dict), f"{path}: __metadata__ is no JSON object")
+    for name, entry in header.items():
+        right = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
+        right = right and entry["dtype"] in ITEM_BYTES
+        right = right and are_sizes(entry.get("shape")) and are_sizes(entry.get("data_offsets"))
+        require(
+            right,
+            f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {entry!r:.99}",
+        )
+
+    tensors = {}
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin = end
+        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
+        require(
+            entry["data_offsets"] == [begin, end],
+            f"{path}: tensor {name!r}, {dtype} {list(shape)}, lies at {entry['data_offsets']}, "
+            f"expected {[begin, end]}",
+        )
+        tensors[name] = StoredTensor(path, 8 + n + begin, dtype, shape)
+    described = 8 + n + end
+    require(
+        described == total,
+        f"{path}: has {total} bytes, its header describes {described}: fetch it again",
+    )
+    return tensors, metadata
+
+
+def write_safetensors(path, tensors, metadata, checksum=False):
+    """tensors {name: (shape, pieces)}, written as float32; metadata {str: str}.
+
+    pieces     arrays that hold the tensor's numbers in order. One that is a transposed view is
+               copied, one at a time
+    checksum   whether a last tensor, "crc32", holds the CRC-32 of all bytes before it
+    """
+    header = {"__metadata__": metadata}
+    end = 0
+    for name, (shape, _) in tensors.items():
+        begin = end
+        end = begin + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    if checksum:
+        header["crc32"] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
+
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    text = len(text).to_bytes(8, "little") + text
+    crc32 = zlib.crc32(text)
+    with atomic_write(path) as file:
+        file.write(text)
+        for _, pieces in tensors.values():
+            for piece in pieces:
+                piece = np.ascontiguousarray(piece, "<f4")
+                file.write(piece)
+                crc32 = zlib.crc32(piece, crc32) if checksum else 0
+        if checksum:
+            file.write(crc32.to_bytes(4, "little"))
+
+
+def read_tensor(out, stored, what):
+    """Read a StoredTensor into the array out, some rows at a time, so that there is no copy."""
+    if stored.transposed:
+        out = out.T
+    rows_per_piece = max(1, (1 << 20) // max(1, math.prod(out.shape[1:])))
+
+    with open(stored.path, "rb") as file:
+        file.seek(stored.offset)
+        for start in range(0, len(out), rows_per_piece):
+            target = out[start : start + rows_per_piece]
+            piece = np.fromfile(file, FLOATS[stored.dtype], target.size)
+            require(piece.size == target.size, f"{stored.path}: ends in the middle of {what}")
+            if stored.dtype == "BF16":
+                piece = (piece.astype("<u4") << 16).view("<f4")
+            finite = np.isfinite(piece).all()
+            require(finite, f"{stored.path}: {what} holds a value that is not finite")
+            target[...] = piece.reshape(target.shape)
+
+
+# Hugging Face's GPT-2
+
+HF_NAMES = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "ln1w": "h.{}.ln_1.weight",
+    "ln1b": "h.{}.ln_1.bias",
+    "qkvw": "h.{}.attn.c_attn.weight",
+    "qkvb": "h.{}.attn.c_attn.bias",
+    "attprojw": "h.{}.attn.c_proj.weight",
+    "attprojb": "h.{}.attn.c_proj.bias",
+    "ln2w": "h.{}.ln_2.weight",
+    "ln2b": "h.{}.ln_2.bias",
+    "fcw": "h.{}.mlp.c_fc.weight",
+    "fcb": "h.{}.mlp.c_fc.bias",
+    "fcprojw": "h.{}.mlp.c_proj.weight",
+    "fcprojb": "h.{}.mlp.c_proj.bias",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}
+HF_CONFIG = {  # what config.json may say besides the sizes: the first is what we write
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [LN_EPS],
+    "tie_word_embeddings": [True],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+}
+CONVERT = (
+    "To convert a GPT-2 in another format, in Python with transformers: "
+    "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+)
+
+# Layers and channels of OpenAI's models. A fresh model has such sizes, too; its heads have 64.
+OPENAI = {
+    "gpt2": (12, 768),
+    "gpt2-medium": (24, 1024),
+    "gpt2-large": (36, 1280),
+    "gpt2-xl": (48, 1600),
+}
+FRESH = {"d6": (6, 384)} | {f"d{sizes[0]}": sizes for sizes in OPENAI.values()}
+
+
+def load_pretrained(cls, source, batch_size, sequence_length, recompute, training):
+    """GPT2.from_pretrained, whose arguments are described there."""
+    config, tensors = open_weights(find_weights(os.fspath(source)))
+    model = cls(config, batch_size, sequence_length, None, recompute, training)
+    read_weights(model.params, tensors)
+    return model
+
+
+def find_weights(source):
+    """The path of a model: of one of OpenAI's, which is fetched if need be, or source itself."""
+    if source in OPENAI and not holds_weights(source):
+        path = in_data(f"{source}.safetensors")
+        return path if os.path.exists(path) else provide(source)
+    names = ", ".join(OPENAI)
+    require(os.path.exists(source), f"{source!r}: no such model: no file, and none of {names}")
+    return source
+
+
+def holds_weights(folder):
+    """Whether a folder holds the weights of a model."""
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+
+
+def open_weights(path):
+    """(GPT2Config, {(name, l): StoredTensor}) of a model in Hugging Face's format, or in llm.c's.
+
+    l is a layer's number, or None for a tensor that is not cut by layers. InputError unless there
+    is exactly what a GPT-2 has.
+    """
+    if path.endswith(".bin") and not os.path.isdir(path):
+        with lying_beside():
+            from extras import llmc
+
+            sizes, found = llmc.open_model(path, lambda sizes: param_shapes(GPT2Config(**sizes)))
+        tensors = {(name, None): StoredTensor(path, *where) for name, where in found.items()}
+        return GPT2Config(**sizes), tensors
+
+    tensors, metadata = read_parts(path)
+    config = find_config(path, tensors, metadata)
+    return config, find_tensors(path, tensors, param_shapes(config))
+
+
+def read_weights(params, tensors):
+    """Read what open_weights found into params {name: array}."""
+    for (name, l), stored in tensors.items():
+        out = params[name] if l is None else params[name][l]
+        read_tensor(out, stored, name if l is None else f"{name} of layer {l}")
+
+
+def tensors_of(shapes):
+    """(name, l, shape, Hugging Face's name) of every tensor that a file holds, in order."""
+    tensors = []
+    for name, shape in shapes.items():
+        if name in NOT_PER_LAYER:
+            tensors.append((name, None, shape, HF_NAMES[name]))
+            continue
+        for l in range(shape[0]):
+            tensors.append((name, l, shape[1:], HF_NAMES[name].format(l)))
+    return tensors
+
+
+def read_parts(source):
+    """({Hugging Face's name: StoredTensor}, metadata) of a folder, a file, or an index of files."""
+    path = source
+    if os.path.isdir(source):
+        if not holds_weights(source):
+            for checkpoint in list_checkpoints(source):
+                newest = shlex.quote(checkpoint)
+                raise InputError(f"{source}: holds a run that was stopped: use --model {newest}")
+            raise InputError(f"{source}: holds no model.safetensors. {CONVERT}")
+        path = os.path.join(source, "model.safetensors")
+        path = path if os.path.exists(path) else path + ".index.json"
+    require(
+        path.endswith((".safetensors", ".json")),
+        f"{path}: expected a folder, a .safetensors file, or llm.c's .bin. {CONVERT}",
+    )
+
+    parts = [path]
+    if path.endswith(".json"):
+        weight_map = read_json(path).get("weight_map")
+        right = isinstance(weight_map, dict) and all(type(x) is str for x in weight_map.values())
+        require(right, f"{path}: expected a weight_map to files beside it")
+        names = {os.path.basename(name) for name in weight_map.values()}
+        parts = [os.path.join(os.path.dirname(path), name) for name in sorted(names)]
+
+    tensors, metadata = {}, {}
+    for part in parts:
+        found, metadata = read_safetensors(part)
+        for name, stored in found.items():
+            wrapped = name.startswith(("_orig_mod.", "module."))
+            require(
+                not wrapped,
+                f"{path}: tensor {name!r} comes from a wrapped model: save the state_dict() of "
+                "its .module or ._orig_mod",
+            )
+            name = name.removeprefix("transformer.")
+            require(name not in tensors, f"{path}: tensor {name!r} is there twice")
+            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
+            is_state = "state" in metadata and name in ("m", "v", "crc32")  # of a checkpoint
+            if not is_mask and not is_state:
+                tensors[name] = stored
+    return tensors, metadata
+
+
+def find_config(source, tensors, metadata):
+    """The GPT2Config that follows from the tensors, and from config.json, which must agree.
+
+    The tensors do not show how many heads there are. That stands in the metadata of the files that
+    we write, or in the config.json beside a file; and OpenAI's own sizes are known.
+    """
+    wte = tensors.get("wte.weight") or tensors.get("lm_head.weight")
+    wpe = tensors.get("wpe.weight")
+    right = wte and wpe and len(wte.shape) == len(wpe.shape) == 2
+    require(right, f"{source}: expected GPT-2's matrices wte.weight and wpe.weight")
+    V, C = wte.shape
+    L = sum(name.endswith(".ln_1.weight") for name in tensors)
+
+    heads = metadata.get("n_head")
+    heads = int(heads) if re.fullmatch(r"[1-9]\d{0,8}", str(heads), re.ASCII) else None
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    path = os.path.join(folder, "config.json")
+    if os.path.isdir(source) or heads is None and os.path.exists(path):
+        description = read_json(path)
+        sizes = {"vocab_size": V, "n_positions": wpe.shape[0], "n_embd": C, "n_layer": L}
+        sizes["n_inner"] = 4 * C
+        sizes |= {"n_head": heads} if heads else {}
+        for key, values in (HF_CONFIG | {key: [size] for key, size in sizes.items()}).items():
+            found = description.get(key)
+            right = found is None or found in values
+            require(right, f"{path} says {key} = {found!r}, expected {values[0]!r}")
+        heads = heads or description.get("n_head")
+
+    if heads is None and (L, C) in OPENAI.values():
+        heads = C // 64
+    require(
+        type(heads) is int,
+        f'{source}: how many heads? Put a config.json with {{"n_head": NUMBER}} beside it',
+    )
+    try:
+        return GPT2Config(wpe.shape[0], V, L, heads, C)
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from None
+
+
+def find_tensors(path, tensors, shapes):
+    """Where all parameters lie: {(name, l): StoredTensor}, of {Hugging Face's name: StoredTensor}.
+
+    The classifier, lm_head.weight, must be wte.weight, or stand in its place.
+    """
+    head = tensors.pop("lm_head.weight", None)
+    if head:
+        wte = tensors.setdefault("wte.weight", head)
+        same = wte == head or np.array_equal(raw_bytes(head), raw_bytes(wte))
+        require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
+
+    found = {}
+    for name, l, shape, hf_name in tensors_of(shapes):
+        transposed = name in HF_TRANSPOSED
+        expected = shape[::-1] if transposed else shape
+        stored = tensors.pop(hf_name, None)
+        require(
+            stored and stored.shape == expected and stored.dtype in FLOATS,
+            f"{path}: tensor {hf_name!r}: expected shape {expected} and one of {list(FLOATS)}, "
+            f"found {(stored.shape, stored.dtype) if stored else 'none'}",
+        )
+        found[name, l] = stored._replace(transposed=transposed)
+
+    extra = next(iter(tensors), "")
+    require(not tensors, f"{path}: tensor {extra!r} is no part of a GPT-2")
+    return found
+
+
+def raw_bytes(stored):
+    """A stored tensor's bytes, mapped into memory."""
+    nbytes = math.prod(stored.shape) * ITEM_BYTES[stored.dtype]
+    return np.memmap(stored.path, np.uint8, "r", stored.offset, nbytes)
+
+
+def huggingface_tensors(params):
+    """The parameters under Hugging Face's names: {name: (shape, [array])}."""
+    tensors = {}
+    for name, l, _, hf_name in tensors_of({name: view.shape for name, view in params.items()}):
+        view = params[name] if l is None else params[name][l]
+        view = view.T if name in HF_TRANSPOSED else view
+        tensors[f"transformer.{hf_name}"] = (view.shape, [view])
+    return tensors
+
+
+MODEL_CARD = """\
+A GPT-2 of {parameters:,} parameters. Its vocabulary is {vocabulary}. To continue a text with it:
+
+    python train_gpt2.py --model {quoted} --inference_only 1 --prompt "To be, or"
+
+There is no tokenizer in this folder, so transformers.pipeline can't read a prompt. Use
+GPT2LMHeadModel.from_pretrained({folder!r}).generate(ids) with ids from tiktoken or of bytes.
+"""
+
+
+def save_huggingface(folder, config, params):
+    """GPT2.save_pretrained: config.json, generation_config.json, README.md, model.safetensors."""
+    V = config.vocab_size
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if is_gpt2s(V) else None)
+    description = {
+        "architectures": ["GPT2LMHeadModel"],
+        "dtype": "float32",
+        "vocab_size": V,
+        "n_positions": config.max_seq_len,
+        "n_embd": config.channels,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        **{key: values[0] for key, values in HF_CONFIG.items()},
+        **ends,
+    }
+    vocabulary = "GPT-2's" if is_gpt2s(V) else "the bytes" if V == 256 else f"one of {V} tokens"
+    parameters = count(param_shapes(config))
+    folder = os.fspath(folder)
+    card = MODEL_CARD.format(
+        parameters=parameters, vocabulary=vocabulary, folder=folder, quoted=shlex.quote(folder)
+    )
+    texts = {
+        "config.json": json.dumps(description, indent=2),
+        "generation_config.json": json.dumps(ends, indent=2),
+        "README.md": card,
+    }
+    os.makedirs(folder, exist_ok=True)
+    for name, text in texts.items():
+        path = os.path.join(folder, name)
+        if name != "README.md" or not os.path.exists(path):
+            with atomic_write(path) as file:
+                file.write(text.encode(errors="surrogateescape"))
+    path = os.path.join(folder, "model.safetensors")
+    metadata = {"format": "pt", "n_head": str(config.num_heads)}
+    write_safetensors(path, huggingface_tensors(params), metadata)
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. The training loop
+
+
+@dataclass
+class Run:
+    """A run of the training loop: the model, its data, and how far it is."""
+
+    args: SimpleNamespace  # the value of every flag
+    model: object  # a GPT2, or one that several processes share
+    world: object  # ONE_PROCESS, or the Processes of extras/processes.py
+    stopped: list  # the numbers of the signals that end the run
+    log: object  # a Log
+    step: int = 0  # updates done
+    saved: int = None  # the step of the newest checkpoint
+    changed: bool = False  # whether flags are others than those in that checkpoint
+    position: tuple = (0, 0, 0)  # of the loader, at the beginning
+    data: dict = None  # the checksums of the data that the run began with
+    loader: object = None
+    val_loader: object = None
+    tokenizer: object = None
+    examples: list = None  # of HellaSwag, if they are asked for
+
+
+def train(run):
+    """Evaluate, save, update and log, until all updates are done or a signal has come."""
+    args = run.args
+    tokens = args.batch_size * args.sequence_length * run.world.size
+    micro_batches = args.total_batch_size // tokens
+    if args.warmup_iters > args.num_iterations:
+        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
+    first_step, began, seconds = run.step, time.perf_counter(), None
+
+    while True:
+        last = run.step >= args.num_iterations
+        evaluate(run, last)
+
+        stop = bool(run.stopped)  # asked once, because a signal may come at any moment
+        if last or stop or is_due(run.step, args.checkpoint_every):
+            save(run)
+        if last or stop:
+            break
+
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(
+            run.step, args.num_iterations, args.learning_rate,
+            args.warmup_iters, args.learning_rate_decay_frac,
+        )  # fmt: skip
+        with Progress(f"step {run.step + 1}", seconds):
+            loss, norm = train_step(
+                run.model, run.loader, micro_batches,
+                learning_rate, args.weight_decay, args.grad_clip,
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+
+        run.step += 1
+        run.log.add(run.step, "trl", loss)
+        print_now(
+            f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
+            f"lr {learning_rate:.2e}, {seconds * 1e3:.0f} ms, "
+            f"{args.total_batch_size / seconds:.0f} tok/s)"
+        )
+
+    finish(run, last and not stop, run.step - first_step, time.perf_counter() - began)
+
+
+def evaluate(run, last):
+    """Validate, score HellaSwag and sample, where that is due. A signal leaves out the rest."""
+    args = run.args
+    if args.val_loss_every and (last or run.step % args.val_loss_every == 0):
+        validate(run)
+        score_hellaswag(run)
+    due = args.sample_every and run.step and (last or run.step % args.sample_every == 0)
+    if due and run.tokenizer and not run.stopped:
+        print_now("--- sample")
+        print_sample(run)
+
+
+def validate(run):
+    """Print the mean loss of the first val_max_steps batches of the validation data."""
+    steps = run.args.val_max_steps
+    run.val_loader.seek([0, 0, 0])
+    loss = 0.0
+    with Progress("validating") as progress:
+        for i in range(steps):
+            if run.stopped:
+                return
+            inputs, targets = run.val_loader.next_batch()
+            loss += run.model.forward(inputs, targets, train=False) / steps
+            progress.done = (i + 1) / steps
+
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the validation loss is {loss}")
+    print_now(f"val loss {loss:.6f}")
+    run.log.add(run.step, "tel", loss)
+
+
+def score_hellaswag(run):
+    """Print the model's score on HellaSwag, if that is asked for and not in main.log already."""
+    if not run.examples or run.stopped or run.log.has(run.step, "eval"):
+        return
+    with lying_beside(), Progress("hellaswag") as progress:
+        from extras import hellaswag
+
+        score, line = hellaswag.score(run.model, run.examples, run.stopped, progress)
+    print_now(line)
+    if score is not None:
+        run.log.add(run.step, "eval", score)
+
+
+def print_sample(run):
+    """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
+    args, tokens = run.args, run.tokenizer
+    rng = np.random.default_rng([args.seed, run.step])
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    prompt = tokens.encode(args.prompt) if args.prompt else [tokens.first]
+
+    print_now(args.prompt, end="")
+    new_tokens = run.model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng)
+    for token in new_tokens:
+        print_now(utf8.decode(tokens.decode(token)), end="")
+        if run.stopped:
+            break
+    print_now(utf8.decode(b"", final=True))
+
+
+def save(run):
+    """Write a checkpoint of this step, unless there is one.
+
+    One that can't be written does not end the run: the next one may find room on the disk.
+    """
+    folder = run.args.output_dir
+    if not folder or run.saved == run.step and not run.changed:
+        return
+    try:
+        with Progress(f"saving to {folder}"):
+            save_checkpoint(run)
+        run.saved, run.changed = run.step, False
+    except OSError as error:
+        kept = "none" if run.saved is None else f"that of step {run.saved}"
+        print_now(f"can't save step {run.step}: {error}; the last checkpoint is {kept}")
+
+
+def finish(run, complete, updates, seconds):
+    """Leave the weights of a complete run in --output_dir, and print the last line.
+
+    InputError if something could not be saved.
+    """
+    args = run.args
+    folder = args.output_dir
+    missing = []
+    if folder and run.saved != run.step:
+        missing.append("a checkpoint of the last step")
+    if folder and complete and run.world.rank == 0:
+        try:
+            save_huggingface(folder, run.model.config, run.model.params)
+        except OSError as error:
+            missing.append(f"the weights ({error})")
+    if not run.log.write():
+        missing.append("the last lines of main.log")
+
+    summary = [f"{run.step} updates"]
+    for kind, name in (("trl", "train"), ("tel", "val")):
+        losses = run.log.values(kind)
+        if losses:
+            curve = sparkline(losses)
+            summary.append(f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {curve}")
+    tokens_per_second = updates * args.total_batch_size / seconds
+    summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
+    go_on = shlex.join(["--output_dir", folder, "--resume", "1"])
+    if not folder:
+        summary.append("nothing is kept without --output_dir")
+    elif not missing:
+        summary.append(f"saved in {folder}" if complete else f"go on with {go_on}")
+    print_now(("" if complete else "stopped: ") + ", ".join(summary))
+    none = run.saved is None  # and so nothing to go on from
+    then = "begin again with another --output_dir" if none else f"go on with {go_on}"
+    require(not missing, f"{folder} lacks {' and '.join(missing)}: make room, then {then}")
+
+
+def is_due(step, every):
+    """Whether something that is done after every so many updates is due; never if every is 0."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def first_not_finite(model):
+    """The first tensor that holds NaN or infinity, in the order in which they are computed."""
+    L = model.config.num_layers
+    acts = {name: view for name, view in model.acts.items() if not name.startswith("d")}
+    for views, first_of in ((model.params, min), (acts, min), (model.grads, max)):
+        found = []
+        outside = -1  # stands for what comes before the layers, and L for what comes after them
+        for number, (name, view) in enumerate(views.items()):
+            if name in NOT_PER_LAYER:
+                parts = {outside: view}
+            else:
+                first = L - len(view)  # what the layers share is the last layer's
+                parts = {first + i: part for i, part in enumerate(view)}
+                outside = L
+            bad = [l for l, part in parts.items() if not np.isfinite(part).all()]
+            found += [(l, number, name) for l in bad]
+        if found:
+            l, _, name = first_of(found)  # backward comes to the last layer first
+            return f"{name} of layer {l}" if 0 <= l < L else name
+    return None
+
+
+class FirstBatch:
+    """A loader that gives the first batch again and again."""
+
+    position = (0, 0, 0)
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def next_batch(self):
+        self.loader.seek(self.position)
+        return self.loader.next_batch()
+
+
+class Log:
+    """main.log, in llm.c's format: a line for each loss, s:STEP KIND:VALUE.
+
+    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag. What can't
+    be written now is written with the next line.
+    """
+
+    def __init__(self, lines=()):
+        self.lines = list(lines)
+        self.written = 0  # how many of them are in the file
+        self.path = None  # of the file, once there is one
+
+    def begin(self, path):
+        """Write the file anew. What it had from after the checkpoint will be computed again."""
+        self.path = path
+        with atomic_write(path) as file:
+            file.write(self.text())
+        self.written = len(self.lines)
+
+    def text(self):
+        """The lines that the file lacks."""
+        return "".join(f"{line}\n" for line in self.lines[self.written :]).encode()
+
+    def add(self, step, kind, value):
+        """Add a line, unless it is there: who resumes a run evaluates again."""
+        if not self.has(step, kind):
+            self.lines.append(f"s:{step} {kind}:{value:.4f}")
+            self.write()
+
+    def has(self, step, kind):
+        """Whether there is a line of that kind for this step, which is the newest one."""
+        return any(line.startswith(f"s:{step} {kind}:") for line in self.lines[-3:])
+
+    def values(self, kind):
+        """The values of all lines of a kind."""
+        return [float(line.split(":")[2]) for line in self.lines if f" {kind}:" in line]
+
+    def write(self):
+        """Append what the file lacks. Returns False if that can't be done now."""
+        if not self.path:
+            return True
+        with contextlib.suppress(OSError):
+            if not os.path.exists(self.path):  # somebody has moved it away
+                os.makedirs(os.path.dirname(self.path), exist_ok=True)
+                self.written = 0
+            with open(self.path, "ab", buffering=0) as file:
+                end, text = file.tell(), self.text()
+                if file.write(text) == len(text):
+                    self.written = len(self.lines)
+                else:
+                    file.truncate(end)  # no half lines
+        return self.written == len(self.lines)
+
+
+def sparkline(values, width=60):
+    """A row of characters whose heights follow the values."""
+    encoding = getattr(sys.stdout, "encoding", "") or ""
+    blocks = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
+
+    groups = np.array_split(values, min(width, len(values)))
+    means = np.array([group.mean() for group in groups])
+    heights = (means - means.min()) / max(np.ptp(means), 1e-9)
+    return "".join(blocks[round(height * 7)] for height in heights.tolist())
+
+
+def print_now(text, end="\n", to="stdout"):
+    """Print at once. That a terminal is gone, or a disk is full, must not end a run."""
+    stream = getattr(sys, to)  # None, if it was closed before the program began
+    with contextlib.suppress(OSError, ValueError):
+        if stream:
+            print(text, end=end, file=stream, flush=True)
+
+
+class Progress:
+    """A line on the terminal that says what takes so long. It appears after two seconds.
+
+    with Progress("validating") as progress: progress.done = 0.5
+    """
+
+    def __init__(self, what, expected=None):
+        self.what = what
+        self.expected = expected  # seconds
+        self.done = None  # a fraction, where it is known
+
+    def __enter__(self):
+        self.started = time.monotonic()
+        self.shown = False
+        self.ended = threading.Event()
+        if sys.stderr and sys.stderr.isatty():
+            threading.Thread(target=self.show, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.ended.set()
+        if self.shown:
+            print_now("\r\033[K", end="", to="stderr")
+
+    def show(self):
+        """Write the line anew each second, until the end."""
+        while not self.ended.wait(1.0):
+            seconds = time.monotonic() - self.started
+            if seconds < 2:
+                continue
+            whole = seconds / self.done if self.done else self.expected
+            estimate = f", {max(0, whole - seconds):.0f} s left" if whole else ""
+            self.shown = True
+            print_now(f"\r\033[K{self.what}: {seconds:.0f} s{estimate}", end="", to="stderr")
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Checkpoints
+#
+# A checkpoint is one file, DIR/checkpoint_STEP.safetensors. It holds the parameters under Hugging
+# Face's names; "m" and "v", each one row laid out like the parameters; in the metadata the number
+# of heads and, as JSON, the state of the run; and at the end a checksum of everything before it. It
+# is written under another name and then renamed, and the last two are kept. The state is that
+# before the evaluation of its step: who goes on from it evaluates again.
+
+# What the state has. The settings are the values of all flags, which argparse checks.
+STATE = {"step": int, "position": list, "data": dict, "settings": dict}
+
+
+def checkpoint_path(folder, step):
+    """The name of a checkpoint."""
+    return os.path.join(folder, f"checkpoint_{step:08d}.safetensors")
+
+
+def list_checkpoints(folder):
+    """The checkpoints in a folder, newest first."""
+    if not folder:
+        return []
+    pattern = os.path.join(glob.escape(folder), f"checkpoint_{'[0-9]' * 8}.safetensors")
+    return sorted(glob.glob(pattern), reverse=True)
+
+
+def save_checkpoint(run):
+    """Write DIR/checkpoint_STEP.safetensors, and delete all before it but one.
+
+    Of several processes the first one writes, and the others send it their parts of m and v, even
+    if it can't write them.
+    """
+    model, world, folder = run.model, run.world, run.args.output_dir
+    state = (run.step, list(run.loader.position), run.data, vars(run.args))
+    state = json.dumps(dict(zip(STATE, state, strict=True)))
+    metadata = {"n_head": str(model.config.num_heads), "state": state}
+    newest = checkpoint_path(folder, run.step)
+
+    rows = {"m": model.flat[2], "v": model.flat[3]}
+    moments = {name: (row.shape, world.pieces(row)) for name, row in rows.items()}
+    try:
+        if world.rank == 0:
+            os.makedirs(folder, exist_ok=True)
+            tensors = huggingface_tensors(model.params) | moments
+            write_safetensors(newest, tensors, metadata, checksum=True)
+    finally:
+        for _, pieces in moments.values():
+            for _ in pieces:
+                pass
+
+    if world.rank == 0:
+        until_now = [path for path in list_checkpoints(folder) if path <= newest]
+        halves = glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.tmp"))  # of killed runs
+        for old in until_now[2:] + halves:
+            with contextlib.suppress(OSError):
+                os.remove(old)
+
+
+def read_state(path):
+    """(state, {name: StoredTensor}) of a checkpoint. InputError unless all is as it was written."""
+    tensors, metadata = read_safetensors(path)
+    stored = tensors.get("crc32")
+    require(stored and stored.shape == (4,), f"{path}: no checkpoint, since it has no checksum")
+
+    crc32 = 0
+    with open(path, "rb") as file:
+        for start in range(0, stored.offset, 1 << 20):
+            crc32 = zlib.crc32(file.read(min(1 << 20, stored.offset - start)), crc32)
+        found = int.from_bytes(file.read(4), "little")
+    require(crc32 == found, f"{path}: its data does not match its checksum")
+
+    state = parse_json(str(metadata.get("state")).encode(errors="surrogatepass"), path)
+    right = all(type(state.get(name)) is kind for name, kind in STATE.items())
+    right = right and are_sizes([state["step"], *state["position"]]) and len(state["position"]) == 3
+    right = right and state["settings"].keys() <= DEFAULTS.keys()
+    require(right, f"{path}: its state is not as expected")
+    words = [f"--{name}={value}" for name, value in state["settings"].items()]
+    state["settings"] = parse_flags(words)
+    right = state["settings"].get("recompute", 1) in SHARED_BY_LAYERS
+    right = right and not state["settings"].get("inference_only")
+    require(right, f"{path}: its settings are not those of a run")
+    return state, tensors
+
+
+def load_checkpoint(path, named, world):
+    """(args, model, state) of a checkpoint, with the flags in `named` that may change."""
+    state, tensors = read_state(path)
+    changed = {name: value for name, value in named.items() if name in FLAGS_THAT_MAY_CHANGE}
+    args = SimpleNamespace(**DEFAULTS | state["settings"] | changed)
+
+    config, parameters = open_weights(path)
+    model = make_model(args, config, world)
+    with Progress(f"reading {path}"):
+        read_weights(model.params, parameters)
+        for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
+            stored = tensors.get(name)
+            right = stored and (stored.dtype, stored.shape) == ("F32", row.shape)
+            require(right, f"{path}: {name} is not as expected")
+            own = row[world.part(len(row))]
+            start = world.part(len(row)).start
+            read_tensor(own, stored._replace(offset=stored.offset + 4 * start), name)
+    model.updates = state["step"]
+    return args, model, state
+
+
+def resume(named, stopped, world):
+    """The Run of the newest whole checkpoint in --output_dir. None if there is no checkpoint."""
+    folder = named["output_dir"]
+    paths = list_checkpoints(folder)
+    for path in paths:
+        try:
+            args, model, state = load_checkpoint(path, named, world)
+        except (InputError, OSError) as error:
+            print_now(f"{path} is damaged: {error}: taking the one before it")
+            continue
+        refuse_changed_flags(args, named)
+        print_now(f"resuming from {path}")
+        step = state["step"]
+        run = Run(args, model, world, stopped, Log(old_lines(folder, step)), step)
+        run.saved = step
+        run.changed = vars(args) != DEFAULTS | state["settings"] | {"resume": 1}
+        run.position, run.data = state["position"], state["data"]
+        return run
+
+    require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
+    require(
+        not holds_weights(folder),
+        f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
+        f"--model {shlex.quote(folder)} and another --output_dir",
+    )
+    others = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "checkpoint_*"))
+    close = difflib.get_close_matches(folder, sorted(set(map(os.path.dirname, others))))
+    meant = f": did you mean {shlex.quote(close[0])}?" if close else ""
+    print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins{meant}")
+    return None
+
+
+def old_lines(folder, step):
+    """The lines of main.log up to a step."""
+    path = os.path.join(folder, "main.log")
+    if not os.path.exists(path):
+        return []
+    regular_file(path)
+    lines = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            form = re.fullmatch(r"(s:(\d+) (?:trl|tel|eval):-?\d+\.\d+)\n", line, re.ASCII)
+            if form and int(form[2]) <= step:
+                lines.append(form[1])
+    return lines
+
+
+def refuse_changed_flags(args, named):
+    """InputError if a flag is named that a resumed run can't change."""
+    clashes = []
+    for name, value in named.items():
+        before = getattr(args, name)
+        if value != before:
+            clashes.append(f"--{name} {value!r} (it was {before!r})")
+    require(
+        not clashes,
+        f"the run in {args.output_dir} can't go on with {', '.join(clashes)}: leave that out, or "
+        "start another",
+    )
+
+
+def refuse_used_folder(folder):
+    """InputError if a folder holds a run, which a new run would overwrite."""
+    log = os.path.join(folder, "main.log")
+    used = holds_a_model(folder) or os.path.exists(log) and os.path.getsize(log) > 0
+    require(
+        not used,
+        f"{folder} holds a run: go on with --resume 1, or choose another --output_dir",
+    )
+
+
+def holds_a_model(folder):
+    """Whether a folder holds weights, or checkpoints of a run."""
+    return holds_weights(folder) or bool(list_checkpoints(folder))
+
+
+@contextlib.contextmanager
+def folder_locked(folder):
+    """Keep a folder to this process. A folder in which nothing came to be is removed again."""
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, ".lock")
+    with open(path, "ab") as handle:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"{folder}: another run is writing there: choose another --output_dir"
+            ) from None
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if os.listdir(folder) == [".lock"]:
+                    os.remove(path)
+                    os.rmdir(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. The command line
+
+# name: (default, meaning). The defaults are those of llm.c's CPU trainer.
+FLAGS_OF_A_RUN = {
+    "model": (
+        "gpt2",
+        "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48 or bytes: fresh weights; or a folder, "
+        ".safetensors or .bin",
+    ),
+    "batch_size": (4, "B, sequences per batch"),
+    "sequence_length": (64, "T, tokens per sequence (only generating: the whole context)"),
+    "total_batch_size": (0, "tokens per update of all processes; 0: B*T times their number"),
+    "learning_rate": (1e-4, "its peak"),
+    "warmup_iters": (0, "updates over which it rises to the peak"),
+    "learning_rate_decay_frac": (1.0, "fraction of the peak to which a cosine takes it in the end"),
+    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"),
+    "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
+    "shuffle": (0, "1: the passages of the text in a new order each epoch (fresh weights: 1)"),
+    "inference_only": (0, "1: continue --prompt, and train nothing"),
+    "overfit_single_batch": (0, "1: train on the first batch again and again"),
+    "recompute": (1, "0: store all; 1: compute layernorm and GELU again in backward; 2: layers"),
+    "seed": (1337, "of fresh weights, of the order of passages and of samples"),
+}
+FLAGS_THAT_MAY_CHANGE = {
+    "input_bin": ("data/tiny_shakespeare_train.bin", "training tokens: a path or a glob pattern"),
+    "input_val_bin": ("data/tiny_shakespeare_val.bin", "validation tokens, likewise"),
+    "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
+    "num_iterations": (40, "updates"),
+    "val_loss_every": (10, "updates between validations; 0: none"),
+    "val_max_steps": (5, "batches per validation, of each process"),
+    "hellaswag_eval": (0, "1: score the model on HellaSwag after every validation"),
+    "hellaswag_limit": (0, "use the first so many examples of HellaSwag; 0: all 10042"),
+    "sample_every": (20, "updates between samples; 0: none"),
+    "checkpoint_every": (0, "updates between checkpoints; 0: only at the end, or when stopped"),
+    "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
+    "prompt": ("", "text to continue; if empty, a new text begins"),
+    "max_new_tokens": (64, "length of a sample, in tokens"),
+    "top_k": (0, "sample among the k likeliest; 0: among all"),
+    "temperature": (1.0, "of samples: below 1 more cautious, above 1 wilder, 0 the likeliest"),
+}
+FLAGS = FLAGS_OF_A_RUN | FLAGS_THAT_MAY_CHANGE
+DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
+AT_LEAST_ONE = {"batch_size", "sequence_length", "val_max_steps"}
+
+# --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
+BYTES_CONFIG = GPT2Config(64, 256, 2, 4, 128)
+BYTES_DEFAULTS = {
+    "model": "bytes",
+    "input_bin": "",
+    "input_val_bin": "",
+    "batch_size": 16,
+    "num_iterations": 1200,
+    "learning_rate": 4e-3,
+    "warmup_iters": 100,
+    "learning_rate_decay_frac": 0.05,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "shuffle": 1,
+    "val_loss_every": 200,
+    "val_max_steps": 30,
+    "sample_every": 1200,
+    "max_new_tokens": 400,
+    "temperature": 0.6,
+}
+
+EXAMPLES = """
+
+    python train_gpt2.py
+        fine-tunes GPT-2 124M on Shakespeare
+
+    python train_gpt2.py --model d6 --num_iterations 200 --learning_rate 1e-3 --output_dir data/d6
+        trains a small model from scratch and keeps it
+
+    python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"
+        lets a model continue a text
+
+Environment: OPENBLAS_NUM_THREADS is the number of threads, by default that of the cores
+"""
+
+
+class UsageError(InputError):
+    """Flags that make no sense."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises its errors. A checkpoint's flags come to it as well."""
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+
+def flag_type(name):
+    """A function from the text of a flag to its value."""
+    kind = type(DEFAULTS[name])
+    low = 1 if name in AT_LEAST_ONE else 0
+    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+
+    def convert(text):
+        try:
+            value = kind(text)
+            right = kind is str or low <= value < 1 << 63
+        except ValueError:
+            right = False
+        if not right:
+            raise argparse.ArgumentTypeError(f"expected {expected} of at least {low}, not {text!r}")
+        return value
+
+    return convert
+
+
+def parse_flags(argv):
+    """The flags that argv names: {flag: value}. UsageError if they make no sense."""
+    parser = Parser(usage=EXAMPLES, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {"what a run is": FLAGS_OF_A_RUN, "what may change later": FLAGS_THAT_MAY_CHANGE}
+    for title, flags in groups.items():
+        group = parser.add_argument_group(title)
+        for name, (default, meaning) in flags.items():
+            text = f"{meaning} (default: {default!r})".replace("%", "%%")
+            group.add_argument(f"--{name}", type=flag_type(name), metavar="X", help=text)
+
+    for argument in argv:
+        if argument.endswith("=--"):  # argparse takes the value -- for the end of the flags
+            parser.error(f"{argument}: the value can't be --")
+    return vars(parser.parse_args(argv))
+
+
+def check_flags(named):
+    """InputError if the flags can't be meant."""
+    recompute = named.get("recompute", 1)
+    known = recompute in SHARED_BY_LAYERS
+    require(known, f"--recompute {recompute}: expected one of {list(SHARED_BY_LAYERS)}")
+    require(
+        named.get("prompt") != "",
+        "--prompt is empty: give it some text, or leave it out for one of the model's own",
+    )
+    for name in ("checkpoint_every", "resume"):
+        alone = named.get(name) and not named.get("output_dir")
+        require(not alone, f"--{name} needs --output_dir")
+    both = named.get("hellaswag_eval") and named.get("inference_only")
+    require(not both, "to score a model without training: python -m extras.hellaswag --model ...")
+
+
+def settings(named):
+    """The value of every flag: what was named, else the default of this kind of model."""
+    model = named.get("model", DEFAULTS["model"])
+    of_its_kind = BYTES_DEFAULTS if model == "bytes" else {"shuffle": int(model in FRESH)}
+    return SimpleNamespace(**DEFAULTS | of_its_kind | named)
+
+
 def memory_plan(args, config, size=1):
     """The bytes that a model takes on one of `size` processes, by what they are for: a dict."""
     training = not args.inference_only
@@ -2934,12 +3103,10 @@ def memory_plan(args, config, size=1):
 
 
 def make_model(args, config, world):
-    """Print the memory plan, refuse it if the machine has not got so much, else make the model."""
-    most = config.max_seq_len
-    require(
-        args.sequence_length <= most,
-        f"the model's context is {most}: use --sequence_length {most} or less",
-    )
+    """Print the memory plan, refuse it if the machine has not that much, else make the model."""
+    B, T, most = args.batch_size, args.sequence_length, config.max_seq_len
+    fits = T <= most
+    require(fits, f"the model's context is {most}: use --sequence_length {most} or less")
     plan = memory_plan(args, config, world.size)
     need = sum(plan.values())
     free = available_memory() / world.local_size
@@ -2951,188 +3118,231 @@ def make_model(args, config, world):
     print_now(f"memory{whose}: {parts}, in all {need / 1e6:.0f} MB")
 
     if need > free:  # no InputError: a checkpoint that does not fit is not damaged
+        logits = act_shapes(config, B, T)["logits"]
+        per_sequence = (plan["activations"] - 4 * math.prod(logits)) / B
+        fitting = int(B - (need - free) / per_sequence)
+        remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
         raise MemoryError(
-            f"B={args.batch_size}, T={args.sequence_length} needs {need / 1e6:.0f} MB, the machine "
-            f"has {free / 1e6:.0f}: use {what_fits(args, config, world, free)}"
+            f"B={B}, T={T} needs {need / 1e6:.0f} MB, here are {free / 1e6:.0f}: try {remedy}"
         )
-    return GPT2(
-        config,
-        args.batch_size,
-        args.sequence_length,
-        seed=None,
-        recompute=args.recompute,
-        training=not args.inference_only,
-    )
+    return GPT2(config, B, T, None, args.recompute, training=not args.inference_only)
 
 
-def what_fits(args, config, world, free):
-    """The largest batch size that fits into free bytes, as advice."""
-    fits, too_large = 0, args.batch_size
-    while too_large - fits > 1:
-        middle = (fits + too_large) // 2
-        smaller = SimpleNamespace(**vars(args) | {"batch_size": middle})
-        if sum(memory_plan(smaller, config, world.size).values()) <= free:
-            fits = middle
-        else:
-            too_large = middle
-    return f"--batch_size {fits}" if fits else "a smaller --model or --sequence_length"
-
-
-def begin(named, stopped, world=ALONE):
+def begin(named, stopped, world):
     """The Run that the flags ask for, from its beginning."""
+    args = settings(named)
+    require(
+        args.model not in (*FRESH, *OPENAI, "bytes") or not holds_a_model(args.model),
+        f"--model {args.model} is a name, and here also a folder that holds a model: write "
+        f"--model ./{args.model} for the folder, or give it another name",
+    )
     try:
-        args = settings(named)
         return open_model(args, named, stopped, world)
     except (InputError, OSError) as error:
-        by_name = {"model", "input_bin", "input_val_bin", "inference_only", "write_tensors"}
-        by_name |= {"output_dir", "resume"}
-        if by_name & named.keys():
+        if {"model", "input_bin", "input_val_bin", "inference_only", "resume"} & named.keys():
             raise  # what was asked for by name is not replaced by something else
-        print_now(
-            f"{error}\n--> so a small GPT will learn from scratch, by bytes, what this project's "
-            "own files look like"
-        )
-        args = settings(named | {"model": "bytes"})
-        return open_model(args, named, stopped, world)
+        cause = getattr(error.__cause__, "cause", error)
+        print_now(f"{cause}\n--> so a small GPT will learn from scratch, by bytes")
+        if os.path.exists(in_data("tiny_shakespeare_train.bin")):
+            print_now("    (with --model d6 one learns GPT-2's tokens, for which all is there)")
+        named = named | {"model": "bytes"}
+        return open_model(settings(named), named, stopped, world)
 
 
 def open_model(args, named, stopped, world):
     """A Run with the model that args name, its weights drawn or read."""
-    if args.model not in (*prepro.WEIGHTS, *FRESH, "bytes"):
+    if args.model not in (*FRESH, *OPENAI, "bytes"):
         find_weights(args.model)  # an error if it is not there, before anything is fetched
 
     data_named = {"input_bin", "input_val_bin"} & named.keys()
+    if data_named == {"input_bin"} and args.val_loss_every:
+        raise InputError("--input_bin without its --input_val_bin: name it, or --val_loss_every 0")
+    if data_named == {"input_val_bin"}:
+        raise InputError("--input_val_bin without its --input_bin: name that too")
     if not args.inference_only and args.model != "bytes" and not data_named:
-        args.input_bin, args.input_val_bin = prepro.prepare_tinyshakespeare()
+        paths = [in_data(f"tiny_shakespeare_{name}.bin") for name in ("train", "val")]
+        there = all(map(os.path.exists, paths))
+        args.input_bin, args.input_val_bin = paths if there else provide("tiny_shakespeare")
 
     path = None
     if args.model == "bytes":
         config = BYTES_CONFIG
     elif args.model in FRESH:
-        C = FRESH[args.model]
-        config = GPT2Config(1024, 50257, int(args.model[1:]), C // 64, C)
+        L, C = FRESH[args.model]
+        config = GPT2Config(1024, 50257, L, C // 64, C)
     else:
         path = find_weights(args.model)
-        config = GPT2Config(**prepro.read_sizes(path))
+        config, tensors = open_weights(path)
 
-    tensors = prepro.find_tensors(path, param_shapes(config)) if path else None
     if args.inference_only:
         args.batch_size = 1
         args.sequence_length = named.get("sequence_length", config.max_seq_len)
-
     if args.total_batch_size == 0:
         args.total_batch_size = args.batch_size * args.sequence_length * world.size
 
     model = make_model(args, config, world)
     with Progress(f"reading {path}" if path else "drawing weights"):
         if path:
-            prepro.read_tensors(tensors, model.params)
+            read_weights(model.params, tensors)
         else:
             init_weights(model.params, args.seed)
-    return Run(args, model, world, stopped, position=[0, 0, 0], log=[])
+    return Run(args, model, world, stopped, Log())
 
 
 def open_data(run):
-    """Give a run its loaders. InputError if the training data is not what it was."""
+    """Give a run its loaders. InputError if its data is not what it was when it began."""
     args = run.args
-    train_source, val_source = args.input_bin, args.input_val_bin
-    if args.model == "bytes" and not args.input_bin:
-        train_source, val_source = prepro.own_text()
-
-    seed = args.seed if args.shuffle else None
-    with Progress("checking the tokens"):
-        run.loader = open_loader(run, train_source, seed)
-        if args.val_loss_every:
-            run.val_loader = open_loader(run, val_source, None)
-        sums = [zlib.crc32(np.ascontiguousarray(shard)) for shard in run.loader.shards]
-
-    sizes = run.loader.sizes
+    tokens = args.batch_size * args.sequence_length * run.world.size
+    micro_batches = args.total_batch_size // tokens
     require(
-        run.tokens in (None, sizes),
-        f"there are {sizes} tokens of training data, there were {run.tokens} when this run began",
+        args.total_batch_size == micro_batches * tokens and micro_batches > 0,
+        f"--total_batch_size {args.total_batch_size} is no multiple of {tokens}, which is B*T"
+        + (f" * {run.world.size} processes" if run.world.size > 1 else "")
+        + f": try {max(1, micro_batches) * tokens}",
     )
+    sources = {"training": args.input_bin, "validation": args.input_val_bin}
+    if not args.val_loss_every:
+        del sources["validation"]
+    if args.model == "bytes" and not args.input_bin + args.input_val_bin:
+        names, *texts = text_at_hand()
+        shards = {what: [text] for what, text in zip(sources, texts, strict=False)}
+        sources = dict.fromkeys(sources, names)
+    else:
+        shards = {what: open_shards(source) for what, source in sources.items()}
+
+    run.data = run.data or {}
+    for what, files in shards.items():
+        with Progress(f"checking the {what} tokens"):
+            found = [check_shard(shard, args, run.model.config) for shard in files]
+        require(
+            run.data.setdefault(what, found) == found,
+            f"the {what} data has changed since this run began: put it back, or start another run",
+        )
+        print_now(f"{what} data: {sources[what]}, {sum(n for n, _ in found):,} tokens")
+
+    B, T = args.batch_size, args.sequence_length
+    loader = DataLoader(shards["training"], B, T, args.seed if args.shuffle else None)
+    shard, offset, _ = run.position
+    right = shard < len(loader.shards) and offset + B * T < len(loader.shards[shard])
+    require(right, f"the run stopped at {run.position}, which is not in the training data")
+    loader.seek(run.position)
+    loader = run.world.share_loader(loader)
+    run.loader = FirstBatch(loader) if args.overfit_single_batch else loader
+    if args.val_loss_every:
+        run.val_loader = run.world.share_loader(DataLoader(shards["validation"], B, T))
+
+
+def check_shard(shard, args, config):
+    """[number of tokens, CRC-32] of a shard. InputError if it can't serve the model."""
+    name = getattr(shard, "path", "the text")
+    B, T, V = args.batch_size, args.sequence_length, config.vocab_size
     require(
-        run.tokens_crc32 in (None, sums),
-        "the training data has changed since this run began: put it back, or start another run",
+        len(shard) > B * T,
+        f"{name}: has {len(shard)} tokens, a batch needs B*T + 1 = {B * T + 1}: use a smaller "
+        + ("--sequence_length" if B == 1 else "--batch_size"),
     )
-    run.tokens = sizes
-    run.tokens_crc32 = sums
-    shard = run.position[0]
-    require(shard < len(sizes), f"the run stopped in shard {shard}, there are {len(sizes)}")
-    run.loader.seek(run.position)
+    crc32, highest = 0, 0
+    for start in range(0, len(shard), 1 << 20):
+        piece = np.ascontiguousarray(shard[start : start + (1 << 20)])
+        crc32 = zlib.crc32(piece, crc32)
+        highest = max(highest, int(piece.max()))
+
+    kinds = {0: "unknown", 256: "bytes", 50257: "GPT-2's"}
+    theirs = getattr(shard, "vocab_size", 256)
+    fits = theirs in (0, V) or theirs == 50257 and is_gpt2s(V)
+    require(
+        fits and highest < V,
+        f"{name}: its tokens are {kinds.get(theirs, f'of {theirs}')}, up to {highest}, and those "
+        f"of the model are {kinds.get(V, f'of {V}')}: write its text anew with python "
+        "prepro_tinyshakespeare.py --input my.txt" + (" --bytes 1" if V == 256 else ""),
+    )
+    return [len(shard), crc32]
+
+
+def open_tokenizer(run):
+    """Give a run its tokenizer. Nothing trained is lost for want of one: it may do without."""
+    V, prompt = run.model.config.vocab_size, run.args.prompt
+    try:
+        run.tokenizer = tokenizer(V)
+        if prompt:
+            run.tokenizer.encode(prompt)
+    except InputError as error:
+        if run.args.inference_only:
+            raise
+        run.tokenizer = None
+        print_now(f"{error}; so there will be no samples")
+    if V != 256 and not is_gpt2s(V):
+        print_now(f"samples are printed as ids: {V} tokens are neither bytes nor GPT-2's")
+    if "<|endoftext|>" in prompt:
+        print_now("note: <|endoftext|> in a prompt is thirteen characters, not the token")
 
 
 def open_examples(run):
     """HellaSwag's examples, fetched if need be."""
-    V = run.model.config.vocab_size
-    path = prepro.prepare_hellaswag()
-    examples = prepro.read_hellaswag(path)[: run.args.hellaswag_limit or None]
-    highest = max(max(map(max, [example.context, *example.endings])) for example in examples)
-    require(
-        highest < V, f"{path}: holds token {highest}, the model's vocabulary ends at {V - 1}"
-    )
-    return examples
+    config = run.model.config
+    with lying_beside():
+        from extras import hellaswag
+
+        return hellaswag.load(run.args.hellaswag_limit, config.vocab_size, config.max_seq_len)
 
 
-def open_loader(run, source, shuffle_seed):
-    """A DataLoader for the run's model."""
-    args, V = run.args, run.model.config.vocab_size
-    try:
-        loader = DataLoader(
-            source, args.batch_size, args.sequence_length, V, shuffle_seed,
-            run.world.rank, run.world.size,
-        )  # fmt: skip
-    except InputError as error:
-        if V <= 256 and "vocabulary ends" in str(error):
-            raise InputError(
-                f"{error}: the model reads bytes, and this is no file of bytes: write one with "
-                "python prepro_tinyshakespeare.py --input my.txt --bytes 1"
-            ) from None
-        raise
-    check_vocabulary(loader, V, "")
-    return loader
+# What extras/processes.py does for several processes, for one.
+ONE_PROCESS = SimpleNamespace(
+    rank=0,
+    size=1,
+    local_size=1,
+    part=lambda n: slice(0, n),
+    pieces=lambda row: iter([row]),
+    share_model=lambda model, asked, stopped: model,
+    share_loader=lambda loader: loader,
+    first_rank_first=contextlib.nullcontext,
+    difference=lambda facts: "",
+    gathered=lambda value, what: [value],
+    report=lambda line: print_now(line, to="stderr"),
+    end_all=lambda code: code,
+)
 
 
-def print_sample(model, args, step, stopped=()):
-    """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
-    encode, decode, first = prepro.tokenizer(model.config.vocab_size)
-    rng = np.random.default_rng([args.seed, step])
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    prompt = encode(args.prompt) or [first]
+def join_processes():
+    """The processes that mpiexec has started, or ONE_PROCESS."""
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI, Microsoft MPI
+    if all(os.environ.get(name, "1") == "1" for name in names):
+        return ONE_PROCESS
+    with lying_beside():
+        from extras import processes
 
-    print_now(args.prompt, end="")
-    new_tokens = model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng)
-    for token in new_tokens:
-        print_now(utf8.decode(decode(token)), end="")
-        if stopped:
-            break
-    print_now(utf8.decode(b"", final=True))
+        return processes.join()
+
+
+def require_alike(world, **facts):
+    """InputError unless all processes have the same facts."""
+    difference = world.difference(facts)
+    require(not difference, difference)
 
 
 @contextlib.contextmanager
-def signals_noted(stopped, while_training):
-    """While this lasts, signals are added to the list `stopped` instead of ending the program.
+def signals_noted(asked, while_training):
+    """While this lasts, signals are added to the list `asked` instead of ending the program.
 
-    While training, Ctrl-C, SIGTERM and SIGUSR1 finish the step first; the same signal once more
-    ends the program at once. SIGPIPE says that nobody reads any more.
+    While training, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step first; the same signal once
+    more ends the program at once. SIGPIPE says that nobody reads any more.
     """
 
     def note(number, frame):
-        if number in stopped:
+        if number in asked:
             os._exit(128 + number)
-        stopped.append(number)
+        asked.append(number)
         with contextlib.suppress(OSError, AttributeError, ValueError):
             # print() may be what the signal has interrupted, so it can't be used here
             message = b"\nfinishing this step; once more, and it stops at once\n"
             os.write(sys.stdout.fileno(), message)
 
-    handlers = {}
-    if while_training:
-        handlers = {signal.SIGINT: note, signal.SIGTERM: note}
-        if hasattr(signal, "SIGUSR1"):
-            handlers[signal.SIGUSR1] = note  # what clusters send before a job's time is over
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if while_training else ()
+    handlers = {getattr(signal, name): note for name in names if hasattr(signal, name)}
     if hasattr(signal, "SIGPIPE"):
-        handlers[signal.SIGPIPE] = lambda number, frame: stopped.append(number)
+        handlers[signal.SIGPIPE] = lambda number, frame: asked.append(number)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        handlers.pop(signal.SIGHUP, None)  # started with nohup
     if threading.current_thread() is not threading.main_thread():
         handlers = {}  # only the main thread may set them
 
@@ -3144,91 +3354,95 @@ def signals_noted(stopped, while_training):
             signal.signal(number, handler)
 
 
-def run_command(named, stopped, world):
+def run_command(named, asked, stopped, world):
     """Do what the flags say."""
-    output_dir = named.get("output_dir")
-    writes_run = output_dir and not named.get("inference_only") and not named.get("write_tensors")
-    if writes_run and not named.get("resume"):
-        refuse_used_folder(output_dir)
+    folder = named.get("output_dir")
+    if folder and not named.get("inference_only") and not named.get("resume"):
+        refuse_used_folder(folder)
 
     with world.first_rank_first():
         run = resume(named, stopped, world) if named.get("resume") else None
         run = run or begin(named, stopped, world)
-        if not run.args.inference_only:
+        args = run.args
+        if not args.inference_only:
             open_data(run)
-        if run.args.hellaswag_eval:
+        if args.hellaswag_eval:
             run.examples = open_examples(run)
+        if args.inference_only or args.sample_every:
+            open_tokenizer(run)
 
-    if run.args.inference_only and run.examples:
-        with signals_noted(stopped, while_training=True):
-            hellaswag(run)
-    elif run.args.inference_only:
-        if world.rank == 0:
-            with signals_noted(stopped, while_training=False):
-                print_sample(run.model, run.args, 0, stopped)
-            stopped.clear()  # a reader that goes away is no error
-    elif run.args.write_tensors:
-        if world.rank == 0:
-            inputs, targets = run.loader.next_batch()
-            for path in write_tensors(run.model, inputs, targets, output_dir or "data"):
-                print_now(path)
-    else:
-        world.check_alike({
-            "training data": [run.tokens, run.tokens_crc32],
-            "weights": zlib.crc32(run.model.flat[0]),
-            "settings": vars(run.args),
-        })  # fmt: skip
-        with signals_noted(stopped, while_training=True):
+    if args.inference_only:
+        with signals_noted(asked, while_training=False):
+            print_sample(run)
+        asked.clear()  # a reader that goes away is no error
+        return
+
+    require_alike(world, data=run.data, weights=zlib.crc32(run.model.flat[0]), settings=vars(args))
+    run.model = world.share_model(run.model, asked, stopped)
+    if not folder:
+        print_now("nothing of this run will be kept: --output_dir names a folder to keep it in")
+    elif world.rank == 0:
+        run.log.begin(os.path.join(folder, "main.log"))
+    try:
+        with signals_noted(asked, while_training=True):
             train(run)
+    except FloatingPointError as error:
+        places = world.gathered(first_not_finite(run.model), "the search for what is not finite")
+        place = next(filter(None, places), "a sum over all of them")
+        raise InputError(
+            f"update {run.step + 1}: {error}; it began in {place}: try a smaller --learning_rate, "
+            "or --grad_clip 1"
+        ) from None
 
 
 def main(argv=None):
     """Run the command line. Returns the exit code.
 
-    0; 1 for what a one-line error explains; 2 for the flags; 130, 141 or 143 if it was stopped.
+    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
     """
-    named = parse_args(argv)
-    stopped = []
-    world = ALONE
-    lock = contextlib.nullcontext()
+    asked = []  # the signals that have come to this process
+    world = ONE_PROCESS
     try:
-        world = join_world()
-        world.check_alike({"flags": named, "code": own_code(), "NumPy": np.__version__})
+        world = join_processes()
+        share_cores(world.local_size)
+        stopped = asked if world.size == 1 else []  # those that all processes know of
+        named = parse_flags(sys.argv[1:] if argv is None else argv)
         check_flags(named)
+        own_code = zlib.crc32(np.fromfile(__file__, np.uint8))
+        require_alike(world, flags=named, code=own_code, NumPy=np.__version__)
+
+        lock = contextlib.nullcontext()
         if named.get("output_dir") and not named.get("inference_only") and world.rank == 0:
-            lock = lock_folder(named["output_dir"])
+            lock = folder_locked(named["output_dir"])
         with lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # check_finite finds what overflows
-            run_command(named, stopped, world)
-        world.wait()
+            warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is found by its loss
+            run_command(named, asked, stopped, world)
+        return 128 + stopped[0] if stopped else 0
     except KeyboardInterrupt:
-        return end_all(world, 130)
+        return world.end_all(130)
     except (InputError, OSError, MemoryError) as error:
-        report_error(error)
-        return end_all(world, 1)
+        world.report(f"error: {error}")
+        return world.end_all(2 if isinstance(error, UsageError) else 1)
     except Exception:
-        if world.comm is None:
+        if world.size == 1:
             raise
         traceback.print_exc()
-        return end_all(world, 1)
-    return 128 + stopped[0] if stopped else 0
+        return world.end_all(1)
 
 
-def report_error(error):
-    """Print an error, once if all processes have the same one."""
-    rank, _ = launched()
-    if rank > 0:
-        time.sleep(1)  # process 0 may be about to say the same, and to end this one
-    print(f"error: {error}", file=sys.stderr, flush=True)
-
-
-def own_code():
-    """The CRC-32s of the two files that a run consists of."""
-    return [zlib.crc32(np.fromfile(path, np.uint8)) for path in (__file__, prepro.__file__)]
+def flush_at_last():
+    """What can't be written to a terminal that is gone must not change the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stdout:  # None, if it was closed
+    if sys.stdout:
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal can't show
-    sys.exit(main())
+    exit_code = main()
+    flush_at_last()
+    sys.exit(exit_code)

@@ -204,15 +204,23 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def make_loaders(args, V):
-    train = gpt2.DataLoader(args.input_bin, args.batch_size, args.sequence_length, V, args.seed)
-    val = gpt2.DataLoader(args.input_val_bin, args.batch_size, args.sequence_length, V)
+def make_loaders(args):
+    B, T = args.batch_size, args.sequence_length
+    train = gpt2.DataLoader(gpt2.open_shards(args.input_bin), B, T, args.seed)
+    val = gpt2.DataLoader(gpt2.open_shards(args.input_val_bin), B, T)
     return train, val
+
+
+def learning_rate(args, step):
+    return gpt2.learning_rate_at(
+        step, args.num_iterations, args.learning_rate,
+        args.warmup_iters, args.learning_rate_decay_frac,
+    )  # fmt: skip
 
 
 def train_ours(args, model):
     """{"train": [[update, loss], ...], "val": ...}"""
-    loader, val_loader = make_loaders(args, model.config.vocab_size)
+    loader, val_loader = make_loaders(args)
     found = {"train": [], "val": []}
     for step in range(args.num_iterations + 1):
         if step % args.val_loss_every == 0:
@@ -222,9 +230,8 @@ def train_ours(args, model):
             found["val"].append([step, sum(losses) / len(losses)])
         if step < args.num_iterations:
             loss, _ = gpt2.train_step(
-                model, loader, 1, gpt2.learning_rate_at(step, args),
-                args.weight_decay, args.grad_clip, step + 1,
-            )  # fmt: skip
+                model, loader, 1, learning_rate(args, step), args.weight_decay, args.grad_clip
+            )
             found["train"].append([step + 1, loss])
     return found
 
@@ -232,7 +239,7 @@ def train_ours(args, model):
 def train_torch(args, config, reference):
     import torch
 
-    loader, val_loader = make_loaders(args, config.vocab_size)
+    loader, val_loader = make_loaders(args)
     decayed = [name for name in gpt2.param_shapes(config) if gpt2.is_decayed(name)]
     others = [name for name in gpt2.param_shapes(config) if not gpt2.is_decayed(name)]
     groups = []
@@ -255,7 +262,7 @@ def train_torch(args, config, reference):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(reference.parameters(), args.grad_clip)
             for group in optimizer.param_groups:
-                group["lr"] = gpt2.learning_rate_at(step, args)
+                group["lr"] = learning_rate(args, step)
             optimizer.step()
             found["train"].append([step + 1, loss.item()])
     return found
@@ -265,9 +272,9 @@ def measure_losses():
     from test_gpt2 import TorchGPT2
 
     args = gpt2.settings(dict(SETTINGS))
-    args.input_bin, args.input_val_bin = gpt2.prepro.prepare_tinyshakespeare()
-    C = gpt2.FRESH[args.model]
-    config = gpt2.GPT2Config(1024, 50257, int(args.model[1:]), C // 64, C)
+    args.input_bin, args.input_val_bin = gpt2.provide("tiny_shakespeare")
+    L, C = gpt2.FRESH[args.model]
+    config = gpt2.GPT2Config(1024, 50257, L, C // 64, C)
     model = gpt2.GPT2(config, args.batch_size, args.sequence_length, args.seed)
     reference = TorchGPT2(config, model.params)
 

@@ -56,9 +56,12 @@ def random_batch(config, B, T):
     return tokens[0], tokens[1]
 
 
+SIZES = {"d6": (6, 384), "d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
+
+
 def fresh_config(name):
-    C = gpt2.FRESH[name]
-    return gpt2.GPT2Config(num_layers=int(name[1:]), num_heads=C // 64, channels=C)
+    L, C = SIZES[name]
+    return gpt2.GPT2Config(num_layers=L, num_heads=C // 64, channels=C)
 
 
 def random_params(config):
@@ -233,40 +236,27 @@ def usual_examples(n):
     return examples
 
 
-def plain_losses(model, memory, context, endings):
-    """The losses of each ending's tokens, from four whole sequences in one batch.
-
-    memory: a flat array in which the batch's activations find room, whatever its T.
-    """
-    longest = max(map(len, endings))
-    sequences = [context + ending + [0] * (longest - len(ending)) for ending in endings]
-    tokens = np.array(sequences)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-
-    shapes = gpt2.act_shapes(model.config, *inputs.shape, training=False)
-    model.acts = gpt2.carve(memory, shapes)
-    lnf = model.forward_rows(inputs)
-    rows, wanted = lnf.reshape(1, -1, lnf.shape[-1]), targets.reshape(1, -1)
-    losses = np.empty(wanted.shape, np.float32)
-    for start in range(0, wanted.size, gpt2.LOGITS_ROWS):
-        piece = np.s_[:, start : start + gpt2.LOGITS_ROWS]
-        logits = model.acts["logits"][:, : wanted[piece].size]
-        gpt2.matmul_forward(logits, rows[piece], model.params["wte"])
-        gpt2.crossentropy_softmax_forward(losses[piece], logits, wanted[piece])
-
-    losses = losses.reshape(targets.shape)
-    n = len(context) - 1
-    return [losses[i, n : n + len(ending)] for i, ending in enumerate(endings)]
-
-
 def hellaswag(many):
-    """Seconds for some examples, the plain way and packed, in turns."""
+    """Seconds for some examples, in turns: the plain way and by token_losses.
+
+    The plain way is a forward pass on all four sequences, each from its beginning.
+    """
     config = gpt2.GPT2Config()
-    model = gpt2.GPT2(config, 4, 256, training=False)
+    model = gpt2.GPT2(config, 4, 160, training=False)
     memory = model.blob[model.flat.size :]
-    acts = gpt2.evaluation_acts(config, 300)
-    ways = {"plain": lambda *e: plain_losses(model, memory, *e)}
-    ways["packed"] = lambda *e: gpt2.ending_losses(model, acts, *e)
+
+    def plain(context, endings):
+        longest = max(map(len, endings))
+        sequences = [context + ending + [0] * (longest - len(ending)) for ending in endings]
+        tokens = np.array(sequences)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
+        shapes = gpt2.act_shapes(config, *inputs.shape, training=False)
+        model.acts = gpt2.carve(memory, shapes)  # a batch has another length each time
+        losses = model.classifier(model.forward_tokens(inputs), targets).reshape(targets.shape)
+        n = len(context) - 1
+        return [losses[i, n : n + len(ending)].copy() for i, ending in enumerate(endings)]
+
+    ways = {"plain": plain, "ours": model.token_losses}
     seconds = dict.fromkeys(ways, 0.0)
     for number, example in enumerate(usual_examples(many + 2)):
         found = []
@@ -616,8 +606,8 @@ def measure(options):
     if options.full or options.hellaswag:
         runs = [in_a_process(options.threads, "hellaswag", many=40) for _ in range(options.rounds)]
         found["hellaswag"] = {
-            "ratio": spread([run["packed"] / run["plain"] for run in runs]),
-            "seconds_per_example": statistics.median(run["packed"] / 40 for run in runs),
+            "ratio": spread([run["ours"] / run["plain"] for run in runs]),
+            "seconds_per_example": statistics.median(run["ours"] / 40 for run in runs),
         }
         ratio, seconds = found["hellaswag"].values()
         print(f"\nHellaSwag, 124M: {seconds:.3f} s per example, {as_text(ratio)} of the plain way")

@@ -1,10 +1,10 @@
 """What the tests share."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import re
@@ -13,32 +13,26 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import prepro_tinyshakespeare as prepro
 import train_gpt2 as gpt2
 from test_gpt2 import random_model
 
 # --------------------------------------------------------------------------------------------------
-# Fetching and tokenising: prepro_tinyshakespeare.py
-#
-# A server on this machine plays the hub: it redirects, names SHA-256 and size in the first
-# response, serves parts of the file, and misbehaves in every way that a real one, or the network
-# before it, may.
-
+# GPT-2's vocabulary
 
 VOCABULARY_FOLDER = os.path.abspath(os.environ.get("TIKTOKEN_CACHE_DIR") or "data/tiktoken")
-
-
+VOCABULARY_ADDRESS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 VOCABULARY_FILES = {  # tiktoken calls them by the SHA-1 of their addresses
     name: os.path.join(
-        VOCABULARY_FOLDER, hashlib.sha1((prepro.VOCABULARY + name).encode()).hexdigest()
+        VOCABULARY_FOLDER, hashlib.sha1((VOCABULARY_ADDRESS + name).encode()).hexdigest()
     )
-    for name in prepro.VOCABULARY_SHA256
+    for name in ("vocab.bpe", "encoder.json")
 }
 
 
@@ -256,19 +250,16 @@ REAL_CONFIG = {  # that of OpenAI's upload, but for the sizes
 }
 
 
-def run_state(model, **settings):
-    """What train() has at hand when it saves a checkpoint."""
-    defaults = {name: value for name, value in gpt2.DEFAULTS.items() if name not in gpt2.MAY_CHANGE}
-    defaults |= {"batch_size": model.batch_size, "sequence_length": model.sequence_length}
-    defaults["total_batch_size"] = model.batch_size * model.sequence_length
-    return {
-        "step": 7,
-        "position": [0, 112],
-        "evaluated": True,
-        "tokens": [1000],
-        "log": ["s:0 tel:4.1589", "s:0 trl:4.1601", "s:7 tel:3.9210"],
-        "settings": defaults | settings,
-    }
+def run_state(model, folder, **settings):
+    """A Run that has made 7 updates and can be saved in that folder."""
+    args = gpt2.settings({"output_dir": str(folder)})
+    args.batch_size, args.sequence_length = model.batch_size, model.sequence_length
+    args.total_batch_size = model.batch_size * model.sequence_length
+    vars(args).update(settings)
+    run = gpt2.Run(args, model, gpt2.ONE_PROCESS, [], gpt2.Log(), step=7)
+    run.data = {"training": [[1000, 123456789]], "validation": [[70, 987654321]]}
+    run.loader = SimpleNamespace(position=(0, 112, 0))
+    return run
 
 
 def peak_of(call):
@@ -281,14 +272,19 @@ def peak_of(call):
         tracemalloc.stop()
 
 
+def header_of(data):
+    """(header, where the tensors begin) of a sound .safetensors file."""
+    end = 8 + struct.unpack_from("<Q", data)[0]
+    return json.loads(data[8:end]), end
+
+
 def read_plainly(data):
     """{name: float32 array} of a sound .safetensors file."""
-    n = struct.unpack_from("<Q", data)[0]
-    header = json.loads(data[8 : 8 + n])
+    header, end = header_of(data)
     header.pop("__metadata__", None)
     tensors = {}
     for name, t in header.items():
-        part = bytearray(data[8 + n :][slice(*t["data_offsets"])])
+        part = bytearray(data[end:][slice(*t["data_offsets"])])
         part = torch.frombuffer(part, dtype=TORCH_TYPES[t["dtype"]])
         tensors[name] = part.reshape(t["shape"]).float().numpy()
     return tensors
@@ -331,6 +327,7 @@ SMALL_RUN = (
 
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+STOP_SIGNALS += [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows knows only one way
@@ -342,9 +339,9 @@ posix_only = pytest.mark.skipif(
 )
 
 
-def write_token_file(path, tokens, magic=20240520, version=1, count=None):
-    """llm.c's token file by hand, with a wrong header if asked for."""
-    header = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
+def write_token_file(path, tokens, magic=20240520, version=1, count=None, vocab_size=0):
+    """A token file by hand, with a wrong header if asked for. llm.c's say nothing of a size."""
+    header = struct.pack("<4i", magic, version, len(tokens) if count is None else count, vocab_size)
     path.write_bytes(header.ljust(1024, b"\0") + struct.pack(f"<{len(tokens)}H", *tokens))
 
 
@@ -418,14 +415,15 @@ def call_main(small_folder, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
 
     def call(*flags):
-        numbers = [*STOP_SIGNALS, getattr(signal, "SIGPIPE", signal.SIGINT)]
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGPIPE")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         handlers = [signal.getsignal(number) for number in numbers]
         capsys.readouterr()
         try:
             with np.errstate(all="ignore"):
                 code = gpt2.main([str(flag) for flag in flags])
         finally:
-            for number, handler in zip(numbers, handlers, strict=False):
+            for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)
         return (code, *capsys.readouterr())
 
@@ -450,9 +448,30 @@ def events(stdout):
     stdout = re.sub(
         r"\nfinishing this step[^\n]*\n", "", re.sub(r", \d+ ms, \d+ tok/s\)", ")", stdout)
     )
-    heading = r"model: |memory|resuming from |no checkpoint to resume|"
-    heading += r"(stopped: )?\d+ updates, |.* is damaged: "
+    heading = r"model: |memory|training data: |validation data: |nothing of this run will be kept"
+    heading += r"|resuming from |.* holds NO RUN TO RESUME|(stopped: )?\d+ updates, "
+    heading += r"|.* is damaged: "
     return re.sub(rf"(?m)^({heading}).*\n", "", stdout)
+
+
+def joined(first, second):
+    """The events of a run that was stopped, and of the one that went on from where it stopped.
+
+    The second evaluates once more what the first evaluated last, and must find the same. If the
+    signal came in the midst of it, the first has a part.
+    """
+    first, second = events(first), events(second)
+    updates = list(re.finditer(r"(?m)^step \d+/\d+: .*\n", first))
+    seam = updates[-1].end() if updates else 0
+    part = first[seam:]
+    # A sample that was broken off ends its line, and perhaps a character, where the whole goes on.
+    assert second.startswith((part, part.removesuffix("\n").removesuffix("\ufffd"))), part
+    return first[:seam] + second
+
+
+def all_joined(*sessions):
+    """The events of all sessions of a run."""
+    return functools.reduce(joined, sessions, "")
 
 
 def as_read(text):
@@ -471,33 +490,49 @@ def train_losses(stdout):
     return [float(loss) for loss in re.findall(r"(?m)^step \d+/\d+: train loss (\S+)", stdout)]
 
 
-def checkpoint_folders(folder):
-    return sorted(folder.glob("checkpoint_" + 8 * "[0-9]"))
+def checkpoints(folder):
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint_" + 8 * "[0-9]" + ".safetensors"))
+
+
+def step_of(checkpoint):
+    return int(re.fullmatch(r"checkpoint_(\d{8})\.safetensors", checkpoint.name)[1])
 
 
 def tensor_bytes(file):
     """{tensor's name: its bytes} of a .safetensors file."""
-    found, data = {}, file.read_bytes()
-    for name, (_, offset, dtype, shape, _) in prepro.read_safetensors(str(file))[0].items():
-        assert dtype == "F32"
-        found[name] = data[offset : offset + 4 * math.prod(shape)]
-    return found
+    data = file.read_bytes()
+    header, end = header_of(data)
+    header.pop("__metadata__", None)
+    return {name: data[end:][slice(*entry["data_offsets"])] for name, entry in header.items()}
+
+
+def state_of(checkpoint):
+    """The state of the run that stands in a checkpoint."""
+    header, _ = header_of(checkpoint.read_bytes())
+    return json.loads(header["__metadata__"]["state"])
+
+
+def with_right_checksum(data):
+    """A checkpoint's bytes, with the checksum at their end that belongs to those before it."""
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
 
 
 def whole_state(folder):
     """All that a run must end with, from the files of its --output_dir."""
-    newest = checkpoint_folders(folder)[-1]
-    params, moments = (
-        tensor_bytes(newest / f"{name}.safetensors") for name in ("model", "optimizer")
-    )
-    state = json.loads(prepro.read_safetensors(str(newest / "optimizer.safetensors"))[1]["state"])
-    assert set(moments) == {"m", "v"} and len(moments["m"]) == sum(map(len, params.values()))
+    newest = checkpoints(folder)[-1]
+    data = newest.read_bytes()
+    assert data == with_right_checksum(data)
+    tensors, state = tensor_bytes(newest), state_of(newest)
+    del tensors["crc32"]  # the state has the folder's name, too
+    params = sum(len(part) for name, part in tensors.items() if name.startswith("transformer."))
+    assert len(tensors["m"]) == len(tensors["v"]) == params
     return {
-        **params,
-        **moments,
-        **{key: state[key] for key in ("step", "position", "evaluated")},
+        **tensors,
+        "step": state["step"],
+        "position": state["position"],
+        "data": state["data"],
         "log": (folder / "main.log").read_text(),
-        "its log": (newest / "main.log").read_text(),
         "final": tensor_bytes(folder / "model.safetensors"),
         "name": newest.name,
     }
@@ -535,33 +570,35 @@ def sharp_model(B, T, seed=5, recompute=1):
 
 AT_A_MOMENT = """if True:
     import os, sys, train_gpt2
-    moment, number, seen = int(sys.argv[1]), int(sys.argv[2]), 0
-    where = "train evaluate validate print_sample write_log_line save save_checkpoint".split()
-    where += "replace_folder save_huggingface write_safetensors atomic_write finish".split()
-    where += ["publish_weights"]
-    files = [train_gpt2.__file__, train_gpt2.prepro.__file__]
+    moment, number, where, begun, seen = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], False, 0
     def trace(frame, event, arg):
-        global seen
-        if frame.f_code.co_name in where and frame.f_code.co_filename in files:
+        global begun, seen
+        if frame.f_code.co_filename != train_gpt2.__file__:
+            return None
+        begun = begun or frame.f_code.co_name == "train" or not where.startswith("train ")
+        if begun and frame.f_code.co_name in where.split():
             seen += event == "line"
             if event == "line" and seen == moment:
                 os.kill(os.getpid(), number)
             return trace
     os.fsync = lambda handle: None  # what it protects from is a power cut, no signal
     sys.settrace(trace)
-    code = train_gpt2.main(sys.argv[3:])
+    code = train_gpt2.main(sys.argv[4:])
     sys.settrace(None)
     print(seen, file=sys.stderr)
     sys.exit(code)
 """
 
+# The functions that decide, print and write, from train() on: before it, no signal is noted yet.
+IN_THE_LOOP = """train evaluate validate print_sample save save_checkpoint finish
+    write_safetensors atomic_write save_huggingface add has write text"""
 
-def run_to_a_moment(folder, moment, number, *flags):
-    """The trainer, which sends itself that signal before the moment-th line it executes of those
-    that decide, print and write: (exit code, stdout, the number of such lines). Moment 0 never
-    comes."""
+
+def run_to_a_moment(folder, moment, number, *flags, where=IN_THE_LOOP):
+    """The trainer, which sends itself that signal before the moment-th line it executes of certain
+    functions: (exit code, stdout, the number of such lines). Moment 0 never comes."""
     code, stdout, error = run_command(
-        folder, moment, int(number), *flags, program=("-c", AT_A_MOMENT)
+        folder, moment, int(number), where, *flags, program=("-c", AT_A_MOMENT)
     )
     assert error.strip().isdecimal() or number == KILL and error == "", error
     return code, stdout, int(error or 0)
@@ -570,11 +607,15 @@ def run_to_a_moment(folder, moment, number, *flags):
 @pytest.fixture(scope="module")
 def uninterrupted(small_folder, tmp_path_factory):
     """The run that the interrupted ones must equal. early: a folder that it left when killed
-    half-way."""
+    half-way, after its 6th update and before that was saved."""
     folder, early = tmp_path_factory.mktemp("uninterrupted"), tmp_path_factory.mktemp("early")
     flags = (*SMALL_RUN, "--checkpoint_every", 1)
     code, stdout, lines = run_to_a_moment(small_folder, 0, 0, *flags, "--output_dir", folder)
-    run_to_a_moment(small_folder, lines // 2, KILL, *flags, "--output_dir", early)
-    assert code == 0 and len(checkpoint_folders(folder)) == len(checkpoint_folders(early)) == 2
+    assert code == 0 and [step_of(path) for path in checkpoints(folder)] == [11, 12]
+    killed = (*flags, "--output_dir", early)  # is_due has one line, which each step executes once
+    run_to_a_moment(small_folder, 7, KILL, *killed, where="is_due")
+    assert [step_of(path) for path in checkpoints(early)] == [4, 5]
     state, said = whole_state(folder), events(stdout)
-    return SimpleNamespace(flags=flags, early=early, lines=lines, events=said, state=state)
+    return SimpleNamespace(
+        flags=flags, folder=folder, early=early, lines=lines, events=said, state=state
+    )

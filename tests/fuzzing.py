@@ -107,9 +107,10 @@ def mutated(rng, name, data):
     return mutated(rng, name, data) if rng.random() < 0.2 and len(data) > 1000 else data
 
 
-def fuzz(folder, names, read, check, harmless=1):
+def fuzz(folder, names, read, check, harmless=1, mend=bytes):
     """Damage the folder's files, one at a time. read() may refuse; if not, check(its result) must
-    hold. harmless: how many at least must be read, to prove that check is asked at all."""
+    hold. harmless: how many at least must be read, to prove that check is asked at all. mend: what
+    to do to the damaged bytes before they are written, such as to correct their checksum."""
     sound, rng, accepted = (
         {name: (folder / name).read_bytes() for name in names},
         random.Random(1),
@@ -121,7 +122,7 @@ def fuzz(folder, names, read, check, harmless=1):
     try:
         for i in range(MUTATIONS):
             name, result = rng.choice(names), None
-            written(folder / name, mutated(rng, name, sound[name]))
+            written(folder / name, mend(mutated(rng, name, sound[name])))
             began, before = time.process_time(), tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             try:

@@ -1,6 +1,8 @@
-"""Generation beside the PyTorch reference, and sampling."""
+"""Generation and the likelihood of texts beside the PyTorch reference, and sampling."""
 
+import copy
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,10 +11,13 @@ import torch
 
 import train_gpt2 as gpt2
 from test_gpt2 import (  # noqa: F401  the fixture works wherever it is imported
+    BOTH_FLOATS,
     EVERY_LAYOUT,
     LAYOUTS,
+    TOLERANCE,
     TorchGPT2,
     one_thread_for_pytorch,
+    torch_losses,
 )
 from train_gpt2 import InputError
 
@@ -154,20 +159,187 @@ def test_generation_goes_on_with_the_parameters_of_an_update():
 
 
 def test_tokens_come_one_by_one():
-    endless = sharp_model(1, 4).generate([1], 10**9)
-    assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3))
+    endless = sharp_model(1, 4).generate([1], 10**9, rng=0)
+    assert [next(endless) for _ in range(3)] == list(sharp_model(1, 4).generate([1], 3, rng=0))
 
 
-def test_without_rng_the_seed_is_0():
-    expected = list(sharp_model(1, 4).generate([1], 30, rng=0))
-    assert list(sharp_model(1, 4).generate([1], 30)) == expected
-    assert list(sharp_model(1, 4).generate([1], 30, rng=1)) != expected
+def test_without_rng_each_call_draws_anew():
+    model = sharp_model(1, 4)
+    texts = {tuple(model.generate([1], 30)) for _ in range(5)}
+    assert len(texts) == 5
+    assert list(model.generate([1], 30, rng=0)) == list(model.generate([1], 30, rng=0))
+
+
+def test_a_text_of_bytes_is_a_prompt():
+    expected = list(sharp_model(1, 4).generate([107, 105], 9, rng=0))
+    for prompt in (b"ki", bytearray(b"ki"), (107, 105), np.array([107, 105], np.uint8)):
+        assert list(sharp_model(1, 4).generate(prompt, 9, rng=0)) == expected
 
 
 @pytest.mark.parametrize("prompt", [[], [1, 256], [-1], [1.5], ["a"]])
 def test_a_prompt_that_is_no_text_is_an_input_error_at_once(prompt):
     with pytest.raises(InputError, match="prompt: "):
         sharp_model(1, 4).generate(prompt, 1)
+
+
+# ---- The likelihood of a text
+
+
+def text(start, n):
+    return [(start + 11 * i * i) % 256 for i in range(n)]
+
+
+def whole_losses(model, context, continuation):
+    """The losses of a continuation's tokens by forward() on the joined sequence, nothing kept."""
+    tokens = np.array([[*context, *continuation]])
+    n = tokens.size - 1
+    other = gpt2.GPT2(model.config, 1, n, None, dtype=model.blob.dtype)
+    other.flat[0] = model.flat[0]
+    mean = other.forward(tokens[:, :-1], tokens[:, 1:], train=False)
+    losses = other.acts["losses"][0]
+    assert losses.mean() == pytest.approx(mean, rel=1e-12)
+    return losses[len(context) - 1 :]
+
+
+@pytest.mark.parametrize("logits_rows", [gpt2.LOGITS_ROWS, 4])
+@pytest.mark.parametrize("context", [1, 2, 7])
+@pytest.mark.parametrize("lengths", [[1], [10], [3, 1, 10, 4, 4]])
+@BOTH_FLOATS
+def test_token_losses_equal_those_of_the_whole_text(
+    context, lengths, logits_rows, dtype, monkeypatch
+):
+    """Of a forward pass on context and continuation, and of the reference."""
+    monkeypatch.setattr(gpt2, "LOGITS_ROWS", logits_rows)
+    model = sharp_model(1, 3, dtype)
+    context = text(5, context)
+    continuations = [text(40 * i, n) for i, n in enumerate(lengths)]
+    found = model.token_losses(context, continuations)
+    assert [losses.shape for losses in found] == [(n,) for n in lengths]
+
+    reference = TorchGPT2(model.config, model.params).double()
+    tolerance = 1e-12 if dtype == np.float64 else 1e-5
+    for losses, tokens in zip(found, continuations, strict=True):
+        np.testing.assert_allclose(losses, whole_losses(model, context, tokens), tolerance)
+        inputs = torch.tensor([[*context, *tokens]])
+        with torch.no_grad():
+            truth = torch_losses(reference.logits(inputs[:, :-1]), inputs[:, 1:])
+        truth = truth.reshape(-1).numpy()[len(context) - 1 :]
+        np.testing.assert_allclose(losses, truth, 10 * TOLERANCE[np.dtype(dtype)])
+    assert lengths == [1] or np.ptp(np.concatenate(found)) > 1
+
+
+def test_token_losses_of_more_tokens_than_the_logits_have_rows():
+    config = gpt2.GPT2Config(700, 256, 2, 2, 16)
+    model = gpt2.GPT2(config, 1, 8, dtype=np.float64)
+    model.params["wte"] *= 30
+    for context, length in ((1, 700), (300, 401), (650, 3)):
+        context, tokens = text(5, context), text(9, length)
+        [losses] = model.token_losses(context, [tokens])
+        np.testing.assert_allclose(losses, whole_losses(model, context, tokens), 1e-12)
+    assert model.reader.acts["logits"].shape == (1, gpt2.LOGITS_ROWS, 256)
+
+
+def test_each_continuation_stands_alone():
+    """Neither its neighbours nor earlier texts change a bit of it."""
+    model = sharp_model(1, 16)
+    parts = text(1, 9), text(2, 1), text(3, 5)
+    alone = [sharp_model(1, 16).token_losses([7, 8, 9], [tokens])[0] for tokens in parts]
+    for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0], [2]):
+        model.token_losses([1, 2], [[3]])
+        found = model.token_losses(np.array([7, 8, 9], np.uint16), [parts[i] for i in order])
+        assert [x.tobytes() for x in found] == [alone[i].tobytes() for i in order]
+    assert model.token_losses([1, 2], []) == []
+
+
+@EVERY_LAYOUT
+@pytest.mark.parametrize("B, T", [(1, 1), (3, 2), (2, 16)])
+def test_token_losses_need_no_batch_and_no_training(layout, B, T):
+    context, tokens = text(5, 4), text(9, 12)
+    expected = sharp_model(1, 16).token_losses(context, [tokens])
+    model = sharp_model(B, T, **LAYOUTS[layout])
+    assert model.token_losses(context, [tokens])[0].tobytes() == expected[0].tobytes()
+
+
+def test_token_losses_are_those_of_the_parameters_as_they_are():
+    """The second model that computes them has the parameters of the first, and no copy."""
+    model = sharp_model(1, 16)
+    batch = np.array([text(1, 16)]), np.array([text(2, 16)])
+    seen = set()
+    for _ in range(3):
+        [losses] = model.token_losses([1, 2], [[3, 4]])
+        np.testing.assert_allclose(losses, whole_losses(model, [1, 2], [3, 4]), 1e-12)
+        seen.add(losses.tobytes())
+        model.forward(*batch)
+        model.backward()
+        model.update(0.01)
+    model.params["wte"][...] = 0
+    [losses] = model.token_losses([1, 2], [[3, 4]])
+    np.testing.assert_allclose(losses, np.log(256), 1e-12)
+    assert len(seen) == 3
+
+
+def test_token_losses_leave_the_model_as_it_was():
+    """In the midst of a step, and of a text that is being generated."""
+    model = sharp_model(1, 8)
+    batch = np.array([text(1, 8)]), np.array([text(2, 8)])
+    expected = list(sharp_model(1, 8).generate([1], 7, temperature=0))
+
+    def unchanged():
+        before, stage = model.blob.tobytes(), model.stage
+        model.token_losses([1, 2, 3], [[4, 5], [6]])
+        assert model.blob.tobytes() == before and model.stage == stage
+
+    tokens = model.generate([1], 7, temperature=0)
+    found = [next(tokens), next(tokens)]
+    owner = model.keys_owner
+    unchanged()
+    assert model.keys_owner is owner  # so the keys and values need not be computed again
+    assert found + list(tokens) == expected
+    for call in (lambda: model.forward(*batch), model.backward, lambda: model.update(0.1)):
+        call()
+        unchanged()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)  # fmt: skip
+def test_a_copy_has_token_losses_of_its_own(copied):
+    model = sharp_model(1, 4)
+    before = model.token_losses([1], [[2, 3]])[0].tobytes()
+    twin = copied(model)
+    assert twin.token_losses([1], [[2, 3]])[0].tobytes() == before
+    twin.params["wte"][...] = 0
+    np.testing.assert_allclose(twin.token_losses([1], [[2, 3]])[0], np.log(256), 1e-12)
+    assert model.token_losses([1], [[2, 3]])[0].tobytes() == before
+
+
+def test_a_text_may_be_as_long_as_the_models_context():
+    """Of 16 tokens, and one more: nothing is predicted from the last one."""
+    model = sharp_model(1, 4)
+    for n in (1, 5, 16):
+        model.token_losses(text(1, n), [text(2, 17 - n)])
+        with pytest.raises(InputError, match="^context and continuation have 18 .* at most 17$"):
+            model.token_losses(text(1, n), [[1], text(2, 18 - n)])
+
+
+@pytest.mark.parametrize(
+    "context, continuations, what",
+    [
+        ([], [[1]], "context"),
+        ([256], [[1]], "context"),
+        ([1], [[1], []], "continuation"),
+        ([1], [[1], [-1]], "continuation"),
+        ([1.0], [[1]], "context"),
+    ],
+)
+def test_what_is_no_text_is_an_input_error(context, continuations, what):
+    with pytest.raises(InputError, match=f"^{what}: ") as caught:
+        sharp_model(1, 4).token_losses(context, continuations)
+    assert str(caught.value).isprintable()
+
+
+# ---- Sampling
 
 
 @pytest.mark.parametrize(

@@ -9,93 +9,56 @@ from common import file_model, loaded
 import train_gpt2 as gpt2
 from test_gpt2 import TorchGPT2, random_tokens
 
-# --------------------------------------------------------------------------------------------------
-# The golden curve: OpenAI's own weights
-
-DATA_FOLDER = os.path.join(os.path.dirname(os.path.abspath(gpt2.__file__)), "data")
-
-
 GOLDEN_LOSSES = [
-    5.270007,
-    4.059707,
-    3.375123,
-    2.800783,
-    2.315382,
-    1.849029,
-    1.394656,
-    0.999147,
-    0.624080,
-    0.376511,
-]
-
+    5.270007, 4.059707, 3.375123, 2.800783, 2.315382,
+    1.849029, 1.394656, 0.999147, 0.624080, 0.376511,
+]  # fmt: skip
 
 GOLDEN_TOKENS = [
-    373,
-    1043,
-    287,
-    257,
-    2214,
-    1474,
-    262,
-    16246,
-    286,
-    2688,
-    290,
-    2688,
-    27262,
-    13,
-    198,
-    198,
-    464,
-    3290,
-]
+    373, 1043, 287, 257, 2214, 1474, 262, 16246, 286,
+    2688, 290, 2688, 27262, 13, 198, 198, 464, 3290,
+]  # fmt: skip
+
+NOT_DECAYED = "ln1w ln1b qkvb attprojb ln2w ln2b fcb fcprojb lnfw lnfb".split()
 
 
 def overfit(model, inputs, targets, learning_rate, decay):
-    """The losses before each of ten updates on one batch. llm.c's test decays all parameters;
-    update() only matrices and embeddings, so the others are done here."""
+    """The losses before each of ten updates on one batch.
+
+    llm.c's test decays all parameters; update() only matrices and embeddings, so the others are
+    done here.
+    """
     losses = []
     for step in range(1, 11):
         losses.append(model.forward(inputs, targets))
         model.backward()
-        for name in (
-            "ln1w",
-            "ln1b",
-            "qkvb",
-            "attprojb",
-            "ln2w",
-            "ln2b",
-            "fcb",
-            "fcprojb",
-            "lnfw",
-            "lnfb",
-        ):
-            model.params[name] *= 1 - learning_rate * decay
+        for name in NOT_DECAYED:
+            view = model.params[name]
+            view *= 1 - learning_rate * decay
         model.update(learning_rate, weight_decay=decay, step=step)
     return losses
 
 
 def test_overfitting_decays_all_parameters():
-    """The golden test's own arithmetic, on a model that needs no network, beside PyTorch's
-    AdamW."""
-    model, (inputs, targets) = file_model(), random_tokens(B=2, T=8, V=61)
-    reference, losses = TorchGPT2(model.config, model.params).double(), []
+    """The golden test's own arithmetic beside PyTorch's AdamW, on a model that needs no network."""
+    model = file_model()
+    inputs, targets = random_tokens(B=2, T=8, V=61)
+    reference = TorchGPT2(model.config, model.params).double()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=5.0)
+    losses = []
     for _ in range(10):
         loss = reference(torch.from_numpy(inputs), torch.from_numpy(targets))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert overfit(model, inputs, targets, learning_rate=1e-2, decay=5.0) == pytest.approx(
-        losses, rel=1e-5
-    )
+    ours = overfit(model, inputs, targets, learning_rate=1e-2, decay=5.0)
+    assert ours == pytest.approx(losses, rel=1e-5)
 
 
 def test_golden_losses_and_greedy_continuation():
-    weights, tokens = (
-        os.path.join(DATA_FOLDER, n) for n in ("gpt2.safetensors", "tiny_shakespeare_val.bin")
-    )
+    weights = gpt2.in_data("gpt2.safetensors")
+    tokens = gpt2.in_data("tiny_shakespeare_val.bin")
     if not (os.path.exists(weights) and os.path.exists(tokens)):
         pytest.skip(
             "needs GPT-2's weights and Tiny Shakespeare's tokens in data/: run "
@@ -106,6 +69,4 @@ def test_golden_losses_and_greedy_continuation():
     batch = gpt2.DataLoader(tokens, 4, 64, 50257).next_batch()
     losses = overfit(model, *batch, learning_rate=1e-4, decay=0.01)
     assert losses[0] == pytest.approx(GOLDEN_LOSSES[0], abs=1e-4)
-    assert losses == pytest.approx(
-        GOLDEN_LOSSES, abs=1e-3
-    )  # each update magnifies what rounding began
+    assert losses == pytest.approx(GOLDEN_LOSSES, abs=1e-3)  # each update magnifies rounding

@@ -48,6 +48,8 @@ def interrupt(patch, function, number):
         ("forward1", "backward", "encoder_backward", 1),
         ("forward1 backward forward2", "backward", "gelu_backward", 1),
         ("forward1 backward", "forward2", "matmul_backward", 1),
+        ("", "forward1", "matmul_backward", 1),
+        ("", "forward1", "crossentropy_softmax_backward", 1),
         ("forward1 backward", "update", "adamw", 1),
         ("forward1 backward", "update", "adamw", 3),
     ],
@@ -62,7 +64,7 @@ def test_gradients_that_an_interrupted_call_left_are_not_used(
         interrupt(patch, function, number)
         with pytest.raises(KeyboardInterrupt):
             CALLS[call](model)
-    for word in ("backward", "update", "norm", "forward2"):
+    for word in ("backward", "update", "norm", "forward2", "validate", "generate"):
         assert_refused(model, word, "interrupted")
     told("zero forward2 backward", model)
     assert_same_bits(model.grads, told("forward2 backward").grads)
@@ -71,7 +73,9 @@ def test_gradients_that_an_interrupted_call_left_are_not_used(
 @pytest.mark.parametrize(
     "story, call, function, number, then, same_as",
     [
-        ("", "forward1", "matmul_backward", 1, "forward2 backward", "forward2 backward"),
+        ("", "forward1", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
+        ("", "validate", "crossentropy_softmax_forward", 1, "forward2 backward",
+         "forward2 backward"),
         ("forward1", "forward2", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
         ("forward1 backward", "validate", "crossentropy_softmax_forward", 1, "",
          "forward1 backward"),
@@ -104,7 +108,7 @@ def test_an_id_outside_the_vocabulary_is_an_input_error(which, bad):
     "inputs, message",
     [
         (BATCHES[0][0][:, :8], r"\(2, 8\).*\(2, 9\)"),
-        (BATCHES[0][0].ravel(), r"\(18,\).*\(2, 9\)"),
+        (BATCHES[0][0].ravel(), r"inputs.* in 2 dimensions, found \(18,\)"),
         (BATCHES[0][0] * 1.0, "inputs.* integers.* float64"),
         (BATCHES[0][0][:0], "inputs.* integers"),
     ],
@@ -124,7 +128,7 @@ def test_inputs_may_be_changed_before_backward():
     assert_same_bits(model.grads, told("forward1 backward").grads)
 
 
-@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int8])
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint16, np.int8])
 def test_a_batch_may_be_a_view_of_any_integer_type(dtype):
     """text[:, :-1] and text[:, 1:], as one writes it in a notebook, are not contiguous."""
     text = np.random.default_rng(3).integers(0, 53, (2, 9)).astype(dtype)
@@ -133,7 +137,8 @@ def test_a_batch_may_be_a_view_of_any_integer_type(dtype):
         model = random_model(2, 8)
         loss = model.forward(inputs, targets)
         model.backward()
-        found.append((loss, model.flat[1].tobytes()))
+        scored = model.token_losses(inputs[0, :3], targets)
+        found.append((loss, model.flat[1].tobytes(), [losses.tobytes() for losses in scored]))
     assert found[0] == found[1]
 
 
@@ -155,12 +160,76 @@ def test_a_copy_goes_on_as_the_model_would(copied, layout, dtype):
         if train:
             told("backward", goes_on)
             goes_on.update(1e-2)
-        told("generate", goes_on)
+        list(goes_on.generate([1, 2, 3], 12, rng=0))
     assert twin.blob.tobytes() == expected.blob.tobytes() != before
     assert model.blob.tobytes() == before
     assert_same_bits(twin.params, expected.params)
     assert vars(twin).keys() == vars(expected).keys()
     assert twin.config == model.config
+
+
+# ---- In a notebook
+
+
+@EVERY_LAYOUT
+def test_a_view_refuses_another_array_in_its_place(layout):
+    """It would be used, and never trained. Its numbers may be changed in every way."""
+    model = random_model(2, 9, np.float32, **LAYOUTS[layout])
+    before = model.blob.tobytes()
+    for views in (model.params, model.grads, model.m, model.v, model.acts):
+        for name in list(views)[:3]:
+            ones = np.ones(views[name].shape, np.float32)
+            for assign, *values in ((views.__setitem__, name, ones), (views.update, {name: ones})):
+                with pytest.raises(InputError) as caught:
+                    assign(*values)
+                line = str(caught.value)
+                assert f"[{name!r}][...] = " in line and line.isprintable()
+    with pytest.raises(InputError, match="no_such"):
+        model.params["no_such"] = np.ones(3)
+    assert model.blob.tobytes() == before
+
+    views = model.params
+    expected = views["wpe"] * 3 + 1
+    views["wpe"] *= 3
+    views["wpe"] += 1
+    begin = views["wte"].size
+    in_the_blob = model.flat[0, begin : begin + expected.size]
+    assert views["wpe"].tobytes() == expected.tobytes() == in_the_blob.tobytes()
+    views["wpe"][...] = 7
+    views["wte"][0] = 7
+    assert (model.flat[0] == 7).sum() >= views["wpe"].size + views["wte"][0].size
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (lambda model: model.generate([[1, 2]], 1), r"prompt: .* 1 dimension.*\(1, 2\)"),
+        (lambda model: model.generate(3, 1), "prompt: "),
+        (lambda model: model.generate([1], 1, temperature=float("nan")), "temperature is nan"),
+        (lambda model: model.generate([1], 1, temperature=-1), "temperature is -1"),
+        (lambda model: model.token_losses([[1]], [[2]]), "context: .* 1 dimension"),
+        (lambda model: model.token_losses([1], [2]), "continuation: .* 1 dimension"),
+        (lambda model: model.token_losses([1], [[2.5]]), "continuation: .* integers"),
+        (lambda model: gpt2.GPT2.from_pretrained("outt"), "^'outt': no such model"),
+        (lambda model: gpt2.GPT2(model.config, 0, 4), "batch size 0"),
+        (lambda model: gpt2.GPT2(model.config, 1, 4000), "sequence length 4000"),
+        (lambda model: gpt2.GPT2(model.config, 1, 4, recompute=3), "recompute is 3"),
+        (lambda model: gpt2.GPT2(model.config, 1, 4, dtype=np.float16), "float16"),
+    ],
+)
+def test_a_slip_in_a_notebook_is_one_line(wrong, message):
+    """At once, in the words of Python and not of the command line."""
+    with pytest.raises(InputError, match=message) as caught:
+        wrong(random_model(2, 9))
+    assert str(caught.value).isprintable() and "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recompute, shared", [(0, False), (1, True), (2, True)])
+def test_an_activation_that_the_layers_share_shows_it_in_its_shape(recompute, shared):
+    model = random_model(2, 9, np.float32, recompute=recompute)
+    assert (len(model.acts["ln1"]) == 1) == shared
+    assert len(model.acts["residual3"]) == model.config.num_layers > 1
+    assert "(1, ...)" in gpt2.GPT2.__doc__ and "recompute=0 shares none" in gpt2.GPT2.__doc__
 
 
 class Traced(np.ndarray):
@@ -216,17 +285,17 @@ def test_no_float64_in_a_float32_run(constant, value, monkeypatch):
     for views in (model.params, model.grads, model.m, model.v, model.acts):
         for name, view in views.items():
             assert view.dtype == np.float32, name
-            views[name] = view.view(Traced)
+            dict.__setitem__(views, name, view.view(Traced))
     model.flat = model.flat.view(Traced)
 
     monkeypatch.setattr(Traced, "float64", [])
     monkeypatch.setattr(Traced, "callers", set())
-    monkeypatch.setattr(gpt2, "ROW_THREADS", 1)  # all in this thread, whose stack is watched
+    monkeypatch.setattr(gpt2, "THREADS", 1)  # all in this thread, whose stack is watched
     monkeypatch.setattr(np, "ascontiguousarray", lambda a: a.copy())  # which stays Traced
     if constant:
         monkeypatch.setattr(gpt2, constant, value)
     train_steps(model, 2, random_tokens(2, B=2, T=9))
-    model.forward_rows(np.array([[1, 2]]), start=3)
+    model.forward_tokens(np.array([[1, 2]]), start=3)
 
     assert bool(Traced.float64) == bool(constant), Traced.float64
     layers = {name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))}
