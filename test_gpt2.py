@@ -28,16 +28,13 @@ import math
 import tracemalloc
 from typing import Callable, NamedTuple
 
-import train_gpt2 as gpt2  # before NumPy: it tells how long idle BLAS threads wait
-
-# isort: split
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import train_gpt2 as gpt2
 from train_gpt2 import InputError
 
 
@@ -674,9 +671,10 @@ def test_gelu_by_hand():
 
 
 def test_by_rows_cuts_blocks_and_adds_their_sums_in_order(monkeypatch):
-    """21 rows of 5 float32 have 20 bytes each, so blocks of 100 bytes have 5, 5, 5, 5 and 1 rows.
+    """21 rows of 5 float32 have 20 bytes each: 5 blocks of 100 bytes would do, and 6 are even.
 
-    A row that is wider than a block is a block of its own.
+    420 bytes are cut in two even if they fit into one block, unless they fit into half of it. A row
+    that is wider than a block is a block of its own.
     """
     blocks = []
 
@@ -687,7 +685,8 @@ def test_by_rows_cuts_blocks_and_adds_their_sums_in_order(monkeypatch):
     a = np.arange(105, dtype=np.float32).reshape(3, 7, 5)
     b = np.arange(21, dtype=np.float32).reshape(3, 7)
     monkeypatch.setattr(gpt2, "THREADS", 1)
-    for block_bytes, sizes in {100: [5, 5, 5, 5, 1], 399: [19, 2], 420: [21], 7: [1] * 21}.items():
+    cases = {100: [3, 4, 3, 4, 3, 4], 399: [10, 11], 839: [10, 11], 840: [21], 7: [1] * 21}
+    for block_bytes, sizes in cases.items():
         monkeypatch.setattr(gpt2, "BLOCK_BYTES", block_bytes)
         blocks.clear()
         sums = gpt2.by_rows(2)(body)(a, b, "whole")
@@ -712,6 +711,42 @@ def test_blocks_equal_one_block(name, dtype, monkeypatch):
     sums = [key for key in ("dweight", "dbias") if key in whole]
     assert_all_close({key: blocks.pop(key) for key in sums}, {key: whole.pop(key) for key in sums})
     assert_same_bits(blocks, whole)
+
+
+@BOTH_FLOATS
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (700, 60, 50), (50, 60, 700), (3, 90_000, 16)])
+def test_a_product_in_blocks_equals_one_product(m, k, n, add, dtype, monkeypatch):
+    """In float64 to 1e-10, in float32 to 1e-5, by rows or columns, with any number of threads."""
+    rng = np.random.default_rng(3)
+    a, b = rng.standard_normal((m, k)), rng.standard_normal((k, n))
+    before = rng.standard_normal((m, n))
+    truth = a @ b + (before if add else 0)
+    outs = []
+    for threads in (1, 3):
+        monkeypatch.setattr(gpt2, "THREADS", threads)
+        outs.append(before.astype(dtype) if add else np.full((m, n), np.nan, dtype))
+        gpt2.product(outs[-1], a.astype(dtype), b.astype(dtype), add)
+        assert_all_close({"out": outs[-1]}, {"out": truth})
+    assert outs[0].tobytes() == outs[1].tobytes()
+
+
+def test_a_product_is_cut_by_its_shapes_alone(monkeypatch):
+    """Into an even number of blocks, at most 8; or more, where a block is added from the cache."""
+    counts = []
+    parallel = gpt2.parallel
+    monkeypatch.setattr(gpt2, "parallel", lambda task, n: counts.append(n) or parallel(task, n))
+    for threads in (1, 5):
+        monkeypatch.setattr(gpt2, "THREADS", threads)
+        counts.clear()
+        for k, add in ((1, False), (70, False), (200, False), (2000, False), (1, True)):
+            out = np.zeros((300, 200), np.float32)
+            gpt2.product(out, np.ones((300, k), np.float32), np.ones((k, 200), np.float32), add)
+        monkeypatch.setattr(gpt2, "BLOCK_BYTES", 24_000)  # the last out has ten times as many
+        gpt2.product(out, np.ones((300, 1), np.float32), np.ones((1, 200), np.float32), True)
+        assert counts == [1, 4, 6, 8, 1, 10]
+        monkeypatch.undo()
+        monkeypatch.setattr(gpt2, "parallel", lambda task, n: counts.append(n) or parallel(task, n))
 
 
 # --------------------------------------------------------------------------------------------------

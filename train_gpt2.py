@@ -56,14 +56,11 @@ number, such as the learning rate, is a Python float, which is rounded where it 
 # 1. Imports: what the algorithm needs. Section 9 has those of the tool
 
 import functools
+import itertools
 import math
 import os
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-
-# BLAS threads that have nothing to do wait for 2^20 cycles and then sleep. By default they keep a
-# core busy for a tenth of a second, which costs 12 % of a step at T = 1024.
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 import numpy as np  # 2.1 or newer
 
@@ -163,11 +160,30 @@ def as_one_sequence(x):
 # runs them on one block after the other.
 #
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
-# tasks over the cores. Within a task, BLAS has one core for a matrix product; elsewhere it has all.
+# tasks over the cores, and each task has one core, also for a matrix product.
 
-# The size of the widest array in a block. A few such arrays stay in a core's L2 cache or close to
-# it. With smaller blocks, the threads wait for each other to get at the Python interpreter.
-BLOCK_BYTES = 512 * 1024
+# The most that the widest array of a block may take. A few such arrays stay close to a core. With
+# smaller blocks, the threads wait for each other to get at the Python interpreter.
+BLOCK_BYTES = 1024 * 1024
+
+
+def blocks(n, nbytes):
+    """n things of nbytes each, cut into blocks of at most BLOCK_BYTES: a list of slices.
+
+    Where they take more than half of that in all, the number of blocks is even, so that two cores
+    get equal shares.
+    """
+    count = math.ceil(n * nbytes / BLOCK_BYTES)
+    if n * nbytes > BLOCK_BYTES / 2:
+        count += count % 2
+    return cut(n, count)
+
+
+def cut(n, count):
+    """The numbers from 0 to n, cut into `count` equal slices; into n if count is larger."""
+    count = min(n, count)
+    ends = [n * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def by_rows(num_row_args):
@@ -187,14 +203,12 @@ def by_rows(num_row_args):
         def run(*args):
             arrays = [rows_of(a) for a in args[:num_row_args]]
             others = args[num_row_args:]
-            bytes_per_row = max(a[0].nbytes for a in arrays)
-            rows_per_block = max(1, BLOCK_BYTES // bytes_per_row)
+            rows = blocks(len(arrays[0]), max(a[0].nbytes for a in arrays))
 
             def block(i):
-                rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
-                return body(*[a[rows] for a in arrays], *others)
+                return body(*[a[rows[i]] for a in arrays], *others)
 
-            results = parallel(block, math.ceil(len(arrays[0]) / rows_per_block))
+            results = parallel(block, len(rows))
             if results[0] is None:
                 return None
 
@@ -308,10 +322,10 @@ def matmul_forward(out, inp, weight, bias=None):
 
         out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
 
-    BLAS computes it on all cores, for all B*T rows at once. weight.T exchanges the strides of a
-    view; BLAS reads it as it is, and nothing is copied.
+    It is one matrix product for all B*T rows. weight.T exchanges the strides of a view; BLAS reads
+    it as it is, and nothing is copied.
     """
-    np.matmul(rows_of(inp), weight.T, out=rows_of(out))
+    product(rows_of(out), rows_of(inp), weight.T)
     if bias is not None:
         out += bias
 
@@ -334,29 +348,38 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
     dout = rows_of(dout)
     inp = rows_of(inp)
 
-    np.matmul(dout, weight, out=rows_of(dinp))
-    if add:
-        add_product(dweight, dout, inp)
-    else:
-        np.matmul(dout.T, inp, out=dweight)
+    product(rows_of(dinp), dout, weight)
+    product(dweight, dout.T, inp, add)
     if dbias is not None:
-        ones = np.ones(len(dout), dout.dtype)
-        accumulate(dbias, ones @ dout, add)
+        ones = np.ones((1, len(dout)), dout.dtype)
+        product(dbias[np.newaxis], ones, dout, add)
 
 
-def add_product(dweight, dout, inp):
-    """dweight += dout.T @ inp, some rows of dweight at a time.
+def product(out, a, b, add=False):
+    """out (m, n) = a (m, k) @ b (k, n), or += if `add`, by blocks that the cores share.
 
-    NumPy has no way to let BLAS add to what is there. A block of the product takes about 1 MiB, and
-    is added while it is still in cache.
+    A block is some rows of out, or some columns if there are more of these. BLAS could use threads
+    of its own instead. But they wait for each other by spinning, often for one that is not running
+    because another program has its core: then a step takes five times as long. And the last bits
+    would depend on their number, where the blocks depend on nothing but the shapes.
     """
-    rows_per_block = max(1, 2 * BLOCK_BYTES // inp[0].nbytes)
+    if len(out) < len(out.T):
+        out, a, b = out.T, b.T, a.T  # the same product, transposed
+
+    multiplications = out.size * len(b)
+    count = min(8, 1 + multiplications // 2**21)  # with more, BLAS reads b too often
+    count += count % 2 if count > 1 else 0
+    if add:  # NumPy can't let BLAS add to what is there. A block is added while it is in cache
+        count = max(count, math.ceil(out.nbytes / BLOCK_BYTES))
+    rows = cut(len(out), count)
 
     def block(i):
-        rows = slice(i * rows_per_block, (i + 1) * rows_per_block)
-        dweight[rows] += dout[:, rows].T @ inp
+        if add:
+            out[rows[i]] += a[rows[i]] @ b
+        else:
+            np.matmul(a[rows[i]], b, out=out[rows[i]])
 
-    parallel(block, math.ceil(len(dweight) / rows_per_block))
+    parallel(block, len(rows))
 
 
 ATT_ROWS = 128  # attention takes this many positions at a time
@@ -387,22 +410,17 @@ def split_qkv(qkv, NH):
     return q, k, v
 
 
-def head_groups(B, NH, queries, T, itemsize):
-    """Attention's work, cut into pieces: a list of (b, slice of heads).
+def attention_pieces(B, NH, queries, T, itemsize):
+    """Attention's work, cut into pieces: a list of indices into (B, NH), pairs of slices.
 
-    Heads and sequences do not depend on each other, and write to different places. A piece is one
-    head of one sequence, or more of them as long as the scores of ATT_ROWS positions with all T,
-    whose shape is (heads, ATT_ROWS, T), take at most 1 MiB.
+    Heads and sequences do not depend on each other, and write to different places. A piece is some
+    sequences with all of their heads or, if that is too much, some heads of one sequence. What is
+    measured are the scores of a block of ATT_ROWS positions with all T, for each head.
     """
-    bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
-    heads_per_group = max(1, 2 * BLOCK_BYTES // bytes_per_head)
-
-    groups = []
-    for b in range(B):
-        for h in range(0, NH, heads_per_group):
-            heads = slice(h, min(h + heads_per_group, NH))
-            groups.append((b, heads))
-    return groups
+    head = min(ATT_ROWS, queries) * T * itemsize
+    if NH * head <= BLOCK_BYTES:
+        return [(sequences, slice(None)) for sequences in blocks(B, NH * head)]
+    return [(slice(b, b + 1), heads) for b in range(B) for heads in blocks(NH, head)]
 
 
 def attention_forward(out, lse, qkv, NH):
@@ -432,47 +450,41 @@ def attention_forward(out, lse, qkv, NH):
     q = q[:, :, T - n :]
     out = split_heads(out, NH)
     lse = lse.transpose(0, 2, 1)
-    groups = head_groups(B, NH, n, T, qkv.itemsize)
+    pieces = attention_pieces(B, NH, n, T, qkv.itemsize)
 
-    def group(i):
-        b, heads = groups[i]
-        attention_forward_heads(
-            out[b, heads], lse[b, heads], q[b, heads], k[b, heads], v[b, heads]
-        )
+    def piece(i):
+        attention_forward_heads(*[x[pieces[i]] for x in (out, lse, q, k, v)])
 
-    parallel(group, len(groups))
+    parallel(piece, len(pieces))
 
 
 def attention_forward_heads(out, lse, q, k, v):
-    """Some heads of one sequence: out, q (heads, n, hs); lse (heads, n); k, v (heads, T, hs).
+    """A piece: out, q (sequences, heads, n, hs); lse (..., n); k, v (sequences, heads, T, hs).
 
     It goes by blocks of queries, so that a row of the softmax is complete in one block. A block is
     compared with the keys up to its own end only. When T is long, this saves nearly half of the
     work.
     """
-    _, n, hs = q.shape
-    past = k.shape[1] - n  # positions before the first query
+    n, hs = q.shape[-2:]
+    past = k.shape[-2] - n  # positions before the first query
 
     q = q * hs**-0.5
-    if n > 1:  # keys and values are read more than once, so it pays to bring them together
-        k = np.ascontiguousarray(k)
-        v = np.ascontiguousarray(v)
 
     for start in range(0, n, ATT_ROWS):
         stop = min(start + ATT_ROWS, n)
         visible = past + stop  # the last query of the block sees this many keys
 
-        att = q[:, start:stop] @ k[:, :visible].swapaxes(1, 2)  # (heads, stop - start, visible)
-        hide_future(att[:, :, past + start :])
+        att = q[..., start:stop, :] @ k[..., :visible, :].mT  # (..., stop - start, visible)
+        hide_future(att[..., past + start :])
 
         peak = att.max(axis=-1)  # subtracted, so that exp can't overflow
-        att -= peak[:, :, None]
+        att -= peak[..., None]
         exp_att = np.exp(att, out=att)
-        total = np.einsum("hqk->hq", exp_att)
-        lse[:, start:stop] = np.log(total) + peak  # that of att before peak was subtracted
+        total = np.einsum("bhqk->bhq", exp_att)
+        lse[..., start:stop] = np.log(total) + peak  # that of att before peak was subtracted
 
-        weighted_sum = exp_att @ v[:, :visible]  # (heads, stop - start, hs)
-        np.divide(weighted_sum, total[:, :, None], out=out[:, start:stop])
+        weighted_sum = exp_att @ v[..., :visible, :]  # (..., stop - start, hs)
+        np.divide(weighted_sum, total[..., None], out=out[..., start:stop, :])
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, NH):
@@ -514,20 +526,17 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     out = split_heads(out, NH)
     dout = split_heads(dout, NH)
     lse = lse.transpose(0, 2, 1)
-    groups = head_groups(B, NH, T, T, qkv.itemsize)
+    pieces = attention_pieces(B, NH, T, T, qkv.itemsize)
 
-    def group(i):
-        b, heads = groups[i]
-        attention_backward_heads(
-            dq[b, heads], dk[b, heads], dv[b, heads], dout[b, heads], out[b, heads],
-            lse[b, heads], q[b, heads], k[b, heads], v[b, heads],
-        )  # fmt: skip
+    def piece(i):
+        arrays = (dq, dk, dv, dout, out, lse, q, k, v)
+        attention_backward_heads(*[x[pieces[i]] for x in arrays])
 
-    parallel(group, len(groups))
+    parallel(piece, len(pieces))
 
 
 def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
-    """Some heads of one sequence: lse (heads, T), all others (heads, T, hs).
+    """A piece: lse (sequences, heads, T), all others (sequences, heads, T, hs).
 
     It goes by blocks of keys. That is possible although a row of the softmax, which is that of a
     query, seems to be needed whole: for its denominator, and for the sum of p * dp. Both are known
@@ -538,31 +547,27 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     The keys from t0 to t1 are seen by the queries from t0 on: in part by the first t1 - t0 of them,
     all by the later ones.
     """
-    _, T, hs = q.shape
+    T, hs = q.shape[-2:]
     scale = hs**-0.5
     q = q * scale
-    k = np.ascontiguousarray(k)
-    v = np.ascontiguousarray(v)
-    dout = np.ascontiguousarray(dout)
-
-    dout_dot_out = np.einsum("htc,htc->ht", dout, out)  # h is a head here, c one of its channels
+    dout_dot_out = np.einsum("bhtc,bhtc->bht", dout, out)  # c is a channel of head h
     dq_sum = np.zeros_like(q)
 
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
 
-        att = q[:, t0:] @ k[:, t0:t1].swapaxes(1, 2)  # (heads, T - t0, t1 - t0)
-        hide_future(att[:, : t1 - t0])
+        att = q[..., t0:, :] @ k[..., t0:t1, :].mT  # (..., T - t0, t1 - t0)
+        hide_future(att[..., : t1 - t0, :])
 
-        att -= lse[:, t0:, None]
+        att -= lse[..., t0:, None]
         p = np.exp(att, out=att)  # exp(att - lse) is p of the forward pass
-        np.matmul(p.swapaxes(1, 2), dout[:, t0:], out=dv[:, t0:t1])
+        np.matmul(p.mT, dout[..., t0:, :], out=dv[..., t0:t1, :])
 
-        dp = dout[:, t0:] @ v[:, t0:t1].swapaxes(1, 2)  # of the same shape as p
-        dp -= dout_dot_out[:, t0:, None]
+        dp = dout[..., t0:, :] @ v[..., t0:t1, :].mT  # of the same shape as p
+        dp -= dout_dot_out[..., t0:, None]
         datt = np.multiply(p, dp, out=dp)
-        np.matmul(datt.swapaxes(1, 2), q[:, t0:], out=dk[:, t0:t1])  # q is scaled already
-        dq_sum[:, t0:] += datt @ k[:, t0:t1]
+        np.matmul(datt.mT, q[..., t0:, :], out=dk[..., t0:t1, :])  # q is scaled already
+        dq_sum[..., t0:, :] += datt @ k[..., t0:t1, :]
 
     np.multiply(dq_sum, scale, out=dq)
 
@@ -1635,7 +1640,11 @@ def sample(logits, temperature, top_k, rng):
 # --------------------------------------------------------------------------------------------------
 # Here the algorithm ends, and you may stop reading. What follows makes a tool of it.
 # --------------------------------------------------------------------------------------------------
-# 9. Threads
+# 9. Threads, and the limits of the machine
+#
+# NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
+# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
+# its own threads would compete with ours for the cores.
 #
 # From here on the file deals with files, processes and command lines, and imports what they need.
 
@@ -1646,6 +1655,7 @@ import ctypes
 import difflib
 import glob
 import json
+import queue
 import re
 import shlex
 import signal
@@ -1656,50 +1666,171 @@ import time
 import traceback
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-# There are two kinds. BLAS has threads of its own, which serve the large matrix products. The
-# threads of `parallel` run blocks of rows; they run side by side because NumPy lets go of the
-# interpreter lock while it computes. While they run, BLAS is held to one thread, so that the two
-# kinds never compete for a core.
+
+def cgroups(controller, root="/"):
+    """The folders of the control groups of this process, from its own up to the outermost.
+
+    controller   "cpu" or "memory"
+    root         where the system's folders are; the tests have their own
+
+    A limit of any of them holds. /proc/self/cgroup has a line "0::PATH" for version 2, and lines
+    such as "4:cpu,cpuacct:PATH" for version 1. In a container the path is often that of the host,
+    which can't be seen from inside; then only its outermost folder is there.
+    """
+    try:
+        with open(os.path.join(root, "proc/self/cgroup")) as file:
+            lines = file.read().splitlines()
+    except OSError:  # not on Linux
+        return
+
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top = os.path.join(root, "sys/fs/cgroup")
+        elif controller in controllers.split(","):
+            top = os.path.join(root, "sys/fs/cgroup", controller)
+        else:
+            continue
+        while path.strip("/"):
+            yield top + path
+            path = os.path.dirname(path)
+        yield top
 
 
-def threads_named():
-    """OPENBLAS_NUM_THREADS or OMP_NUM_THREADS, if one of them is a number, else None."""
+def words_of(folder, *names):
+    """The words in these files of a folder; [] if one of them can't be read."""
+    words = []
+    for name in names:
+        try:
+            with open(os.path.join(folder, name)) as file:
+                words += file.read().split()
+        except OSError:
+            return []
+    return words
+
+
+def cores_allowed(root="/"):
+    """The number of cores that this process may use: by its affinity and by its quota.
+
+    With a quota of one core, two threads take six times as long as one: they use it up in half of
+    each period and are stopped for the rest, often while one waits for the other.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+
+    for folder in cgroups("cpu", root):
+        words = words_of(folder, "cpu.max")  # "50000 100000": half a core; "max 100000": no limit
+        words = words or words_of(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us")  # -1: no limit
+        if words and words[0].isdecimal():
+            cores = min(cores, math.ceil(int(words[0]) / int(words[1])))
+    return max(1, cores)
+
+
+def threads_wanted(local_size=1):
+    """The number of threads that the user named, else this process's share of its cores.
+
+    local_size   the number of processes of this run that share these cores
+    """
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
         if first.isdecimal() and int(first) > 0:
             return int(first)
-    return None
+    return max(1, cores_allowed() // local_size)
 
 
-def threads_wanted():
-    """The number of threads that the user named, else the number of cores of this process."""
-    if threads_named():
-        return threads_named()
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+THREADS = threads_wanted()
+
+
+def share_cores(local_size):
+    """Use this process's share of the cores."""
+    global THREADS
+    THREADS = threads_wanted(local_size)
+
+
+def pages_of_files(folder):
+    """Bytes of a control group that are copies of files.
+
+    They count as used, but give way when memory is needed. After a download they are most of it.
+    """
+    words = words_of(folder, "memory.stat")  # "anon", "4096", "inactive_file", "8192", ...
+    values = dict(zip(words[::2], words[1::2], strict=True))
+    prefix = "total_" if "total_inactive_file" in values else ""  # version 1: with groups inside
+    names = (prefix + "inactive_file", prefix + "active_file")
+    return sum(int(values.get(name, 0)) for name in names)
+
+
+def available_memory(root="/"):
+    """Bytes that are free for this process: of the machine, its control groups, its own limit."""
+    free = [math.inf]
+    words = words_of(os.path.join(root, "proc"), "meminfo")  # ..., "MemAvailable:", "4096", "kB"
+    if "MemAvailable:" in words:
+        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+
+    limits = (
+        ("memory.max", "memory.current"),
+        ("memory.high", "memory.current"),  # above it, a process is slowed down to a crawl
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
+    )
+    for folder in cgroups("memory", root):
+        for limit, usage in limits:
+            words = words_of(folder, limit, usage)
+            if words and words[0] != "max":
+                free.append(int(words[0]) - int(words[1]) + pages_of_files(folder))
+
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # `ulimit -v`
+        if limit != resource.RLIM_INFINITY:
+            pages = words_of(os.path.join(root, "proc/self"), "statm") or [0]
+            free.append(limit - int(pages[0]) * resource.getpagesize())
+    return max(0, min(free))
 
 
 @functools.cache
 def find_blas_threads_setter():
-    """The function of NumPy's own OpenBLAS that sets its number of threads.
+    """The function that sets the number of threads of the BLAS that NumPy is linked to.
 
-    Where NumPy has another BLAS, a function that does nothing.
+    Where it is not found, a function that does nothing.
     """
     here = os.path.dirname(np.__file__)
-    libraries = glob.glob(here + "/../numpy.libs/*openblas*")
-    libraries += glob.glob(here + "/.dylibs/*openblas*")
+    found = glob.glob(glob.escape(here) + "/../numpy.libs/*openblas*.dll")
+    blas = None
+    with contextlib.suppress(OSError):
+        # A name that is looked up in NumPy's library is also looked up in its BLAS; not on Windows.
+        blas = ctypes.CDLL(found[0] if found else np._core._multiarray_umath.__file__)
 
-    for path in libraries:
-        with contextlib.suppress(OSError, AttributeError):
-            return ctypes.CDLL(path).scipy_openblas_set_num_threads64_
+    names = (
+        "scipy_openblas_set_num_threads64_",  # NumPy's wheels
+        "openblas_set_num_threads",  # Debian, conda-forge, Homebrew
+        "openblas_set_num_threads64_",
+        "MKL_Set_Num_Threads",  # Anaconda
+        "flexiblas_set_num_threads",  # Fedora
+        "bli_thread_set_num_threads",  # BLIS
+    )
+    for name in names:
+        if hasattr(blas, name):
+            return getattr(blas, name)
+    if hasattr(blas, "BLASSetThreading"):  # Accelerate, since macOS 15: all threads or one
+        return lambda n: blas.BLASSetThreading(int(n == 1))
+
+    with contextlib.suppress(ImportError):  # it finds others, on Windows
+        from threadpoolctl import ThreadpoolController
+
+        found = ThreadpoolController().select(user_api="blas").lib_controllers
+        return lambda n: [library.set_num_threads(n) for library in found]
     return lambda n: None
 
 
-@functools.cache
+def set_blas_threads(n):
+    """Let BLAS have n threads. 0.2 us a call."""
+    find_blas_threads_setter()(n)
+
+
 def keep_freed_pages():
     """Tell glibc to keep freed memory, so that temporaries need not be mapped and zeroed again.
 
@@ -1713,77 +1844,70 @@ def keep_freed_pages():
 
 
 @functools.cache
-def make_pool(process):
-    """The threads of `parallel` in a process: a fork has none of those of its parent."""
-    return ThreadPoolExecutor(max_workers=64)
+def helpers_of(process):
+    """(queue, list of threads): those that help in `parallel`, in a process of this number.
+
+    Importing this file changes nothing in a process. What `parallel` needs is set up here, when it
+    is called first. After a fork the new process has another number, and gets helpers of its own.
+    """
+    keep_freed_pages()
+    return queue.SimpleQueue(), []
 
 
-THREADS = threads_wanted()
+def help_for_ever(calls):
+    """What a helper does: wait for a call of `parallel`, take part in it, and say how it went.
 
-
-def share_cores(processes):
-    """Use this process's share of the cores, unless the user has set the number of threads."""
-    global THREADS
-    if not threads_named():
-        THREADS = max(1, threads_wanted() // processes)
-        find_blas_threads_setter()(THREADS)
+    A step of a small model has hundreds of calls; Python's ThreadPoolExecutor would cost 5 % of it.
+    """
+    while True:
+        work, done = calls.get()
+        try:
+            work()
+            done.put(None)
+        except BaseException as error:
+            done.put(error)
+        del work, done  # while it waits, a helper keeps nothing alive
 
 
 def parallel(task, n):
-    """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one."""
-    keep_freed_pages()
-    set_blas_threads = find_blas_threads_setter()
-    pool = make_pool(os.getpid())
+    """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one.
+
+    A task may not call parallel.
+    """
     results = [None] * n
     numbers = iter(range(n))
 
     def work():
+        set_blas_threads(1)  # some BLAS keep this number for each thread
         for i in numbers:  # whoever is free takes the next
             results[i] = task(i)
 
-    helpers = []
-    set_blas_threads(1)
+    calls, helpers = helpers_of(os.getpid())
+    wanted = min(THREADS, n) - 1
+    with contextlib.suppress(RuntimeError):  # the system allows no more threads
+        while len(helpers) < wanted:
+            helper = threading.Thread(target=help_for_ever, args=[calls], daemon=True)
+            helper.start()
+            helpers.append(helper)
+
+    called = min(wanted, len(helpers))
+    done = queue.SimpleQueue()
+    for _ in range(called):
+        calls.put((work, done))
     try:
-        for _ in range(min(THREADS, n) - 1):
-            with contextlib.suppress(RuntimeError):  # no more threads are to be had
-                helpers.append(pool.submit(work))
         work()
     finally:
-        wait(helpers)
+        errors = [done.get() for _ in range(called)]
         set_blas_threads(THREADS)
-
-    for helper in helpers:
-        helper.result()
+    for error in filter(None, errors):
+        raise error
     return results
-
-
-def available_memory():
-    """Bytes this process may still take of the machine, its container and its own limit."""
-    free = [math.inf]
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        with open("/proc/meminfo") as file:
-            kibibytes = file.read().split("MemAvailable:")[1].split()[0]
-        free.append(1024 * int(kibibytes))
-
-    with contextlib.suppress(OSError, ValueError):  # "max", where the container sets no limit
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = int(file.read())
-        with open("/sys/fs/cgroup/memory.current") as file:
-            free.append(limit - int(file.read()))
-
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit)
-    return min(free)
 
 
 # --------------------------------------------------------------------------------------------------
 # 10. Files
 #
-# What is read from outside is checked before it is believed.
+# Whatever is read from outside is checked before it is used.
 
 
 @contextlib.contextmanager
@@ -1847,7 +1971,7 @@ def are_sizes(value):
 
 
 def in_data(name):
-    """data/NAME; if there is no data/ in this folder, the one beside this file, if that exists."""
+    """data/NAME here, or beside this file, if there is a data/ only there."""
     beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
     if not os.path.isdir("data") and os.path.isdir(beside):
         return f"{beside}/{name}"
@@ -1855,8 +1979,11 @@ def in_data(name):
 
 
 @contextlib.contextmanager
-def lying_beside():
-    """For the late import of one of the project's other files, and for the errors it raises."""
+def project_file():
+    """Import one of the project's other files in here, and call it: its errors become InputError.
+
+    Whoever has copied this file alone does not have them.
+    """
     try:
         yield
     except ImportError as error:
@@ -1870,7 +1997,7 @@ def lying_beside():
 
 def provide(what):
     """The path of "gpt2", "tiny_shakespeare" or "vocabulary": fetched if it is not in data/."""
-    with lying_beside():
+    with project_file():
         import prepro_tinyshakespeare
 
         return prepro_tinyshakespeare.provide(what)
@@ -1897,7 +2024,7 @@ class TokenFile:
         header = np.fromfile(path, "<i4", 256).tolist()
         require(
             len(header) == 256 and header[:2] == [TOKENS, 1],
-            f"{path}: no token file of version 1: it begins with {header[:2]}, expected "
+            f"{path}: not a token file of version 1: it begins with {header[:2]}, expected "
             f"{[TOKENS, 1]}: write it with python prepro_tinyshakespeare.py",
         )
         self.count, self.vocab_size = header[2:4]
@@ -1933,13 +2060,14 @@ def text_at_hand():
     """(names, training, validation): a text that needs no network, as bytes, uint8 arrays.
 
     Tiny Shakespeare, if it lies in data/, otherwise this project's main files. Every tenth passage
-    validates, so that both sides have some of everything.
+    is for validation, so that it has passages of all kinds.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
     paths = [os.path.join(here, name) for name in names]
-    if os.path.exists(in_data("tiny_shakespeare.txt")):
-        paths = [in_data("tiny_shakespeare.txt")]
+    shakespeare = in_data("tiny_shakespeare.txt")
+    if os.path.exists(shakespeare) and os.path.getsize(shakespeare) > 20 * PASSAGE:
+        paths = [shakespeare]
 
     texts = {path: np.fromfile(path, np.uint8) for path in paths if os.path.exists(path)}
     text = np.concatenate(list(texts.values()))
@@ -1969,8 +2097,8 @@ def tokenizer(vocab_size):
 
         def refuse(text):
             raise InputError(
-                f"the model has {vocab_size} tokens, neither bytes nor GPT-2's, and only who made "
-                "them can put a text into them: use model.generate with ids"
+                f"the model's {vocab_size} tokens are neither bytes nor GPT-2's, so a prompt can't "
+                "be put into them: use model.generate with ids"
             )
 
         return SimpleNamespace(encode=refuse, decode=lambda i: b"%d " % i, first=0)
@@ -2036,11 +2164,11 @@ def read_safetensors(path):
     with open(path, "rb") as file:
         n = int.from_bytes(file.read(8), "little")
         plausible = 8 <= total >= n + 8 and n <= MAX_JSON
-        require(plausible, f"{path}: no .safetensors file: {total} bytes, a header of {n}")
+        require(plausible, f"{path}: not a .safetensors file: {total} bytes, a header of {n}")
         header = parse_json(file.read(n), path)
 
     metadata = header.pop("__metadata__", {})
-    require(isinstance(metadata, dict), f"{path}: __metadata__ is no JSON object")
+    require(isinstance(metadata, dict), f"{path}: __metadata__ is not a JSON object")
     for name, entry in header.items():
         right = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
         right = right and entry["dtype"] in ITEM_BYTES
@@ -2052,6 +2180,7 @@ def read_safetensors(path):
 
     tensors = {}
     end = 0
+    # In the order of their places, each tensor must begin where the one before it ends.
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin = end
@@ -2073,8 +2202,8 @@ def read_safetensors(path):
 def write_safetensors(path, tensors, metadata, checksum=False):
     """tensors {name: (shape, pieces)}, written as float32; metadata {str: str}.
 
-    pieces     arrays that hold the tensor's numbers in order. One that is a transposed view is
-               copied, one at a time
+    pieces     arrays that hold the tensor's numbers in order: one array, or what other processes
+               send. One that is a transposed view is copied, one at a time
     checksum   whether a last tensor, "crc32", holds the CRC-32 of all bytes before it
     """
     header = {"__metadata__": metadata}
@@ -2120,7 +2249,8 @@ def read_tensor(out, stored, what):
             target[...] = piece.reshape(target.shape)
 
 
-# Hugging Face's GPT-2
+# Hugging Face's GPT-2. A model is read in three steps: find_weights gives its path, open_weights
+# its sizes and where its tensors lie, and read_weights the numbers.
 
 HF_NAMES = {
     "wte": "wte.weight",
@@ -2174,12 +2304,22 @@ def load_pretrained(cls, source, batch_size, sequence_length, recompute, trainin
 
 def find_weights(source):
     """The path of a model: of one of OpenAI's, which is fetched if need be, or source itself."""
-    if source in OPENAI and not holds_weights(source):
+    if source in OPENAI:
+        refuse_two_meanings(source)
         path = in_data(f"{source}.safetensors")
         return path if os.path.exists(path) else provide(source)
     names = ", ".join(OPENAI)
     require(os.path.exists(source), f"{source!r}: no such model: no file, and none of {names}")
     return source
+
+
+def refuse_two_meanings(name):
+    """InputError if the name of a model is here also a folder that holds a model."""
+    require(
+        not holds_a_model(name),
+        f"{name!r} is the name of a model, and here also a folder that holds one: write ./{name} "
+        "for the folder, or rename it",
+    )
 
 
 def holds_weights(folder):
@@ -2195,7 +2335,7 @@ def open_weights(path):
     is exactly what a GPT-2 has.
     """
     if path.endswith(".bin") and not os.path.isdir(path):
-        with lying_beside():
+        with project_file():
             from extras import llmc
 
             sizes, found = llmc.open_model(path, lambda sizes: param_shapes(GPT2Config(**sizes)))
@@ -2231,9 +2371,8 @@ def read_parts(source):
     path = source
     if os.path.isdir(source):
         if not holds_weights(source):
-            for checkpoint in list_checkpoints(source):
-                newest = shlex.quote(checkpoint)
-                raise InputError(f"{source}: holds a run that was stopped: use --model {newest}")
+            newest = shlex.join(list_checkpoints(source)[:1])
+            require(not newest, f"{source}: holds a run that was stopped: use --model {newest}")
             raise InputError(f"{source}: holds no model.safetensors. {CONVERT}")
         path = os.path.join(source, "model.safetensors")
         path = path if os.path.exists(path) else path + ".index.json"
@@ -2286,16 +2425,21 @@ def find_config(source, tensors, metadata):
     heads = int(heads) if re.fullmatch(r"[1-9]\d{0,8}", str(heads), re.ASCII) else None
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     path = os.path.join(folder, "config.json")
-    if os.path.isdir(source) or heads is None and os.path.exists(path):
+    if os.path.isdir(source) or (heads is None and os.path.exists(path)):
         description = read_json(path)
-        sizes = {"vocab_size": V, "n_positions": wpe.shape[0], "n_embd": C, "n_layer": L}
-        sizes["n_inner"] = 4 * C
-        sizes |= {"n_head": heads} if heads else {}
-        for key, values in (HF_CONFIG | {key: [size] for key, size in sizes.items()}).items():
+        expected = HF_CONFIG | {
+            "vocab_size": [V],
+            "n_positions": [wpe.shape[0]],
+            "n_embd": [C],
+            "n_layer": [L],
+            "n_inner": [4 * C],
+            "n_head": [heads or description.get("n_head")],
+        }
+        for key, values in expected.items():
             found = description.get(key)
             right = found is None or found in values
             require(right, f"{path} says {key} = {found!r}, expected {values[0]!r}")
-        heads = heads or description.get("n_head")
+        heads = expected["n_head"][0]
 
     if heads is None and (L, C) in OPENAI.values():
         heads = C // 64
@@ -2333,7 +2477,7 @@ def find_tensors(path, tensors, shapes):
         found[name, l] = stored._replace(transposed=transposed)
 
     extra = next(iter(tensors), "")
-    require(not tensors, f"{path}: tensor {extra!r} is no part of a GPT-2")
+    require(not tensors, f"{path}: tensor {extra!r} is not part of a GPT-2")
     return found
 
 
@@ -2409,36 +2553,44 @@ class Run:
     """A run of the training loop: the model, its data, and how far it is."""
 
     args: SimpleNamespace  # the value of every flag
+    world: object  # one_process(), or the Processes of extras/processes.py
     model: object  # a GPT2, or one that several processes share
-    world: object  # ONE_PROCESS, or the Processes of extras/processes.py
-    stopped: list  # the numbers of the signals that end the run
+    loader: object
+    val_loader: object  # None without validation
+    data: dict  # the checksums of the data, see open_data
+    tokenizer: object  # None if there can't be samples
+    examples: list  # of HellaSwag, if they are asked for
     log: object  # a Log
     step: int = 0  # updates done
-    saved: int = None  # the step of the newest checkpoint
-    changed: bool = False  # whether flags are others than those in that checkpoint
-    position: tuple = (0, 0, 0)  # of the loader, at the beginning
-    data: dict = None  # the checksums of the data that the run began with
-    loader: object = None
-    val_loader: object = None
-    tokenizer: object = None
-    examples: list = None  # of HellaSwag, if they are asked for
+    saved: dict = None  # the state in the newest checkpoint
+
+    def state(self):
+        """What a checkpoint has besides the model. The flag --resume says nothing of the run."""
+        settings = {name: value for name, value in vars(self.args).items() if name != "resume"}
+        return {
+            "step": self.step,
+            "position": list(self.loader.position),
+            "data": self.data,
+            "settings": settings,
+        }
 
 
 def train(run):
-    """Evaluate, save, update and log, until all updates are done or a signal has come."""
-    args = run.args
-    tokens = args.batch_size * args.sequence_length * run.world.size
-    micro_batches = args.total_batch_size // tokens
-    if args.warmup_iters > args.num_iterations:
-        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
+    """Evaluate, save, update and log. Returns False if a signal came before all was done."""
+    args, model, stopped = run.args, run.model, run.world.stopped
+    micro_batches = count_micro_batches(args, run.world.size)
     first_step, began, seconds = run.step, time.perf_counter(), None
 
     while True:
         last = run.step >= args.num_iterations
-        evaluate(run, last)
+        if is_due(run.step, args.val_loss_every, last):
+            validate(run)
+            score_hellaswag(run)
+        if run.step > 0 and is_due(run.step, args.sample_every, last):
+            sample_aloud(run)
 
-        stop = bool(run.stopped)  # asked once, because a signal may come at any moment
-        if last or stop or is_due(run.step, args.checkpoint_every):
+        stop = bool(stopped)  # asked once, because a signal may come at any moment
+        if last or stop or run.step > 0 and is_due(run.step, args.checkpoint_every):
             save(run)
         if last or stop:
             break
@@ -2450,7 +2602,7 @@ def train(run):
         )  # fmt: skip
         with Progress(f"step {run.step + 1}", seconds):
             loss, norm = train_step(
-                run.model, run.loader, micro_batches,
+                model, run.loader, micro_batches,
                 learning_rate, args.weight_decay, args.grad_clip,
             )  # fmt: skip
         seconds = time.perf_counter() - started
@@ -2463,19 +2615,29 @@ def train(run):
             f"{args.total_batch_size / seconds:.0f} tok/s)"
         )
 
-    finish(run, last and not stop, run.step - first_step, time.perf_counter() - began)
+    complete = not stop
+    finish(run, complete, run.step - first_step, time.perf_counter() - began)
+    return complete
 
 
-def evaluate(run, last):
-    """Validate, score HellaSwag and sample, where that is due. A signal leaves out the rest."""
-    args = run.args
-    if args.val_loss_every and (last or run.step % args.val_loss_every == 0):
-        validate(run)
-        score_hellaswag(run)
-    due = args.sample_every and run.step and (last or run.step % args.sample_every == 0)
-    if due and run.tokenizer and not run.stopped:
-        print_now("--- sample")
-        print_sample(run)
+def is_due(step, every, last=False):
+    """Whether something that is done after every so many updates is due; never if every is 0."""
+    return every > 0 and (last or step % every == 0)
+
+
+def count_micro_batches(args, size):
+    """How many batches each of `size` processes takes for one update.
+
+    --total_batch_size counts the tokens of all. InputError if they can't share it out.
+    """
+    tokens = args.batch_size * args.sequence_length * size
+    what = "B*T" if size == 1 else f"B*T * {size} processes"
+    require(
+        args.total_batch_size > 0 and args.total_batch_size % tokens == 0,
+        f"--total_batch_size {args.total_batch_size} is not a multiple of {what} = {tokens}: try "
+        f"{max(1, args.total_batch_size // tokens) * tokens}",
+    )
+    return args.total_batch_size // tokens
 
 
 def validate(run):
@@ -2485,7 +2647,7 @@ def validate(run):
     loss = 0.0
     with Progress("validating") as progress:
         for i in range(steps):
-            if run.stopped:
+            if run.world.stopped:
                 return
             inputs, targets = run.val_loader.next_batch()
             loss += run.model.forward(inputs, targets, train=False) / steps
@@ -2499,48 +2661,54 @@ def validate(run):
 
 def score_hellaswag(run):
     """Print the model's score on HellaSwag, if that is asked for and not in main.log already."""
-    if not run.examples or run.stopped or run.log.has(run.step, "eval"):
+    stopped = run.world.stopped
+    if not run.examples or stopped or run.log.has(run.step, "eval"):
         return
-    with lying_beside(), Progress("hellaswag") as progress:
+    with project_file(), Progress("hellaswag") as progress:
         from extras import hellaswag
 
-        score, line = hellaswag.score(run.model, run.examples, run.stopped, progress)
+        score, line = hellaswag.score(run.model, run.examples, stopped, progress)
     print_now(line)
     if score is not None:
         run.log.add(run.step, "eval", score)
 
 
-def print_sample(run):
+def sample_aloud(run):
+    """Print a sample, if the model's tokens are known and no signal has come."""
+    if run.tokenizer and not run.world.stopped:
+        print_now("--- sample")
+        print_sample(run.args, run.model, run.tokenizer, run.step, run.world.stopped)
+
+
+def print_sample(args, model, tokens, step, stopped):
     """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
-    args, tokens = run.args, run.tokenizer
-    rng = np.random.default_rng([args.seed, run.step])
+    rng = np.random.default_rng([args.seed, step])
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     prompt = tokens.encode(args.prompt) if args.prompt else [tokens.first]
 
     print_now(args.prompt, end="")
-    new_tokens = run.model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng)
-    for token in new_tokens:
+    for token in model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng):
         print_now(utf8.decode(tokens.decode(token)), end="")
-        if run.stopped:
+        if stopped:
             break
     print_now(utf8.decode(b"", final=True))
 
 
 def save(run):
-    """Write a checkpoint of this step, unless there is one.
+    """Write a checkpoint, unless the newest one is the same.
 
     One that can't be written does not end the run: the next one may find room on the disk.
     """
-    folder = run.args.output_dir
-    if not folder or run.saved == run.step and not run.changed:
+    folder, state = run.args.output_dir, run.state()
+    if not folder or state == run.saved:
         return
     try:
         with Progress(f"saving to {folder}"):
             save_checkpoint(run)
-        run.saved, run.changed = run.step, False
+        run.saved = state
     except OSError as error:
-        kept = "none" if run.saved is None else f"that of step {run.saved}"
-        print_now(f"can't save step {run.step}: {error}; the last checkpoint is {kept}")
+        newest = f"that of step {run.saved['step']}" if run.saved else "none"
+        print_now(f"can't save step {run.step}: {error}; the last checkpoint is {newest}")
 
 
 def finish(run, complete, updates, seconds):
@@ -2548,10 +2716,9 @@ def finish(run, complete, updates, seconds):
 
     InputError if something could not be saved.
     """
-    args = run.args
-    folder = args.output_dir
+    args, folder = run.args, run.args.output_dir
     missing = []
-    if folder and run.saved != run.step:
+    if folder and run.saved != run.state():
         missing.append("a checkpoint of the last step")
     if folder and complete and run.world.rank == 0:
         try:
@@ -2569,20 +2736,15 @@ def finish(run, complete, updates, seconds):
             summary.append(f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {curve}")
     tokens_per_second = updates * args.total_batch_size / seconds
     summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
-    go_on = shlex.join(["--output_dir", folder, "--resume", "1"])
+    go_on = f"go on with {shlex.join(['--output_dir', folder, '--resume', '1'])}"
     if not folder:
         summary.append("nothing is kept without --output_dir")
     elif not missing:
-        summary.append(f"saved in {folder}" if complete else f"go on with {go_on}")
+        summary.append(f"saved in {folder}" if complete else go_on)
     print_now(("" if complete else "stopped: ") + ", ".join(summary))
-    none = run.saved is None  # and so nothing to go on from
-    then = "begin again with another --output_dir" if none else f"go on with {go_on}"
-    require(not missing, f"{folder} lacks {' and '.join(missing)}: make room, then {then}")
 
-
-def is_due(step, every):
-    """Whether something that is done after every so many updates is due; never if every is 0."""
-    return every > 0 and step > 0 and step % every == 0
+    remedy = go_on if run.saved else "begin again with another --output_dir"
+    require(not missing, f"{folder} lacks {' and '.join(missing)}: make room, then {remedy}")
 
 
 def first_not_finite(model):
@@ -2608,49 +2770,46 @@ def first_not_finite(model):
 
 
 class FirstBatch:
-    """A loader that gives the first batch again and again."""
+    """A loader that gives the first batch of another one again and again."""
 
     position = (0, 0, 0)
 
     def __init__(self, loader):
-        self.loader = loader
+        self.batch = loader.next_batch()
 
     def next_batch(self):
-        self.loader.seek(self.position)
-        return self.loader.next_batch()
+        return self.batch
 
 
 class Log:
     """main.log, in llm.c's format: a line for each loss, s:STEP KIND:VALUE.
 
-    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag. What can't
-    be written now is written with the next line.
+    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag. The file is
+    begun anew with the lines of the run so far, and then appended to. What can't be written now is
+    written with the next line. Without a path there are lines and no file.
     """
 
-    def __init__(self, lines=()):
+    def __init__(self, path, lines=()):
+        self.path = path
         self.lines = list(lines)
         self.written = 0  # how many of them are in the file
-        self.path = None  # of the file, once there is one
+        if path:
+            with atomic_write(path) as file:
+                file.write(self.missing())
+            self.written = len(self.lines)
 
-    def begin(self, path):
-        """Write the file anew. What it had from after the checkpoint will be computed again."""
-        self.path = path
-        with atomic_write(path) as file:
-            file.write(self.text())
-        self.written = len(self.lines)
-
-    def text(self):
-        """The lines that the file lacks."""
+    def missing(self):
+        """The lines that the file lacks, as bytes."""
         return "".join(f"{line}\n" for line in self.lines[self.written :]).encode()
 
     def add(self, step, kind, value):
-        """Add a line, unless it is there: who resumes a run evaluates again."""
+        """Add a line, unless it is there: whoever resumes a run evaluates again."""
         if not self.has(step, kind):
             self.lines.append(f"s:{step} {kind}:{value:.4f}")
             self.write()
 
     def has(self, step, kind):
-        """Whether there is a line of that kind for this step, which is the newest one."""
+        """Whether there is a line of that kind for the newest step, which has at most three."""
         return any(line.startswith(f"s:{step} {kind}:") for line in self.lines[-3:])
 
     def values(self, kind):
@@ -2662,11 +2821,11 @@ class Log:
         if not self.path:
             return True
         with contextlib.suppress(OSError):
-            if not os.path.exists(self.path):  # somebody has moved it away
+            if not os.path.exists(self.path):  # somebody has moved it, or its folder, away
                 os.makedirs(os.path.dirname(self.path), exist_ok=True)
                 self.written = 0
             with open(self.path, "ab", buffering=0) as file:
-                end, text = file.tell(), self.text()
+                end, text = file.tell(), self.missing()
                 if file.write(text) == len(text):
                     self.written = len(self.lines)
                 else:
@@ -2706,27 +2865,28 @@ class Progress:
 
     def __enter__(self):
         self.started = time.monotonic()
-        self.shown = False
         self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.show, daemon=True)
         if sys.stderr and sys.stderr.isatty():
-            threading.Thread(target=self.show, daemon=True).start()
+            self.thread.start()
         return self
 
     def __exit__(self, *error):
         self.ended.set()
-        if self.shown:
-            print_now("\r\033[K", end="", to="stderr")
+        if self.thread.is_alive():
+            self.thread.join()
 
     def show(self):
-        """Write the line anew each second, until the end."""
+        """Write the line anew each second, and erase it in the end."""
         while not self.ended.wait(1.0):
             seconds = time.monotonic() - self.started
-            if seconds < 2:
-                continue
-            whole = seconds / self.done if self.done else self.expected
-            estimate = f", {max(0, whole - seconds):.0f} s left" if whole else ""
-            self.shown = True
-            print_now(f"\r\033[K{self.what}: {seconds:.0f} s{estimate}", end="", to="stderr")
+            if seconds > 2:
+                whole = seconds / self.done if self.done else self.expected
+                estimate = f", {max(0, whole - seconds):.0f} s left" if whole else ""
+                line = f"\r\033[K{self.what}: {seconds:.0f} s{estimate}"
+                print_now(line, end="", to="stderr")
+        if time.monotonic() - self.started > 2:
+            print_now("\r\033[K", end="", to="stderr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2736,15 +2896,10 @@ class Progress:
 # Face's names; "m" and "v", each one row laid out like the parameters; in the metadata the number
 # of heads and, as JSON, the state of the run; and at the end a checksum of everything before it. It
 # is written under another name and then renamed, and the last two are kept. The state is that
-# before the evaluation of its step: who goes on from it evaluates again.
+# before the evaluation of its step: whoever resumes the run evaluates again.
 
-# What the state has. The settings are the values of all flags, which argparse checks.
+# The fields of Run.state.
 STATE = {"step": int, "position": list, "data": dict, "settings": dict}
-
-
-def checkpoint_path(folder, step):
-    """The name of a checkpoint."""
-    return os.path.join(folder, f"checkpoint_{step:08d}.safetensors")
 
 
 def list_checkpoints(folder):
@@ -2758,20 +2913,19 @@ def list_checkpoints(folder):
 def save_checkpoint(run):
     """Write DIR/checkpoint_STEP.safetensors, and delete all before it but one.
 
-    Of several processes the first one writes, and the others send it their parts of m and v, even
-    if it can't write them.
+    Of several processes the first one writes, and the others send it their parts of m and v. They
+    do so even if it can't write them: it takes what is left of them all the same.
     """
-    model, world, folder = run.model, run.world, run.args.output_dir
-    state = (run.step, list(run.loader.position), run.data, vars(run.args))
-    state = json.dumps(dict(zip(STATE, state, strict=True)))
-    metadata = {"n_head": str(model.config.num_heads), "state": state}
-    newest = checkpoint_path(folder, run.step)
-
+    model, world, folder, state = run.model, run.world, run.args.output_dir, run.state()
+    metadata = {"n_head": str(model.config.num_heads), "state": json.dumps(state)}
     rows = {"m": model.flat[2], "v": model.flat[3]}
     moments = {name: (row.shape, world.pieces(row)) for name, row in rows.items()}
+    newest = os.path.join(folder, f"checkpoint_{state['step']:08d}.safetensors")
     try:
         if world.rank == 0:
             os.makedirs(folder, exist_ok=True)
+            for half in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.tmp")):
+                os.remove(half)  # a killed run has left it
             tensors = huggingface_tensors(model.params) | moments
             write_safetensors(newest, tensors, metadata, checksum=True)
     finally:
@@ -2780,9 +2934,9 @@ def save_checkpoint(run):
                 pass
 
     if world.rank == 0:
+        # There may be damaged ones of later steps. They do not count.
         until_now = [path for path in list_checkpoints(folder) if path <= newest]
-        halves = glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.tmp"))  # of killed runs
-        for old in until_now[2:] + halves:
+        for old in until_now[2:]:
             with contextlib.suppress(OSError):
                 os.remove(old)
 
@@ -2791,7 +2945,7 @@ def read_state(path):
     """(state, {name: StoredTensor}) of a checkpoint. InputError unless all is as it was written."""
     tensors, metadata = read_safetensors(path)
     stored = tensors.get("crc32")
-    require(stored and stored.shape == (4,), f"{path}: no checkpoint, since it has no checksum")
+    require(stored and stored.shape == (4,), f"{path}: not a checkpoint, it has no checksum")
 
     crc32 = 0
     with open(path, "rb") as file:
@@ -2804,12 +2958,10 @@ def read_state(path):
     right = all(type(state.get(name)) is kind for name, kind in STATE.items())
     right = right and are_sizes([state["step"], *state["position"]]) and len(state["position"]) == 3
     right = right and state["settings"].keys() <= DEFAULTS.keys()
+    right = right and not state["settings"].get("inference_only")
     require(right, f"{path}: its state is not as expected")
     words = [f"--{name}={value}" for name, value in state["settings"].items()]
     state["settings"] = parse_flags(words)
-    right = state["settings"].get("recompute", 1) in SHARED_BY_LAYERS
-    right = right and not state["settings"].get("inference_only")
-    require(right, f"{path}: its settings are not those of a run")
     return state, tensors
 
 
@@ -2827,15 +2979,14 @@ def load_checkpoint(path, named, world):
             stored = tensors.get(name)
             right = stored and (stored.dtype, stored.shape) == ("F32", row.shape)
             require(right, f"{path}: {name} is not as expected")
-            own = row[world.part(len(row))]
-            start = world.part(len(row)).start
-            read_tensor(own, stored._replace(offset=stored.offset + 4 * start), name)
+            own = world.part(len(row))  # a slice: other processes may have the rest
+            read_tensor(row[own], stored._replace(offset=stored.offset + 4 * own.start), name)
     model.updates = state["step"]
     return args, model, state
 
 
-def resume(named, stopped, world):
-    """The Run of the newest whole checkpoint in --output_dir. None if there is no checkpoint."""
+def resume(named, world):
+    """load_checkpoint of the newest whole checkpoint in --output_dir. None if there is none."""
     folder = named["output_dir"]
     paths = list_checkpoints(folder)
     for path in paths:
@@ -2846,12 +2997,7 @@ def resume(named, stopped, world):
             continue
         refuse_changed_flags(args, named)
         print_now(f"resuming from {path}")
-        step = state["step"]
-        run = Run(args, model, world, stopped, Log(old_lines(folder, step)), step)
-        run.saved = step
-        run.changed = vars(args) != DEFAULTS | state["settings"] | {"resume": 1}
-        run.position, run.data = state["position"], state["data"]
-        return run
+        return args, model, state
 
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
     require(
@@ -2912,33 +3058,40 @@ def holds_a_model(folder):
 
 @contextlib.contextmanager
 def folder_locked(folder):
-    """Keep a folder to this process. A folder in which nothing came to be is removed again."""
+    """Keep a folder to this process. If it was made for it and stays empty, it is removed again."""
+    was_there = os.path.isdir(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, ".lock")
-    with open(path, "ab") as handle:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                f"{folder}: another run is writing there: choose another --output_dir"
-            ) from None
-        try:
+    try:
+        with open(path, "ab") as handle:
+            take_lock(handle, folder)
             yield
-        finally:
+    finally:
+        if not was_there and os.listdir(folder) == [".lock"]:
             with contextlib.suppress(OSError):
-                if os.listdir(folder) == [".lock"]:
-                    os.remove(path)
-                    os.rmdir(folder)
+                os.remove(path)
+                os.rmdir(folder)
 
 
-# --------------------------------------------------------------------------------------------------
+def take_lock(handle, folder):
+    """Lock an open file until it is closed. InputError if another process has locked it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise InputError(
+            f"{folder}: another run is writing there: choose another --output_dir"
+        ) from None
+    except OSError:
+        pass  # this file system has no locks
+
+
 # 13. The command line
 
 # name: (default, meaning). The defaults are those of llm.c's CPU trainer.
@@ -2981,7 +3134,12 @@ FLAGS_THAT_MAY_CHANGE = {
 }
 FLAGS = FLAGS_OF_A_RUN | FLAGS_THAT_MAY_CHANGE
 DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
-AT_LEAST_ONE = {"batch_size", "sequence_length", "val_max_steps"}
+RANGES = {  # all other numbers are at least 0
+    "batch_size": (1, math.inf),
+    "sequence_length": (1, math.inf),
+    "val_max_steps": (1, math.inf),
+    "recompute": (0, max(SHARED_BY_LAYERS)),
+}
 
 # --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
 BYTES_CONFIG = GPT2Config(64, 256, 2, 4, 128)
@@ -3033,17 +3191,18 @@ class Parser(argparse.ArgumentParser):
 def flag_type(name):
     """A function from the text of a flag to its value."""
     kind = type(DEFAULTS[name])
-    low = 1 if name in AT_LEAST_ONE else 0
+    low, high = RANGES.get(name, (0, math.inf))
     expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
+    expected += f" of at least {low}" if high == math.inf else f" from {low} to {high}"
 
     def convert(text):
         try:
             value = kind(text)
-            right = kind is str or low <= value < 1 << 63
+            right = kind is str or low <= value <= high and value < 1 << 63
         except ValueError:
             right = False
         if not right:
-            raise argparse.ArgumentTypeError(f"expected {expected} of at least {low}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
         return value
 
     return convert
@@ -3066,23 +3225,27 @@ def parse_flags(argv):
 
 
 def check_flags(named):
-    """InputError if the flags can't be meant."""
-    recompute = named.get("recompute", 1)
-    known = recompute in SHARED_BY_LAYERS
-    require(known, f"--recompute {recompute}: expected one of {list(SHARED_BY_LAYERS)}")
+    """InputError if two flags do not go together, or the prompt is empty."""
     require(
         named.get("prompt") != "",
-        "--prompt is empty: give it some text, or leave it out for one of the model's own",
+        "--prompt is empty: give it some text, or leave the flag out",
     )
     for name in ("checkpoint_every", "resume"):
         alone = named.get(name) and not named.get("output_dir")
         require(not alone, f"--{name} needs --output_dir")
     both = named.get("hellaswag_eval") and named.get("inference_only")
-    require(not both, "to score a model without training: python -m extras.hellaswag --model ...")
+    require(
+        not both,
+        "--hellaswag_eval scores a model while it trains; without training: python -m "
+        "extras.hellaswag --model ...",
+    )
 
 
 def settings(named):
-    """The value of every flag: what was named, else the default of this kind of model."""
+    """The value of every flag, from those that were typed: `named`, {flag: value}.
+
+    What was not typed has the default of this kind of model.
+    """
     model = named.get("model", DEFAULTS["model"])
     of_its_kind = BYTES_DEFAULTS if model == "bytes" else {"shuffle": int(model in FRESH)}
     return SimpleNamespace(**DEFAULTS | of_its_kind | named)
@@ -3103,7 +3266,7 @@ def memory_plan(args, config, size=1):
 
 
 def make_model(args, config, world):
-    """Print the memory plan, refuse it if the machine has not that much, else make the model."""
+    """Print the memory plan, and make the model. MemoryError if the machine has too little."""
     B, T, most = args.batch_size, args.sequence_length, config.max_seq_len
     fits = T <= most
     require(fits, f"the model's context is {most}: use --sequence_length {most} or less")
@@ -3117,42 +3280,62 @@ def make_model(args, config, world):
     whose = f" in each of {world.size} processes" if world.size > 1 else ""
     print_now(f"memory{whose}: {parts}, in all {need / 1e6:.0f} MB")
 
-    if need > free:  # no InputError: a checkpoint that does not fit is not damaged
+    if need > free:  # not an InputError: a checkpoint that does not fit is not damaged
         logits = act_shapes(config, B, T)["logits"]
         per_sequence = (plan["activations"] - 4 * math.prod(logits)) / B
         fitting = int(B - (need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
         raise MemoryError(
-            f"B={B}, T={T} needs {need / 1e6:.0f} MB, here are {free / 1e6:.0f}: try {remedy}"
+            f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: try {remedy}"
         )
     return GPT2(config, B, T, None, args.recompute, training=not args.inference_only)
 
 
-def begin(named, stopped, world):
-    """The Run that the flags ask for, from its beginning."""
+def begin(named, world):
+    """(args, model) of a new run."""
     args = settings(named)
-    require(
-        args.model not in (*FRESH, *OPENAI, "bytes") or not holds_a_model(args.model),
-        f"--model {args.model} is a name, and here also a folder that holds a model: write "
-        f"--model ./{args.model} for the folder, or give it another name",
-    )
+    if args.model in (*FRESH, *OPENAI, "bytes"):
+        refuse_two_meanings(args.model)
     try:
-        return open_model(args, named, stopped, world)
+        path = fetch(args, named)
     except (InputError, OSError) as error:
         if {"model", "input_bin", "input_val_bin", "inference_only", "resume"} & named.keys():
             raise  # what was asked for by name is not replaced by something else
-        cause = getattr(error.__cause__, "cause", error)
+        cause = getattr(error.__cause__, "cause", error)  # without prepro's advice
         print_now(f"{cause}\n--> so a small GPT will learn from scratch, by bytes")
         if os.path.exists(in_data("tiny_shakespeare_train.bin")):
-            print_now("    (with --model d6 one learns GPT-2's tokens, for which all is there)")
-        named = named | {"model": "bytes"}
-        return open_model(settings(named), named, stopped, world)
+            print_now("    (the tokens of GPT-2 are here: --model d6 would learn them)")
+        args, path = settings(named | {"model": "bytes"}), None
+
+    if args.model == "bytes":
+        config = BYTES_CONFIG
+    elif args.model in FRESH:
+        L, C = FRESH[args.model]
+        config = GPT2Config(1024, 50257, L, C // 64, C)
+    else:
+        config, tensors = open_weights(path)
+
+    if args.inference_only:
+        args.batch_size = 1
+        args.sequence_length = named.get("sequence_length", config.max_seq_len)
+    if args.total_batch_size == 0:
+        args.total_batch_size = args.batch_size * args.sequence_length * world.size
+    count_micro_batches(args, world.size)  # an error if there is no such number
+
+    model = make_model(args, config, world)
+    with Progress(f"reading {path}" if path else "drawing weights"):
+        if path:
+            read_weights(model.params, tensors)
+        else:
+            init_weights(model.params, args.seed)
+    return args, model
 
 
-def open_model(args, named, stopped, world):
-    """A Run with the model that args name, its weights drawn or read."""
+def fetch(args, named):
+    """Fetch a run's tokens and weights, if need be. Returns the path of the weights, or None."""
+    path = None
     if args.model not in (*FRESH, *OPENAI, "bytes"):
-        find_weights(args.model)  # an error if it is not there, before anything is fetched
+        path = find_weights(args.model)  # an error if it is not there, before anything is fetched
 
     data_named = {"input_bin", "input_val_bin"} & named.keys()
     if data_named == {"input_bin"} and args.val_loss_every:
@@ -3164,72 +3347,47 @@ def open_model(args, named, stopped, world):
         there = all(map(os.path.exists, paths))
         args.input_bin, args.input_val_bin = paths if there else provide("tiny_shakespeare")
 
-    path = None
-    if args.model == "bytes":
-        config = BYTES_CONFIG
-    elif args.model in FRESH:
-        L, C = FRESH[args.model]
-        config = GPT2Config(1024, 50257, L, C // 64, C)
-    else:
-        path = find_weights(args.model)
-        config, tensors = open_weights(path)
-
-    if args.inference_only:
-        args.batch_size = 1
-        args.sequence_length = named.get("sequence_length", config.max_seq_len)
-    if args.total_batch_size == 0:
-        args.total_batch_size = args.batch_size * args.sequence_length * world.size
-
-    model = make_model(args, config, world)
-    with Progress(f"reading {path}" if path else "drawing weights"):
-        if path:
-            read_weights(model.params, tensors)
-        else:
-            init_weights(model.params, args.seed)
-    return Run(args, model, world, stopped, Log())
+    return find_weights(args.model) if args.model in OPENAI else path
 
 
-def open_data(run):
-    """Give a run its loaders. InputError if its data is not what it was when it began."""
-    args = run.args
-    tokens = args.batch_size * args.sequence_length * run.world.size
-    micro_batches = args.total_batch_size // tokens
-    require(
-        args.total_batch_size == micro_batches * tokens and micro_batches > 0,
-        f"--total_batch_size {args.total_batch_size} is no multiple of {tokens}, which is B*T"
-        + (f" * {run.world.size} processes" if run.world.size > 1 else "")
-        + f": try {max(1, micro_batches) * tokens}",
-    )
+def open_data(args, config, world, state):
+    """(loader, val_loader, data) of a run, where data are the checksums of all shards.
+
+    InputError if the data is not what it was when the run began.
+    """
     sources = {"training": args.input_bin, "validation": args.input_val_bin}
-    if not args.val_loss_every:
-        del sources["validation"]
-    if args.model == "bytes" and not args.input_bin + args.input_val_bin:
+    wanted = ["training", "validation"] if args.val_loss_every else ["training"]
+    if args.model == "bytes" and not args.input_bin:
         names, *texts = text_at_hand()
-        shards = {what: [text] for what, text in zip(sources, texts, strict=False)}
-        sources = dict.fromkeys(sources, names)
+        sources = {"training": names, "validation": names}
+        shards = {what: [text] for what, text in zip(wanted, texts, strict=False)}
     else:
-        shards = {what: open_shards(source) for what, source in sources.items()}
+        shards = {what: open_shards(sources[what]) for what in wanted}
 
-    run.data = run.data or {}
+    data = dict(state["data"])
     for what, files in shards.items():
         with Progress(f"checking the {what} tokens"):
-            found = [check_shard(shard, args, run.model.config) for shard in files]
+            found = [check_shard(shard, args, config) for shard in files]
         require(
-            run.data.setdefault(what, found) == found,
+            data.get(what, found) == found,
             f"the {what} data has changed since this run began: put it back, or start another run",
         )
+        data[what] = found
         print_now(f"{what} data: {sources[what]}, {sum(n for n, _ in found):,} tokens")
 
     B, T = args.batch_size, args.sequence_length
     loader = DataLoader(shards["training"], B, T, args.seed if args.shuffle else None)
-    shard, offset, _ = run.position
+    shard, offset, _ = state["position"]
     right = shard < len(loader.shards) and offset + B * T < len(loader.shards[shard])
-    require(right, f"the run stopped at {run.position}, which is not in the training data")
-    loader.seek(run.position)
-    loader = run.world.share_loader(loader)
-    run.loader = FirstBatch(loader) if args.overfit_single_batch else loader
+    require(right, f"the run stopped at {state['position']}, which is not in the training data")
+    loader.seek(state["position"])
+    loader = world.share_loader(loader)
+    if args.overfit_single_batch:
+        loader = FirstBatch(loader)
+    val_loader = None
     if args.val_loss_every:
-        run.val_loader = run.world.share_loader(DataLoader(shards["validation"], B, T))
+        val_loader = world.share_loader(DataLoader(shards["validation"], B, T))
+    return loader, val_loader, data
 
 
 def check_shard(shard, args, config):
@@ -3259,65 +3417,68 @@ def check_shard(shard, args, config):
     return [len(shard), crc32]
 
 
-def open_tokenizer(run):
-    """Give a run its tokenizer. Nothing trained is lost for want of one: it may do without."""
-    V, prompt = run.model.config.vocab_size, run.args.prompt
+def open_tokenizer(args, vocab_size):
+    """The tokenizer of a run. None, and a line that says why, if there can't be samples."""
     try:
-        run.tokenizer = tokenizer(V)
-        if prompt:
-            run.tokenizer.encode(prompt)
+        tokens = tokenizer(vocab_size)
+        if args.prompt:
+            tokens.encode(args.prompt)
     except InputError as error:
-        if run.args.inference_only:
+        if args.inference_only:
             raise
-        run.tokenizer = None
         print_now(f"{error}; so there will be no samples")
-    if V != 256 and not is_gpt2s(V):
-        print_now(f"samples are printed as ids: {V} tokens are neither bytes nor GPT-2's")
-    if "<|endoftext|>" in prompt:
+        return None
+    if vocab_size != 256 and not is_gpt2s(vocab_size):
+        print_now(f"samples are printed as ids: {vocab_size} tokens are neither bytes nor GPT-2's")
+    if "<|endoftext|>" in args.prompt:
         print_now("note: <|endoftext|> in a prompt is thirteen characters, not the token")
+    return tokens
 
 
-def open_examples(run):
+def open_examples(args, config):
     """HellaSwag's examples, fetched if need be."""
-    config = run.model.config
-    with lying_beside():
+    with project_file():
         from extras import hellaswag
 
-        return hellaswag.load(run.args.hellaswag_limit, config.vocab_size, config.max_seq_len)
+        return hellaswag.load(args.hellaswag_limit, config.vocab_size, config.max_seq_len)
 
 
-# What extras/processes.py does for several processes, for one.
-ONE_PROCESS = SimpleNamespace(
-    rank=0,
-    size=1,
-    local_size=1,
-    part=lambda n: slice(0, n),
-    pieces=lambda row: iter([row]),
-    share_model=lambda model, asked, stopped: model,
-    share_loader=lambda loader: loader,
-    first_rank_first=contextlib.nullcontext,
-    difference=lambda facts: "",
-    gathered=lambda value, what: [value],
-    report=lambda line: print_now(line, to="stderr"),
-    end_all=lambda code: code,
-)
+def one_process():
+    """What extras/processes.py does for several processes, for one."""
+    signals = []
+    return SimpleNamespace(
+        rank=0,
+        size=1,
+        local_size=1,
+        asked=signals,  # the numbers of the signals that have come to this process
+        stopped=signals,  # and of those that all processes know of
+        part=lambda n: slice(0, n),
+        pieces=lambda row: iter([row]),
+        share_model=lambda model: model,
+        share_loader=lambda loader: loader,
+        difference=lambda facts: "",
+        gathered=lambda value, what: [value],
+        report=lambda line: print_now(line, to="stderr"),
+        end_all=lambda code: code,
+    )
 
 
 def join_processes():
-    """The processes that mpiexec has started, or ONE_PROCESS."""
+    """The processes that mpiexec has started, or one_process()."""
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI, Microsoft MPI
     if all(os.environ.get(name, "1") == "1" for name in names):
-        return ONE_PROCESS
-    with lying_beside():
+        return one_process()
+    with project_file():
         from extras import processes
 
         return processes.join()
 
 
-def require_alike(world, **facts):
-    """InputError unless all processes have the same facts."""
-    difference = world.difference(facts)
-    require(not difference, difference)
+def require_alike(world, facts):
+    """InputError unless all processes have the same facts: a function that gives {name: value}."""
+    if world.size > 1:
+        difference = world.difference(facts())
+        require(not difference, difference)
 
 
 @contextlib.contextmanager
@@ -3325,7 +3486,8 @@ def signals_noted(asked, while_training):
     """While this lasts, signals are added to the list `asked` instead of ending the program.
 
     While training, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step first; the same signal once
-    more ends the program at once. SIGPIPE says that nobody reads any more.
+    more ends the program at once. SIGPIPE comes from a reader that has enough, as in `| head`, and
+    is noted in silence.
     """
 
     def note(number, frame):
@@ -3354,40 +3516,45 @@ def signals_noted(asked, while_training):
             signal.signal(number, handler)
 
 
-def run_command(named, asked, stopped, world):
-    """Do what the flags say."""
+def run_command(named, world):
+    """Continue a prompt, or train. Returns whether it was done to its end."""
     folder = named.get("output_dir")
     if folder and not named.get("inference_only") and not named.get("resume"):
         refuse_used_folder(folder)
 
-    with world.first_rank_first():
-        run = resume(named, stopped, world) if named.get("resume") else None
-        run = run or begin(named, stopped, world)
-        args = run.args
-        if not args.inference_only:
-            open_data(run)
-        if args.hellaswag_eval:
-            run.examples = open_examples(run)
-        if args.inference_only or args.sample_every:
-            open_tokenizer(run)
+    found = resume(named, world) if named.get("resume") else None
+    args, model, saved = found or (*begin(named, world), None)
+    state = saved or {"step": 0, "position": [0, 0, 0], "data": {}}
+    config, step = model.config, state["step"]
 
+    tokens = None
+    if args.inference_only or args.sample_every:
+        tokens = open_tokenizer(args, config.vocab_size)
     if args.inference_only:
-        with signals_noted(asked, while_training=False):
-            print_sample(run)
-        asked.clear()  # a reader that goes away is no error
-        return
+        with signals_noted(world.asked, while_training=False):
+            print_sample(args, model, tokens, 0, world.asked)
+        return True  # also if the reader has gone away
 
-    require_alike(world, data=run.data, weights=zlib.crc32(run.model.flat[0]), settings=vars(args))
-    run.model = world.share_model(run.model, asked, stopped)
+    loader, val_loader, data = open_data(args, config, world, state)
+    examples = open_examples(args, config) if args.hellaswag_eval else None
+    require_alike(world, lambda: {
+        "data": data, "weights": zlib.crc32(model.flat[0]), "settings": vars(args)
+    })  # fmt: skip
     if not folder:
         print_now("nothing of this run will be kept: --output_dir names a folder to keep it in")
-    elif world.rank == 0:
-        run.log.begin(os.path.join(folder, "main.log"))
+    path = os.path.join(folder, "main.log") if folder and world.rank == 0 else None
+    log = Log(path, old_lines(folder, step) if saved else [])
+    shared = world.share_model(model)
+    run = Run(
+        args, world, shared, loader, val_loader, data, tokens, examples, log, step, saved
+    )
+    if args.warmup_iters > args.num_iterations:
+        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
     try:
-        with signals_noted(asked, while_training=True):
-            train(run)
-    except FloatingPointError as error:
-        places = world.gathered(first_not_finite(run.model), "the search for what is not finite")
+        with signals_noted(world.asked, while_training=True):
+            return train(run)
+    except FloatingPointError as error:  # in all processes, though perhaps by the data of one
+        places = world.gathered(first_not_finite(model), "the search for what is not finite")
         place = next(filter(None, places), "a sum over all of them")
         raise InputError(
             f"update {run.step + 1}: {error}; it began in {place}: try a smaller --learning_rate, "
@@ -3400,24 +3567,25 @@ def main(argv=None):
 
     0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
     """
-    asked = []  # the signals that have come to this process
-    world = ONE_PROCESS
+    world = one_process()
     try:
         world = join_processes()
         share_cores(world.local_size)
-        stopped = asked if world.size == 1 else []  # those that all processes know of
         named = parse_flags(sys.argv[1:] if argv is None else argv)
         check_flags(named)
-        own_code = zlib.crc32(np.fromfile(__file__, np.uint8))
-        require_alike(world, flags=named, code=own_code, NumPy=np.__version__)
+        require_alike(world, lambda: {
+            "flags": named,
+            "code": zlib.crc32(np.fromfile(__file__, np.uint8)),
+            "NumPy": np.__version__,
+        })  # fmt: skip
 
         lock = contextlib.nullcontext()
         if named.get("output_dir") and not named.get("inference_only") and world.rank == 0:
             lock = folder_locked(named["output_dir"])
         with lock, warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is found by its loss
-            run_command(named, asked, stopped, world)
-        return 128 + stopped[0] if stopped else 0
+            complete = run_command(named, world)
+        return 0 if complete else 128 + world.stopped[0]
     except KeyboardInterrupt:
         return world.end_all(130)
     except (InputError, OSError, MemoryError) as error:
@@ -3431,7 +3599,7 @@ def main(argv=None):
 
 
 def flush_at_last():
-    """What can't be written to a terminal that is gone must not change the exit code."""
+    """Forget what can't be written, or Python would fail to, and change the exit code."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream:

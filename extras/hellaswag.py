@@ -28,8 +28,6 @@ import sys
 from itertools import islice
 from typing import NamedTuple
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # before NumPy: see train_gpt2.py
-
 import numpy as np
 
 from extras.llmc import read_header, require, write_file
@@ -64,7 +62,9 @@ def load(limit, vocab_size, max_seq_len):
     path = prepro.in_data("hellaswag_val.bin")
     if not os.path.exists(path):
         text = prepro.download(URL, prepro.in_data("hellaswag_val.jsonl"))
-        write(path, parse(text, prepro.get_encoding()))
+        with prepro.alone(path, "tokenising HellaSwag"):
+            if not os.path.exists(path):
+                write(path, parse(text, prepro.get_encoding()))
     return [fitted(example, vocab_size, max_seq_len) for example in read(path)[: limit or None]]
 
 

@@ -45,6 +45,8 @@ class Processes:
     comm         MPI's communicator
     rank, size   this is number `rank` of `size` processes
     local_size   how many of them share this machine
+    asked        the numbers of the signals that have come to this process
+    stopped      those that all processes know of
     """
 
     def __init__(self, comm, MPI):
@@ -53,15 +55,17 @@ class Processes:
         self.rank = comm.rank
         self.size = comm.size
         self.local_size = comm.Split_type(MPI.COMM_TYPE_SHARED).size
+        self.asked = []
+        self.stopped = []
         self.waiting = None  # (what for, since when), while another process is needed
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
         threading.Thread(target=self.watch, daemon=True).start()
 
     @contextlib.contextmanager
-    def waiting_for(self, what, whose="the others: is one of them, or the network, gone?"):
+    def waiting_for(self, what):
         """While this lasts, the other processes are needed."""
-        self.waiting = (f"{what} of {whose}", time.monotonic())
+        self.waiting = (what, time.monotonic())
         try:
             yield
         finally:
@@ -77,7 +81,7 @@ class Processes:
                 said = waiting
                 print(
                     f"process {self.rank} of {self.size} has waited {PATIENCE:.0f} s for "
-                    f"{waiting[0]}",
+                    f"{waiting[0]} of the others: is one of them, or the network, gone?",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -99,21 +103,9 @@ class Processes:
                     return f"process {rank} has other {name} than process {self.rank}"
         return ""
 
-    @contextlib.contextmanager
-    def first_rank_first(self):
-        """Process 0 runs the block, then all others do: they find what it has fetched."""
-        if self.rank > 0:
-            with self.waiting_for("model and data", "process 0, which fetches what is missing"):
-                self.comm.Barrier()
-        try:
-            yield
-        finally:
-            if self.rank == 0:
-                self.comm.Barrier()
-
-    def share_model(self, model, asked, stopped):
+    def share_model(self, model):
         """The model of all processes."""
-        return SharedModel(self, model, asked, stopped)
+        return SharedModel(self, model)
 
     def share_loader(self, loader):
         """A loader of which each process gets its own batches."""
@@ -172,27 +164,25 @@ class SharedLoader:
 
 
 class SharedModel:
-    """A model that several processes train together, with the methods of GPT2 that the loop uses.
+    """A model that several processes train together, with those methods of GPT2 that a run uses."""
 
-    asked     the signals that have come to this process
-    stopped   those that all processes know of. They learn of them in forward and in token_losses,
-              so that all of them leave the loop at the same place
-    """
-
-    def __init__(self, processes, model, asked, stopped):
+    def __init__(self, processes, model):
         self.processes = processes
         self.model = model
-        self.asked = asked
-        self.stopped = stopped
         self.config, self.flat = model.config, model.flat
         self.params, self.grads, self.acts = model.params, model.grads, model.acts
         self.own = processes.part(len(model.flat[0]))
 
     def together(self, value, what):
-        """A list of one value of each process; all learn of the signals that have come to one."""
-        values = self.processes.gathered((value, self.asked), what)
+        """A list of one value of each process.
+
+        All processes learn here of the signals that have come to one of them. So all leave the loop
+        at the same place.
+        """
+        asked, stopped = self.processes.asked, self.processes.stopped
+        values = self.processes.gathered((value, asked), what)
         for _, signals in values:
-            self.stopped += [number for number in signals if number not in self.stopped]
+            stopped += [number for number in signals if number not in stopped]
         return [value for value, _ in values]
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):

@@ -256,10 +256,18 @@ def run_state(model, folder, **settings):
     args.batch_size, args.sequence_length = model.batch_size, model.sequence_length
     args.total_batch_size = model.batch_size * model.sequence_length
     vars(args).update(settings)
-    run = gpt2.Run(args, model, gpt2.ONE_PROCESS, [], gpt2.Log(), step=7)
-    run.data = {"training": [[1000, 123456789]], "validation": [[70, 987654321]]}
-    run.loader = SimpleNamespace(position=(0, 112, 0))
-    return run
+    return gpt2.Run(
+        args=args,
+        world=gpt2.one_process(),
+        model=model,
+        loader=SimpleNamespace(position=(0, 112, 0)),
+        val_loader=None,
+        data={"training": [[1000, 123456789]], "validation": [[70, 987654321]]},
+        tokenizer=None,
+        examples=None,
+        log=gpt2.Log(None),
+        step=7,
+    )
 
 
 def peak_of(call):
@@ -590,8 +598,8 @@ AT_A_MOMENT = """if True:
 """
 
 # The functions that decide, print and write, from train() on: before it, no signal is noted yet.
-IN_THE_LOOP = """train evaluate validate print_sample save save_checkpoint finish
-    write_safetensors atomic_write save_huggingface add has write text"""
+IN_THE_LOOP = """train validate sample_aloud print_sample save save_checkpoint finish
+    write_safetensors atomic_write save_huggingface add has write missing"""
 
 
 def run_to_a_moment(folder, moment, number, *flags, where=IN_THE_LOOP):
@@ -612,8 +620,10 @@ def uninterrupted(small_folder, tmp_path_factory):
     flags = (*SMALL_RUN, "--checkpoint_every", 1)
     code, stdout, lines = run_to_a_moment(small_folder, 0, 0, *flags, "--output_dir", folder)
     assert code == 0 and [step_of(path) for path in checkpoints(folder)] == [11, 12]
-    killed = (*flags, "--output_dir", early)  # is_due has one line, which each step executes once
-    run_to_a_moment(small_folder, 7, KILL, *killed, where="is_due")
+    # is_due has one line. It is executed once before the first update and three times after each
+    # one: for the validation, the sample and the checkpoint.
+    killed = (*flags, "--output_dir", early)
+    run_to_a_moment(small_folder, 1 + 6 * 3, KILL, *killed, where="is_due")
     assert [step_of(path) for path in checkpoints(early)] == [4, 5]
     state, said = whole_state(folder), events(stdout)
     return SimpleNamespace(

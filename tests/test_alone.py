@@ -97,7 +97,7 @@ def test_the_blocker_blocks(tmp_path):
 
 
 def test_the_import_changes_nothing(tmp_path):
-    """No thread, no library, no handler, no file, and of the environment one variable at most."""
+    """No thread, no library, no handler, no file, no variable of the environment."""
     program = """if True:
         import ctypes, os, pickle, signal, sys, threading, warnings
         import numpy as np
@@ -132,10 +132,7 @@ def test_the_import_changes_nothing(tmp_path):
         import train_gpt2
         assert state() == before, (before, state())
         assert seen == [], seen
-        for name in set(os.environ) ^ set(environment):
-            assert name == "OPENBLAS_THREAD_TIMEOUT"
-        for name in environment:
-            assert os.environ[name] == environment[name]
+        assert dict(os.environ) == environment
         foreign = [name for name in sys.modules if name.startswith(("tiktoken", "extras"))]
         assert foreign == []
     """

@@ -115,6 +115,7 @@ def test_formats_md_lists_the_flags_that_may_change():
         "--sequence_length 0",
         "--val_max_steps 0",
         "--seed -1",
+        "--recompute 3",
         "--learning_rate fast",
         "--learning_rate nan",
         "--learning_rate -1",
@@ -419,7 +420,7 @@ def test_the_data_of_a_model_of_bytes_is_what_was_named(call_main):
 def test_with_nothing_at_all_it_learns_from_its_own_files(call_main, tmp_path, monkeypatch):
     """No data, no weights, no network: that is announced, and a small GPT learns by bytes."""
     empty_data(tmp_path, monkeypatch)
-    stdout = succeeded(call_main("--num_iterations", 5, "--val_max_steps", 5))
+    stdout = succeeded(call_main("--num_iterations", 5, "--max_new_tokens", 20))
     cause, arrow, *_ = stdout.splitlines()
     assert "can't fetch" in cause and arrow.startswith("--> ") and "by bytes" in arrow
     assert "training data: train_gpt2.py, test_gpt2.py, prepro_tinyshakespeare.py, " in stdout
@@ -456,6 +457,21 @@ def test_the_fallback_is_kept_and_gone_on_with(call_main, tmp_path, monkeypatch)
     stdout = succeeded(call_main("--output_dir", "run", "--resume", 1, "--num_iterations", 3))
     assert "\nstep 3/3: " in stdout and "by bytes" not in stdout
     assert [path.name for path in checkpoints(tmp_path / "run")][-1][-16:] == "0003.safetensors"
+
+
+@pytest.mark.parametrize("kept, named", [("my run", "my rum"), ("run_1", "run1")])
+def test_a_misspelt_folder_to_resume_is_said_aloud_and_begins(kept, named, call_main, tmp_path):
+    """A script that always passes --resume 1 must begin; a person must see what happens."""
+    short = (*SMALL_RUN, "--num_iterations", 2, "--output_dir")
+    succeeded(call_main(*short, tmp_path / kept))
+    stdout = succeeded(call_main(*short, tmp_path / named, "--resume", 1))
+    [line] = [line for line in stdout.splitlines() if "NO RUN TO RESUME" in line]
+    assert line.startswith(f"{tmp_path / named} holds ") and "a new one begins" in line
+    assert line.endswith(f": did you mean {shlex.quote(str(tmp_path / kept))}?")
+    assert "\nstep 1/2: " in stdout and whole_state(tmp_path / named)["step"] == 2
+    assert "RESUME" not in succeeded(call_main(*short, tmp_path / kept, "--resume", 1))
+    unlike = succeeded(call_main(*short, tmp_path / "other" / "place", "--resume", 1))
+    assert "NO RUN TO RESUME" in unlike and "did you mean" not in unlike
 
 
 @pytest.mark.parametrize(
@@ -549,7 +565,7 @@ def test_the_limit_of_this_process_counts_and_a_huge_batch_is_refused_at_once(sm
         env={"OPENBLAS_NUM_THREADS": "1"},
         preexec_fn=limit,
     )
-    message = re.search(r"here are (\d+): try --batch_size (\d+)\n", failed_in_one_line(result))
+    message = re.search(r"(\d+) MB are free: try --batch_size (\d+)\n", failed_in_one_line(result))
     megabytes, fits = map(int, message.groups())
     assert megabytes <= 2147
     assert small_model_bytes(fits) <= (megabytes + 0.5) * 1e6 <= small_model_bytes(fits + 999)

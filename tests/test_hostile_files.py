@@ -97,7 +97,7 @@ def long_header(h, b):
 MALFORMED_SAFETENSORS = {
     "empty": (lambda h, b: b"", "0 bytes"),
     "seven_bytes": (lambda h, b: b"\x02\0\0\0\0\0\0", "7 bytes"),
-    "a_zip": (lambda h, b: b"PK\x03\x04" + bytes(200), "no .safetensors file"),
+    "a_zip": (lambda h, b: b"PK\x03\x04" + bytes(200), "not a .safetensors file"),
     "header_beyond_the_file": (lambda h, b: struct.pack("<Q", 9000) + b"{}", "10 bytes", "9000"),
     "header_one_too_long": (lambda h, b: struct.pack("<Q", 3) + b"{}", "10 bytes", "header of 3"),
     "header_endless": (lambda h, b: b"\xff" * 8 + pack_safetensors(h, b)[8:], 2**64 - 1),
@@ -127,7 +127,7 @@ MALFORMED_SAFETENSORS = {
     "name_of_two_lines": (
         with_tensors(lambda t: {"two\nlines": t["ln_f.bias"]}),
         r"two\nlines",
-        "no part",
+        "not part",
     ),
     "offsets_overlap": (with_place(lambda o: [o[0] - 4, o[1] - 4]), QKV, "lies at"),
     "offsets_leave_a_hole": (with_place(lambda o: [o[0] + 4, o[1] + 4]), QKV, "lies at"),
@@ -212,9 +212,9 @@ MALFORMED_SAFETENSORS = {
     "one_tensor_more": (
         with_tensors(lambda t: {"h.1.surprise": t["ln_f.bias"]}),
         "h.1.surprise",
-        "no part",
+        "not part",
     ),
-    "moments_without_a_state": (with_tensors(lambda t: {"m": t["ln_f.bias"]}), "'m'", "no part"),
+    "moments_without_a_state": (with_tensors(lambda t: {"m": t["ln_f.bias"]}), "'m'", "not part"),
     "one_layer_more": (
         with_tensors(lambda t: {"h.2.ln_1.weight": t["ln_f.bias"]}),
         "n_layer = 2",
@@ -435,8 +435,8 @@ def of_vocabulary(size):
 
 
 MALFORMED_TOKENS = {
-    "empty": (lambda d: b"", "no token file", "20240520"),
-    "short": (lambda d: d[:1023], "no token file"),
+    "empty": (lambda d: b"", "not a token file", "20240520"),
+    "short": (lambda d: d[:1023], "not a token file"),
     "magic": (with_header_of(20240326, 1, 50), "begins with [20240326, 1]", "[20240520, 1]"),
     "version": (with_header_of(20240520, 2, 50), "begins with [20240520, 2]", "[20240520, 1]"),
     "count_too_small": (with_header_of(20240520, 1, 49), "1124 bytes", "49 tokens make"),
@@ -673,7 +673,7 @@ def saved_checkpoint(folder, **settings):
 
 
 def load_it(folder):
-    return gpt2.load_checkpoint(str(folder / FIRST), {}, gpt2.ONE_PROCESS)
+    return gpt2.load_checkpoint(str(folder / FIRST), {}, gpt2.one_process())
 
 
 def test_fuzzed_checkpoints(tmp_path, capsys):
@@ -830,10 +830,10 @@ FORGED_STATES = {
     "seed": ({"settings": {"seed": "x"}}, "--seed"),
     "batch_size": ({"settings": {"batch_size": 0}}, "--batch_size"),
     "more_memory": ({"settings": {"batch_size": 10**9}}, "needs"),
-    "recompute": ({"settings": {"recompute": 7}}, "its settings are not those of a run"),
-    "inference": ({"settings": {"inference_only": 1}}, "its settings are not those of a run"),
+    "recompute": ({"settings": {"recompute": 7}}, "expected a whole number from 0 to 2"),
+    "inference": ({"settings": {"inference_only": 1}}, "its state is not as expected"),
     "context": ({"settings": {"sequence_length": 10}}, "the model's context is 9"),
-    "tokens": ({"settings": {"total_batch_size": 17}}, "no multiple of"),
+    "tokens": ({"settings": {"total_batch_size": 17}}, "not a multiple of"),
     "learning_rate": ({"settings": {"learning_rate": math.nan}}, "--learning_rate"),
 }
 
@@ -871,7 +871,7 @@ def test_moments_must_be_what_they_were(moment, change, tmp_path):
     header, end = header_of(data)
     change(header, moment)
     written(tmp_path / FIRST, with_right_checksum(pack_safetensors(header, data[end:])))
-    with pytest.raises(gpt2.InputError, match=f"{moment} is not as expected|'other' is no part"):
+    with pytest.raises(gpt2.InputError, match=f"{moment} is not as expected|'other' is not part"):
         load_it(tmp_path)
 
 
@@ -891,5 +891,5 @@ def test_no_checkpoint(change, tmp_path):
     header, end = header_of(data)
     change(header)
     written(tmp_path / FIRST, with_right_checksum(pack_safetensors(header, data[end:])))
-    with pytest.raises(gpt2.InputError, match="no checkpoint, since|expected|not as expected"):
+    with pytest.raises(gpt2.InputError, match="not a checkpoint|expected|not as expected"):
         load_it(tmp_path)

@@ -81,7 +81,7 @@ def test_what_the_algorithm_imports_stands_in_section_1():
     for node in ast.parse(text).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and node.lineno < end:
             found |= {node.module} if isinstance(node, ast.ImportFrom) else {node.names[0].name}
-    assert found <= {"functools", "math", "os", "dataclasses", "types", "numpy"}
+    assert found <= {"functools", "itertools", "math", "os", "dataclasses", "types", "numpy"}
 
 
 def test_prepro_imports_none_of_ours():

@@ -118,6 +118,14 @@ def test_inputs_that_are_no_batch_are_an_input_error(inputs, message):
         random_model(2, 9).forward(inputs, BATCHES[0][1])
 
 
+def test_another_batch_size_afterwards_is_an_input_error():
+    """The memory is laid out before."""
+    model = random_model(2, 9)
+    model.batch_size = 4
+    with pytest.raises(InputError, match=r"inputs \(4, 9\)"):
+        model.forward(*random_tokens(B=4, T=9))
+
+
 def test_inputs_may_be_changed_before_backward():
     """As a loader does which fills the same array again and again."""
     model = random_model(2, 9)

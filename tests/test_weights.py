@@ -664,8 +664,8 @@ def test_a_folder_with_a_model_and_a_known_name(name, call_main, tmp_path, monke
     for flags in ([], speak, ["--output_dir", "out"]):
         code, stdout, stderr = call_main("--model", name, *flags)
         assert code == 1 and stderr.count("\n") == 1 and stdout == ""
-        assert f"--model {name} is a name, and here also a folder that holds a model" in stderr
-        assert f"--model ./{name} for the folder" in stderr
+        assert f"{name!r} is the name of a model, and here also a folder" in stderr
+        assert f"write ./{name} for the folder" in stderr
     assert sorted(os.listdir(tmp_path / name)) == before and os.listdir(tmp_path) == [name]
     assert "max_seq_len 11" in succeeded(call_main("--model", f"./{name}", *speak))
 
@@ -685,7 +685,7 @@ def test_a_run_in_a_folder_called_d6(call_main, tmp_path, monkeypatch):
     model.flat[1:] = 0
     gpt2.save_checkpoint(run_state(model, "d6"))
     code, _, stderr = call_main("--model", "d6", "--inference_only", 1)
-    assert code == 1 and "is a name, and here also a folder" in stderr
+    assert code == 1 and "is the name of a model, and here also a folder" in stderr
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt", "config.json", "pytorch_model.bin"])
@@ -731,7 +731,7 @@ def through_save_pretrained(model, folder):
 def through_a_checkpoint(model, folder):
     model.flat[1:] = 0
     gpt2.save_checkpoint(run_state(model, folder))
-    return gpt2.load_checkpoint(str(checkpoints(folder)[0]), {}, gpt2.ONE_PROCESS)[1]
+    return gpt2.load_checkpoint(str(checkpoints(folder)[0]), {}, gpt2.one_process())[1]
 
 
 @pytest.mark.parametrize("sizes", [{}, {"V": 128, "L": 1, "NH": 1, "C": 64}], ids=str)
@@ -785,7 +785,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 GENERATED = """
 import sys, train_gpt2  # what the command line does, but for the tokenizer
 named = {"model": sys.argv[1], "inference_only": 1}
-model = train_gpt2.begin(named, [], train_gpt2.ONE_PROCESS).model
+model = train_gpt2.begin(named, train_gpt2.one_process())[1]
 print(model.sequence_length, *model.generate([464, 3290], 3, temperature=0))
 """
 
