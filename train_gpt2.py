@@ -19,8 +19,8 @@ Sections 1 to 8 are the algorithm:
     3  the configuration                    7  AdamW
     4  memory                               8  data, one training step, sampling
 
-The sections after them make it a tool: threads, files, the training loop, checkpoints, the command
-line. The file stands alone: it needs NumPy, and tiktoken where GPT-2's tokens meet text.
+The sections after them make a tool of it. The file stands alone: it needs NumPy, and tiktoken where
+GPT-2's tokens meet text.
 
 Throughout this program we have (with the values of GPT-2 124M)
 
@@ -37,16 +37,23 @@ Throughout this program we have (with the values of GPT-2 124M)
     inp, out     what a layer reads and what it writes; its parameters are weight and bias
     dsomething   the gradient of the loss with respect to something, in the shape of something
 
+The model, where x is the residual stream and attproj, qkv, fc and fcproj are matmuls:
+
+    x = wte[tokens] + wpe[positions]                            (B, T, C)
+    for each layer:
+        x += attproj(attention(qkv(layernorm(x))))              C -> 3C -> C -> C channels
+        x += fcproj(gelu(fc(layernorm(x))))                     C -> 4C -> 4C -> C channels
+    logits = layernorm(x) @ wte.T                               (B, T, V)
+
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
-    2. The gradient of the residual stream is added to, because the stream forks in each half of a
-       layer: it is read by a layernorm, and by the addition at the end of that half. It starts
-       each backward pass as 0.
+    2. The gradient of the residual stream is added to, because each += above reads x twice: in
+       the layernorm, and in the addition. It starts each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
 
-The embeddings are the exception to rule 3: see encoder_backward and GPT2.classifier.
+wte is the exception to rule 3, since it is used at both ends of the model: see encoder_backward.
 
 Everything is float32. The layers take any float type, and the tests run them in float64. A single
 number, such as the learning rate, is a Python float, which is rounded where it meets an array.
@@ -99,8 +106,8 @@ def require(condition, message):
 #                                     become dlogits                                 dloss
 #
 # "By `add`" is rule 3 of the header: overwritten if add is False, added to if it is True. Arguments
-# may not overlap, with one exception: gelu_backward's dinp may be its dout. None of these functions
-# returns anything. What one of them needs only while it runs, such as the scores of attention, it
+# may not overlap, with one exception: gelu_backward's dinp may be its dout. These functions
+# return nothing. What one of them needs only while it runs, such as the scores of attention, it
 # allocates itself; that is small beside the activations.
 
 
@@ -121,7 +128,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
 
     dwte (V, C) is always added to: wte is also the classifier's matrix, whose backward pass comes
     first, at the end of forward(), and has written its part already
-    dwpe (max_seq_len, C) follows `add`; its rows behind T get 0; dout (B, T, C); inp (B, T)
+    dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
 
         dwte[inp[b, t]] += dout[b, t]
         dwpe[t]          = sum over b of dout[b, t]
@@ -133,7 +140,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
     T = dout.shape[1]
     accumulate(dwpe[:T], dout.sum(axis=0), add)
     if not add:
-        dwpe[T:] = 0  # there was no token at these positions
+        dwpe[T:] = 0  # these positions had no token, and what stands there is from before
 
 
 def accumulate(grad, value, add):
@@ -145,12 +152,15 @@ def accumulate(grad, value, add):
 
 
 def rows_of(x):
-    """(B, T, ...) seen as (B*T, ...): a row is what belongs to one token."""
+    """(B, T, ...) seen as (B*T, ...): a row is what belongs to one token.
+
+    copy=False: where that can't be a view, there is an error. A result in a copy would be lost.
+    """
     return x.reshape(-1, *x.shape[2:], copy=False)
 
 
 def as_one_sequence(x):
-    """(B, T, ...) seen as (1, B*T, ...): the classifier cuts it anywhere, not only at sequences."""
+    """(B, T, ...) seen as (1, B*T, ...), so that the classifier can take any run of tokens."""
     return x.reshape(1, -1, *x.shape[2:], copy=False)
 
 
@@ -160,29 +170,29 @@ def as_one_sequence(x):
 # runs them on one block after the other.
 #
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
-# tasks over the cores, and each task has one core, also for a matrix product.
+# tasks over the cores, and each task has one core, also for the matrix products in it.
 
-# The most that the widest array of a block may take. A few such arrays stay close to a core. With
+# What the widest array of a block takes, about. A few such arrays stay close to a core. With
 # smaller blocks, the threads wait for each other to get at the Python interpreter.
 BLOCK_BYTES = 1024 * 1024
 
 
 def blocks(n, nbytes):
-    """n things of nbytes each, cut into blocks of at most BLOCK_BYTES: a list of slices.
+    """n things of nbytes each, cut into blocks of about BLOCK_BYTES: a list of slices.
 
-    Where they take more than half of that in all, the number of blocks is even, so that two cores
+    If they take more than BLOCK_BYTES / 2 in all, the number of blocks is even, so that two cores
     get equal shares.
     """
-    count = math.ceil(n * nbytes / BLOCK_BYTES)
+    number = math.ceil(n * nbytes / BLOCK_BYTES)
     if n * nbytes > BLOCK_BYTES / 2:
-        count += count % 2
-    return cut(n, count)
+        number += number % 2
+    return cut(n, number)
 
 
-def cut(n, count):
-    """The numbers from 0 to n, cut into `count` equal slices; into n if count is larger."""
-    count = min(n, count)
-    ends = [n * i // count for i in range(count + 1)]
+def cut(n, number):
+    """n things, cut into `number` slices of nearly the same length; into n if that is less."""
+    number = min(n, number)
+    ends = [n * i // number for i in range(number + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
@@ -200,15 +210,15 @@ def by_rows(num_row_args):
 
     def decorate(body):
         @functools.wraps(body)
-        def run(*args):
+        def run(*args):  # takes the place of body
             arrays = [rows_of(a) for a in args[:num_row_args]]
             others = args[num_row_args:]
-            rows = blocks(len(arrays[0]), max(a[0].nbytes for a in arrays))
+            slices = blocks(len(arrays[0]), max(a[0].nbytes for a in arrays))
 
             def block(i):
-                return body(*[a[rows[i]] for a in arrays], *others)
+                return body(*[a[slices[i]] for a in arrays], *others)
 
-            results = parallel(block, len(rows))
+            results = parallel(block, len(slices))
             if results[0] is None:
                 return None
 
@@ -273,6 +283,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
         mean grows by     e / C
         var  grows by     e * 2 * (inp[j] - mean) / C
         rstd grows by     (that of var) * -1/2 * rstd^3  =  -e * rstd^2 * norm[j] / C
+
+    since rstd is (var + 1e-5)^(-1/2), whose derivative is -1/2 * (var + 1e-5)^(-3/2).
 
     (The growth of the mean changes all terms of var a little, but these changes add up to 0, since
     the sum of inp - mean is 0.) So norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
@@ -344,6 +356,8 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
         dinp[n, c]    = sum over o of dout[n, o] * weight[o, c]       dinp    = dout @ weight
         dweight[o, c] = sum over n of dout[n, o] * inp[n, c]          dweight = dout.T @ inp
         dbias[o]      = sum over n of dout[n, o]                      dbias   = ones @ dout
+
+    The last sum, too, is taken as a matrix product, which BLAS does fastest.
     """
     dout = rows_of(dout)
     inp = rows_of(inp)
@@ -351,7 +365,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
     product(rows_of(dinp), dout, weight)
     product(dweight, dout.T, inp, add)
     if dbias is not None:
-        ones = np.ones((1, len(dout)), dout.dtype)
+        ones = np.ones((1, len(dout)), dout.dtype)  # (1, B*T)
         product(dbias[np.newaxis], ones, dout, add)
 
 
@@ -361,25 +375,28 @@ def product(out, a, b, add=False):
     A block is some rows of out, or some columns if there are more of these. BLAS could use threads
     of its own instead. But they wait for each other by spinning, often for one that is not running
     because another program has its core: then a step takes five times as long. And the last bits
-    would depend on their number, where the blocks depend on nothing but the shapes.
+    would depend on their number, whereas the blocks depend on the shapes alone.
     """
     if len(out) < len(out.T):
         out, a, b = out.T, b.T, a.T  # the same product, transposed
 
-    multiplications = out.size * len(b)
-    count = min(8, 1 + multiplications // 2**21)  # with more, BLAS reads b too often
-    count += count % 2 if count > 1 else 0
-    if add:  # NumPy can't let BLAS add to what is there. A block is added while it is in cache
-        count = max(count, math.ceil(out.nbytes / BLOCK_BYTES))
-    rows = cut(len(out), count)
+    # A block is worth 2^21 multiplications, some 50 microseconds. There are at most 8 of them,
+    # because BLAS reads all of b for each, and an even number, so that two cores get equal shares.
+    number = min(8, 1 + out.size * len(b) // 2**21)
+    if number > 1:
+        number += number % 2
+    if add:  # NumPy can't let BLAS add. So a block is computed, and added while it is in the cache
+        number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
+    slices = cut(len(out), number)
 
     def block(i):
+        rows = slices[i]
         if add:
-            out[rows[i]] += a[rows[i]] @ b
+            out[rows] += a[rows] @ b
         else:
-            np.matmul(a[rows[i]], b, out=out[rows[i]])
+            np.matmul(a[rows], b, out=out[rows])
 
-    parallel(block, len(rows))
+    parallel(block, len(slices))
 
 
 ATT_ROWS = 128  # attention takes this many positions at a time
@@ -387,7 +404,10 @@ FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
 
 def hide_future(att):
-    """att (..., n, n), n <= ATT_ROWS, of n queries and their own n keys: -inf where key > query."""
+    """att (..., n, n), n <= ATT_ROWS, of the same n positions as queries and as keys.
+
+    It becomes -inf where the key comes later than the query.
+    """
     n = att.shape[-1]
     att += FUTURE[:n, :n]
 
@@ -414,13 +434,18 @@ def attention_pieces(B, NH, queries, T, itemsize):
     """Attention's work, cut into pieces: a list of indices into (B, NH), pairs of slices.
 
     Heads and sequences do not depend on each other, and write to different places. A piece is some
-    sequences with all of their heads or, if that is too much, some heads of one sequence. What is
-    measured are the scores of a block of ATT_ROWS positions with all T, for each head.
+    sequences with all of their heads or, if that is too much, some heads of one sequence. Its size
+    is that of its largest array, the scores of ATT_ROWS positions with all T, for each head.
     """
-    head = min(ATT_ROWS, queries) * T * itemsize
-    if NH * head <= BLOCK_BYTES:
-        return [(sequences, slice(None)) for sequences in blocks(B, NH * head)]
-    return [(slice(b, b + 1), heads) for b in range(B) for heads in blocks(NH, head)]
+    bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
+    if NH * bytes_per_head <= BLOCK_BYTES:
+        return [(sequences, slice(None)) for sequences in blocks(B, NH * bytes_per_head)]
+
+    pieces = []
+    for b in range(B):
+        for heads in blocks(NH, bytes_per_head):
+            pieces.append((slice(b, b + 1), heads))
+    return pieces
 
 
 def attention_forward(out, lse, qkv, NH):
@@ -438,7 +463,7 @@ def attention_forward(out, lse, qkv, NH):
         att[t, t2] = q[t] . k[t2] / sqrt(hs)          for t2 <= t, otherwise -inf
         p[t, t2]   = exp(att[t, t2]) / sum over t2 of exp(att[t, t2])
         out[t]     = sum over t2 of p[t, t2] * v[t2]
-        lse[t]     = log(sum over t2 of exp(att[t, t2]))
+        lse[t]     = log(sum over t2 of exp(att[t, t2]))      "log-sum-exp"
 
     p would take T * T numbers for each head. It is not kept: lse, the natural logarithm of the
     softmax's denominator, is enough to compute p again in backward (Dao et al., 2022; Dao, 2023).
@@ -481,7 +506,7 @@ def attention_forward_heads(out, lse, q, k, v):
         att -= peak[..., None]
         exp_att = np.exp(att, out=att)
         total = np.einsum("bhqk->bhq", exp_att)
-        lse[..., start:stop] = np.log(total) + peak  # that of att before peak was subtracted
+        lse[..., start:stop] = np.log(total) + peak  # of the scores before peak was subtracted
 
         weighted_sum = exp_att @ v[..., :visible, :]  # (..., stop - start, hs)
         np.divide(weighted_sum, total[..., None], out=out[..., start:stop, :])
@@ -542,10 +567,11 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     query, seems to be needed whole: for its denominator, and for the sum of p * dp. Both are known
     in advance, one number for each query: lse, and dout . out. So any block of the (T, T) square
     can be computed by itself. If the square is cut by keys, dk and dv of a block are finished at
-    once, and only dq is a running sum; if it were cut by queries, dk and dv would be.
+    once, and only dq is a running sum. If it were cut by queries, two would be running sums, dk and
+    dv.
 
-    The keys from t0 to t1 are seen by the queries from t0 on: in part by the first t1 - t0 of them,
-    all by the later ones.
+    Of the keys from t0 to t1, the queries before t0 see none, those from t0 to t1 see the keys up
+    to themselves, and the later ones see all.
     """
     T, hs = q.shape[-2:]
     scale = hs**-0.5
@@ -586,6 +612,8 @@ def gelu_forward(out, inp):
 
         u   = s * (x + 0.044715 * x^3)
         out = 0.5 * x * (1 + tanh(u))
+
+    The model calls it in forward_up_to_gelu and in recompute_layer, and gelu_backward in backward.
     """
     np.multiply(inp, inp, out=out)  # x^2
     out *= GELU_SCALE * GELU_CUBE
@@ -606,7 +634,7 @@ def gelu_backward(dinp, dout, inp):
         out  = 0.5 * x * (1 + th)
         u'   = s * (1 + 3 * 0.044715 * x^2)
         dinp = dout * 0.5 * ((1 + th) + x * (1 - th^2) * u')
-             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * u')
+             = dout * 0.5 * (1 + th) * (1 + (1 - th) * x * u')     1 - th^2 = (1 + th) * (1 - th)
     """
     x_squared = inp * inp
     th = x_squared * (GELU_SCALE * GELU_CUBE)
@@ -641,7 +669,8 @@ def crossentropy_softmax_forward(losses, logits, targets):
         probs  = exp(logits) / sum of exp(logits)
         losses = -log(probs[target]) = log(sum of exp(logits)) - logits[target]
 
-    The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines.
+    The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines. The
+    logarithm is the natural one, which is what "nats" says.
     """
     logits -= logits.max(axis=-1, keepdims=True)
     rows = np.arange(len(targets))
@@ -657,7 +686,8 @@ def crossentropy_softmax_forward(losses, logits, targets):
 def crossentropy_softmax_backward(probs, targets, dloss):
     """probs (B, T, V) from the forward pass, overwritten by dlogits; targets (B, T).
 
-    dloss is one number: how much the loss of one token counts, 1 / (B*T) when the loss is the mean.
+    dloss is one number: how much the loss of one token counts, 1 / (B*T) if the loss is the mean of
+    one batch, and less if several batches make one step.
 
         loss = log(sum over i of exp(logits[i])) - logits[target]
 
@@ -689,7 +719,7 @@ class GPT2Config:
         for name, value in asdict(self).items():
             whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
             require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
-            object.__setattr__(self, name, int(value))  # the way to set it in a frozen class
+            object.__setattr__(self, name, int(value))  # int, if it was one of NumPy's integers
 
         C, NH = self.channels, self.num_heads
         require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
@@ -698,8 +728,9 @@ class GPT2Config:
 # --------------------------------------------------------------------------------------------------
 # 4. Memory: two tables and one blob
 #
-# All that is needed after a layer has run lies in one array, the blob. It is allocated once, filled
-# with zeros. The system gives memory to a page of zeros only when something is written to it.
+# All that is needed after a layer has run lies in one array, the blob. So nothing is allocated in a
+# step, and AdamW, the norm, checkpoints and other processes see all parameters as one flat vector.
+# It begins as zeros; the system gives memory to a page of zeros when something is written there.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -716,7 +747,11 @@ class GPT2Config:
 
 
 def param_shapes(config):
-    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C)."""
+    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C).
+
+    A name ends in w for weight or b for bias. ln1 and ln2 are a layer's two layernorms, lnf is the
+    last one of all; attproj is the matmul after attention; fc and fcproj are those around GELU.
+    """
     V, L, C = config.vocab_size, config.num_layers, config.channels
     return {
         "wte": (V, C),  # token embeddings; the classifier uses the same matrix
@@ -773,20 +808,20 @@ def act_shapes(config, B, T, recompute=1, training=True):
         "ln1_rstd": (L, B, T),
         "qkv": (L, B, T, 3 * C),  # queries, keys, values
         "att_lse": (L, B, T, NH),  # what attention's backward needs to compute the softmax again
-        "atty": (L, B, T, C),
+        "atty": (L, B, T, C),  # the output of attention
         "attproj": (L, B, T, C),
         "residual2": (L, B, T, C),
         "ln2": (L, B, T, C),
         "ln2_mean": (L, B, T),
         "ln2_rstd": (L, B, T),
-        "fch": (L, B, T, 4 * C),
+        "fch": (L, B, T, 4 * C),  # the output of fc
         "fch_gelu": (L, B, T, 4 * C),
         "fcproj": (L, B, T, C),
         "residual3": (L, B, T, C),
-        "lnf": (B, T, C),
+        "lnf": (B, T, C),  # the output of the last layernorm
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; in turns logits, probs and dlogits
+        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; logits, probs, dlogits in turn
         "losses": (B, T),
     }
 
@@ -827,7 +862,7 @@ class Views(dict):
         same = value is self.get(name)  # as in views[name] *= 2, which ends with this assignment
         require(same, f"[{name!r}] is a part of the blob: write [{name!r}][...] = value")
 
-    def update(self, values):
+    def update(self, values):  # that of dict does not go through __setitem__
         for name, value in values.items():
             self[name] = value
 
@@ -840,7 +875,7 @@ def carve(flat, shapes):
         stop = start + math.prod(shape)
         views[name] = flat[start:stop].reshape(shape)
         start = stop
-    return Views(views)
+    return Views(views)  # which does not go through __setitem__
 
 
 def of_layer(view, l):
@@ -851,7 +886,7 @@ def of_layer(view, l):
 def layer(views, l, index=...):
     """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3].
 
-    index   of activations (B, T, ...), an index into B and T; all of them by default
+    index   of activations (B, T, ...), an index into B and T; by default ..., all of them
     """
     found = SimpleNamespace()
     for name, view in views.items():
@@ -864,7 +899,7 @@ def init_weights(params, seed):
     """Fill the parameters of a new model, as llm.c and Hugging Face do (Radford et al., 2019).
 
     Weights are normal with a standard deviation of 0.02. The two projections into the residual
-    stream have 0.02 / sqrt(2L), because the outputs of 2L of them are added up there. The weights
+    stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights
     of layernorm are 1. Biases are 0, as they are in a new blob. The numbers are NumPy's: another
     program draws others from the same seed.
     """
@@ -884,33 +919,11 @@ def init_weights(params, seed):
 # --------------------------------------------------------------------------------------------------
 # 5. The model forward: a line or two for each layer
 #
-#     x = wte[tokens] + wpe[positions]                            (B, T, C), the residual stream
-#     for each layer:
-#         x += attproj(attention(qkv(layernorm(x))))              C -> 3C -> C -> C channels
-#         x += fcproj(gelu(fc(layernorm(x))))                     C -> 4C -> 4C -> C channels
-#     logits = layernorm(x) @ wte.T                               (B, T, V)
-#
-# where attproj, qkv, fc and fcproj are matmuls with weights and a bias of their own. In the code,
-# x is called encoded at first, residual2 after a layer's first half and residual3 after its second.
+# What the header calls x is kept, and so has a name at each place: encoded at first, residual2
+# after the first half of a layer, and residual3 after the second.
 #
 # Where the time of a step goes (124M, B = 4, T = 64, two cores of an Intel Xeon): of 1119 ms, the
 # matrix products take 758, AdamW 192, attention 49, GELU 48, layernorm 47, everything else 25.
-
-
-# What each call makes of the stage of a step (see GPT2). In a stage that is missing, it is refused.
-NEXT_STAGE = {
-    # A new pass through the layers, for whatever purpose, overwrites the activations. So it drops a
-    # forward pass that waits for its backward(), unless it has added its part to dwte already.
-    "another forward pass": {
-        "no gradients": "no gradients",
-        "first forward": "no gradients",
-        "gradients": "gradients",
-    },
-    "forward()": {"no gradients": "first forward", "gradients": "later forward"},
-    "backward()": {"first forward": "gradients", "later forward": "gradients"},
-    "grad_norm()": {"gradients": "gradients"},
-    "update()": {"gradients": "no gradients"},
-}
 
 
 class GPT2:
@@ -937,10 +950,27 @@ class GPT2:
                           forward() of another micro-batch
         "later forward"   that of a later micro-batch is done, backward() is next
 
-    `interrupted` names a call that was left with its work half done, otherwise it is None. Then
-    zero_grad() makes it possible to go on. If it was update(), some parameters have taken the step
-    and others have not, and only a checkpoint has them as they were.
+    `interrupted` names a call that was left with its work half done, otherwise it is None. If it is
+    set, zero_grad() makes it possible to go on. If it is update(), some parameters have taken the
+    step and others have not, and only a checkpoint has them as they were.
     """
+
+    # What each call makes of the stage. In a stage that is missing, the call is refused.
+    NEXT_STAGE = {
+        # Any pass through the layers, also for validation or generation, overwrites the
+        # activations. So it drops a first forward that waits for its backward(), whose part of dwte
+        # the next one will overwrite. A later forward has added its part to a sum, which can't be
+        # undone: then another pass is refused.
+        "another forward pass": {
+            "no gradients": "no gradients",
+            "first forward": "no gradients",
+            "gradients": "gradients",
+        },
+        "forward()": {"no gradients": "first forward", "gradients": "later forward"},
+        "backward()": {"first forward": "gradients", "later forward": "gradients"},
+        "grad_norm()": {"gradients": "gradients"},
+        "update()": {"gradients": "no gradients"},
+    }
 
     def __init__(
         self,
@@ -997,13 +1027,15 @@ class GPT2:
         self.v = carve(self.flat[3], shapes) if self.training else Views()
         self.acts = carve(self.blob[rows * num_params :], acts)
 
-        self.keys_owner = None  # the generator whose keys and values are in acts["qkv"]
-        self.reader = None  # the model that computes token_losses
+        # Nothing is in these views yet: no generator's keys and values in acts["qkv"], and no
+        # second model that reads params for token_losses.
+        self.keys_owner = None
+        self.reader = None
 
     def __getstate__(self):
-        """For copy and pickle: all but the views, which __setstate__ cuts anew."""
-        views = {"flat", "params", "grads", "m", "v", "acts", "keys_owner", "reader"}
-        return {name: value for name, value in vars(self).items() if name not in views}
+        """For copy and pickle: all but the views, which would not be parts of the copied blob."""
+        left_out = {"flat", "params", "grads", "m", "v", "acts", "keys_owner", "reader"}
+        return {name: value for name, value in vars(self).items() if name not in left_out}
 
     def __setstate__(self, state):
         vars(self).update(state)
@@ -1034,7 +1066,7 @@ class GPT2:
 
         temperature   0 always takes the likeliest token
         top_k         above 0, choose among the k likeliest
-        rng           a NumPy Generator, or a seed; None draws another text each time
+        rng           a NumPy Generator, or a seed; None gives a different text each time
         """
         tokens = self.check_tokens(tokens, "prompt", ndim=1)
         require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
@@ -1047,8 +1079,8 @@ class GPT2:
         context         a list of at least one token id
         continuations   lists of token ids; each one by itself follows the context
 
-        Context and continuation together may be as long as the model's context. They need no
-        training, and any batch size and sequence length will do.
+        Context and continuation may have max_seq_len + 1 tokens together. Any model can do this,
+        at any stage of a step, whatever its batch size and sequence length.
         """
         context = self.check_tokens(context, "context", ndim=1)
         continuations = [self.check_tokens(c, "continuation", ndim=1) for c in continuations]
@@ -1076,7 +1108,7 @@ class GPT2:
             self.interrupted is None,
             f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
         )
-        allowed = NEXT_STAGE[call]
+        allowed = self.NEXT_STAGE[call]
         require(
             self.stage in allowed,
             f"{call} can't follow here: the stage is {self.stage!r}, expected "
@@ -1112,14 +1144,16 @@ class GPT2:
         )
 
         lnf = self.forward_tokens(inputs)
+        losses = self.acts["losses"]
         if not train:
-            return float(self.classifier(lnf, targets).mean())
+            self.classifier(losses, lnf, targets)
+            return float(losses.mean())
 
         add = self.stage == "gradients"  # then this is a later micro-batch
         self.advance("forward()")
         self.interrupted = "forward()"  # until the classifier has written its gradients
-        losses = self.classifier(lnf, targets, dloss=grad_scale / targets.size, add=add)
-        self.inputs = inputs.copy()
+        self.classifier(losses, lnf, targets, dloss=grad_scale / targets.size, add=add)
+        self.inputs = inputs.copy()  # the caller may use his array for something else
         self.interrupted = None
         return float(losses.mean())
 
@@ -1156,7 +1190,7 @@ class GPT2:
         return a.residual3  # with training=False, the same memory in every layer
 
     def forward_up_to_gelu(self, l, residual, start=0):
-        """All of layer l that its backward pass reads: the layer without its last two lines.
+        """All of layer l that its backward pass reads: all but fcproj and the last addition.
 
         Returns the layer's parameters and its activations for these tokens: see layer().
         """
@@ -1182,10 +1216,10 @@ class GPT2:
         gelu_forward(a.fch_gelu, a.fch)
         return p, a
 
-    def classifier(self, lnf, targets, dloss=None, add=False):
-        """The losses (1, B*n) of predicting targets (B, n) from lnf (B, n, C).
+    def classifier(self, losses, lnf, targets, dloss=None, add=False):
+        """Write losses (B, n), those of predicting targets (B, n) from lnf (B, n, C).
 
-        The logits (B, n, V) would be the largest array of all. Each token's logits only serve its
+        The logits (B, n, V) would be one of the largest arrays. Each token's logits only serve its
         own loss, so we take some tokens at a time, a piece, all the way: logits, probabilities,
         losses, and, if dloss is given, gradients. This is why the classifier's backward pass runs
         here, and not in backward(): the logits of these tokens are gone when the next ones come. It
@@ -1194,11 +1228,11 @@ class GPT2:
         """
         wte = self.params["wte"]
         lnf = as_one_sequence(lnf)
-        losses = as_one_sequence(self.acts["losses"])[:, : targets.size]
+        losses = as_one_sequence(losses)
         targets = as_one_sequence(targets)
 
-        gradients_are_free = dloss is not None and not add
-        room = self.room_for_logits() if gradients_are_free else self.acts["logits"]
+        gradients_are_unused = dloss is not None and not add
+        room = self.room_for_logits() if gradients_are_unused else self.acts["logits"]
         num_tokens = targets.size
         tokens_per_piece = room.shape[1]
 
@@ -1217,7 +1251,6 @@ class GPT2:
                 crossentropy_softmax_backward(dlogits, targets[piece], dloss)
                 add_piece = add or start > 0
                 matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
-        return losses
 
     def room_for_logits(self):
         """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
@@ -1414,7 +1447,7 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     up for it. decay is learning_rate * weight_decay.
 
     c1 and c2 are numbers, while m and v are arrays. We multiply numerator and denominator by
-    sqrt(c2), and get a formula with two passes over memory fewer:
+    sqrt(c2), and get a formula with two fewer passes over memory:
 
         p = p - decay * p - (learning_rate * sqrt(c2) / c1) * m / (sqrt(v) + eps * sqrt(c2))
     """
@@ -1469,13 +1502,15 @@ class DataLoader:
         self.seek([0, 0, 0])
 
     def seek(self, position):
-        """Go to a position."""
+        """Go to a position, for instance to that of a checkpoint."""
         self.position = list(position)
         shard, _, epoch = position
         self.first, self.order = self.windows(shard, epoch)
 
     def windows(self, shard, epoch):
-        """Where the first window of a shard begins, and the order in which windows are taken."""
+        """(first, order) of a shard: where its first window begins; the windows' numbers, in the
+        order in which they are taken.
+        """
         num_tokens, B, T = len(self.shards[shard]), self.B, self.T
         if self.shuffle_seed is None:
             return 0, np.arange((num_tokens - 1) // T)
@@ -1535,7 +1570,8 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
 
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
 
-    FloatingPointError if the loss or the norm is not finite; the parameters are as they were then.
+    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed, and
+    zero_grad() forgets the gradients.
     """
     loss = 0.0
     for _ in range(micro_batches):
@@ -1558,11 +1594,12 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
 
     After the prompt, each new token takes the computation of one position, because the keys and
     values of those before it are kept in acts["qkv"]. When there are more than sequence_length
-    tokens, the newer half of them begins a new window.
+    tokens, the newer half of them begins a new window. (They can't just move up by one, because a
+    token at another position has other keys and values.)
 
-    The keys are those of another text after another forward pass, those of other parameters after
-    an update; the model remembers whose keys it has. And in a model for training with recompute=2,
-    all layers share one qkv. In all these cases the whole window is computed again.
+    Another forward pass overwrites the keys, and an update makes them those of old parameters; so
+    the model remembers whose keys it has, in keys_owner. And in a model for training with
+    recompute=2, all layers share one qkv. In all these cases the whole window is computed again.
     """
     T = model.sequence_length
     keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
@@ -1590,9 +1627,12 @@ def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
 def continuation_losses(model, context, continuations):
     """GPT2.token_losses, whose arguments are described there.
 
-    A second model computes them, which has no gradients, room for one sequence as long as the
-    context, and the parameters of the first. The keys and values of `context` are computed once.
-    Each continuation then takes the positions behind them, where the one before it was.
+    A second model computes them. It has the parameters of the first, no gradients, and room for one
+    sequence of max_seq_len tokens, which may be more than the first one has. And what the first one
+    holds, activations or a generator's keys, stays as it is.
+
+    Its keys and values of `context` are computed once. Each continuation takes the positions behind
+    them, in place of the continuation before it.
     """
     longest = len(context) + max(map(len, continuations), default=0)
     most = model.config.max_seq_len + 1  # nothing is predicted from the last token
@@ -1610,12 +1650,19 @@ def continuation_losses(model, context, continuations):
     if len(before):
         reader.forward_tokens(before[None, :])
 
-    losses = []
+    rows = [np.empty((1, 0, model.config.channels), model.blob.dtype)]  # if there is none
     for tokens in continuations:
         inputs = np.concatenate([last, tokens[:-1]])
         lnf = reader.forward_tokens(inputs[None, :], start=len(before))
-        losses.append(reader.classifier(lnf, tokens[None, :])[0].copy())
-    return losses
+        rows.append(lnf.copy())
+
+    # The classifier's large matrix is read once for all continuations.
+    lnf = np.concatenate(rows, axis=1)
+    targets = np.concatenate([context[:0], *continuations])[None, :]
+    losses = np.empty(targets.shape, lnf.dtype)
+    reader.classifier(losses, lnf, targets)
+    ends = np.cumsum([len(tokens) for tokens in continuations])
+    return np.split(losses[0], ends)[:-1]
 
 
 def sample(logits, temperature, top_k, rng):
@@ -2677,21 +2724,23 @@ def sample_aloud(run):
     """Print a sample, if the model's tokens are known and no signal has come."""
     if run.tokenizer and not run.world.stopped:
         print_now("--- sample")
-        print_sample(run.args, run.model, run.tokenizer, run.step, run.world.stopped)
+        print_sample(
+            run.args, run.model, run.tokenizer, run.step, run.world.stopped, print_now
+        )
 
 
-def print_sample(args, model, tokens, step, stopped):
-    """Print a sample as it comes. Its random numbers depend on the seed and the step alone."""
+def print_sample(args, model, tokens, step, stopped, show):
+    """Show a sample as it comes. Its random numbers depend on the seed and the step alone."""
     rng = np.random.default_rng([args.seed, step])
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     prompt = tokens.encode(args.prompt) if args.prompt else [tokens.first]
 
-    print_now(args.prompt, end="")
+    show(args.prompt, end="")
     for token in model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng):
-        print_now(utf8.decode(tokens.decode(token)), end="")
+        show(utf8.decode(tokens.decode(token)), end="")
         if stopped:
             break
-    print_now(utf8.decode(b"", final=True))
+    show(utf8.decode(b"", final=True))
 
 
 def save(run):
@@ -3152,6 +3201,7 @@ BYTES_DEFAULTS = {
     "learning_rate": 4e-3,
     "warmup_iters": 100,
     "learning_rate_decay_frac": 0.05,
+    "recompute": 0,
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "shuffle": 1,
@@ -3531,9 +3581,11 @@ def run_command(named, world):
     if args.inference_only or args.sample_every:
         tokens = open_tokenizer(args, config.vocab_size)
     if args.inference_only:
+        show = functools.partial(print, flush=True)  # here a text that can't be printed is an error
         with signals_noted(world.asked, while_training=False):
-            print_sample(args, model, tokens, 0, world.asked)
-        return True  # also if the reader has gone away
+            with contextlib.suppress(BrokenPipeError):  # but for a reader that has enough
+                print_sample(args, model, tokens, 0, world.asked, show)
+        return True
 
     loader, val_loader, data = open_data(args, config, world, state)
     examples = open_examples(args, config) if args.hellaswag_eval else None
