@@ -48,7 +48,7 @@ The model, where x is the residual stream and attproj, qkv, fc and fcproj are ma
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
     1. The gradient of an activation is overwritten, whatever stood there before.
-    2. The gradient of the residual stream is added to, because each += above reads x twice: in
+    2. The gradient of the residual stream is added to, because each line with += uses x twice: in
        the layernorm, and in the addition. It starts each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So these gradients are never cleared.
@@ -295,7 +295,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
 
         dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
 
-    It is in two parts, because dinp is computed block by block, and dweight and dbias only when the
+    The work is done in layernorm_backward_rows, block by block. dweight and dbias follow when the
     sums of all blocks are there.
     """
     sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
@@ -337,7 +337,12 @@ def matmul_forward(out, inp, weight, bias=None):
     It is one matrix product for all B*T rows. weight.T exchanges the strides of a view; BLAS reads
     it as it is, and nothing is copied.
     """
-    product(rows_of(out), rows_of(inp), weight.T)
+    if len(rows_of(inp)) == 1:
+        # One token, in generation. Reading the weights takes 0.1 ms, and BLAS's own threads, which
+        # spin while they wait, begin sooner than ours: 80 tokens a second instead of 60.
+        np.matmul(rows_of(inp), weight.T, out=rows_of(out))
+    else:
+        product(rows_of(out), rows_of(inp), weight.T)
     if bias is not None:
         out += bias
 
@@ -377,39 +382,42 @@ def product(out, a, b, add=False):
     because another program has its core: then a step takes five times as long. And the last bits
     would depend on their number, whereas the blocks depend on the shapes alone.
     """
-    if len(out) < len(out.T):
-        out, a, b = out.T, b.T, a.T  # the same product, transposed
-
     # A block is worth 2^21 multiplications, some 50 microseconds. There are at most 8 of them,
-    # because BLAS reads all of b for each, and an even number, so that two cores get equal shares.
+    # because BLAS reads the whole of a or b for each, and an even number, so that two cores get
+    # equal shares.
     number = min(8, 1 + out.size * len(b) // 2**21)
     if number > 1:
         number += number % 2
     if add:  # NumPy can't let BLAS add. So a block is computed, and added while it is in the cache
         number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
-    slices = cut(len(out), number)
+
+    m, n = out.shape
+    if m < n:
+        pieces = [(out[:, columns], a, b[:, columns]) for columns in cut(n, number)]
+    else:
+        pieces = [(out[rows], a[rows], b) for rows in cut(m, number)]
 
     def block(i):
-        rows = slices[i]
+        out, a, b = pieces[i]
         if add:
-            out[rows] += a[rows] @ b
+            out += a @ b
         else:
-            np.matmul(a[rows], b, out=out[rows])
+            np.matmul(a, b, out=out)
 
-    parallel(block, len(slices))
+    parallel(block, len(pieces))
 
 
 ATT_ROWS = 128  # attention takes this many positions at a time
 FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
 
-def hide_future(att):
-    """att (..., n, n), n <= ATT_ROWS, of the same n positions as queries and as keys.
+def hide_future(preatt):
+    """preatt (..., n, n), n <= ATT_ROWS, of the same n positions as queries and as keys.
 
     It becomes -inf where the key comes later than the query.
     """
-    n = att.shape[-1]
-    att += FUTURE[:n, :n]
+    n = preatt.shape[-1]
+    preatt += FUTURE[:n, :n]
 
 
 def split_heads(x, NH):
@@ -460,13 +468,21 @@ def attention_forward(out, lse, qkv, NH):
     Each head h computes, with its own hs channels of the query q[t], the key k[t2] and the value
     v[t2] (see split_qkv):
 
-        att[t, t2] = q[t] . k[t2] / sqrt(hs)          for t2 <= t, otherwise -inf
-        p[t, t2]   = exp(att[t, t2]) / sum over t2 of exp(att[t, t2])
-        out[t]     = sum over t2 of p[t, t2] * v[t2]
-        lse[t]     = log(sum over t2 of exp(att[t, t2]))      "log-sum-exp"
+        preatt[t, t2] = q[t] . k[t2] / sqrt(hs)       for t2 <= t, otherwise -inf
+        att[t, t2]    = exp(preatt[t, t2]) / sum over t2 of exp(preatt[t, t2])
+        out[t]        = sum over t2 of att[t, t2] * v[t2]
+        lse[t]        = log(sum over t2 of exp(preatt[t, t2]))        "log-sum-exp"
 
-    p would take T * T numbers for each head. It is not kept: lse, the natural logarithm of the
-    softmax's denominator, is enough to compute p again in backward (Dao et al., 2022; Dao, 2023).
+    or, plainly and for all positions at once,
+
+        q, k, v = split_qkv(qkv, NH)
+        preatt  = q @ k.mT / sqrt(hs), and -inf where t2 > t          (B, NH, T, T)
+        att     = softmax(preatt)
+        out     = att @ v                                             (B, NH, T, hs)
+
+    The code computes this for some queries at a time, so that preatt and att, which have T * T
+    numbers for each head, are never there as a whole. Of them lse is kept, the natural logarithm of
+    the softmax's denominator: with it, backward computes att again (Dao et al., 2022; Dao, 2023).
     """
     B, T, _ = qkv.shape
     n = out.shape[1]
@@ -499,12 +515,12 @@ def attention_forward_heads(out, lse, q, k, v):
         stop = min(start + ATT_ROWS, n)
         visible = past + stop  # the last query of the block sees this many keys
 
-        att = q[..., start:stop, :] @ k[..., :visible, :].mT  # (..., stop - start, visible)
-        hide_future(att[..., past + start :])
+        preatt = q[..., start:stop, :] @ k[..., :visible, :].mT  # (..., stop - start, visible)
+        hide_future(preatt[..., past + start :])
 
-        peak = att.max(axis=-1)  # subtracted, so that exp can't overflow
-        att -= peak[..., None]
-        exp_att = np.exp(att, out=att)
+        peak = preatt.max(axis=-1)  # subtracted, so that exp can't overflow
+        preatt -= peak[..., None]
+        exp_att = np.exp(preatt, out=preatt)
         total = np.einsum("bhqk->bhq", exp_att)
         lse[..., start:stop] = np.log(total) + peak  # of the scores before peak was subtracted
 
@@ -517,33 +533,35 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 
     The forward pass, for each head and with scale = 1 / sqrt(hs), is
 
-        att = q @ k.T * scale         (T, T)
-        p   = softmax(att)            (T, T), each row by itself
-        out = p @ v                   (T, hs)
+        preatt = q @ k.T * scale          (T, T)
+        att    = softmax(preatt)          (T, T), each row by itself
+        out    = att @ v                  (T, hs)
 
     From its last line to its first. If z = x @ y, then dx = dz @ y.T and dy = x.T @ dz:
 
-        dp   = dout @ v.T             (T, T)
-        dv   = p.T @ dout             (T, hs)
-        datt = see below              (T, T)
-        dq   = datt @ k * scale       (T, hs)
-        dk   = datt.T @ q * scale     (T, hs)
+        datt    = dout @ v.T              (T, T)
+        dv      = att.T @ dout            (T, hs)
+        dpreatt = see below               (T, T)
+        dq      = dpreatt @ k * scale     (T, hs)
+        dk      = dpreatt.T @ q * scale   (T, hs)
 
-    The softmax of one row: p[i] = exp(att[i]) / total, where total is the sum over all i. If att[j]
-    grows by a small amount e, exp(att[j]) and total both grow by e * exp(att[j]), so
+    The softmax of one row: att[i] = exp(preatt[i]) / total, where total is the sum over all i. If
+    preatt[j] grows by a small amount e, exp(preatt[j]) and total both grow by e * exp(preatt[j]),
+    so
 
-        p[j]            grows by   e * p[j] * (1 - p[j])
-        p[i], i != j,   grows by   e * p[i] * (0 - p[j])
+        att[j]            grows by   e * att[j] * (1 - att[j])
+        att[i], i != j,   grows by   e * att[i] * (0 - att[j])
 
-    Multiplied by dp[i] and summed over i, this is e * datt[j]:
+    Multiplied by datt[i] and summed over i, this is e * dpreatt[j]:
 
-        datt[j] = p[j] * (dp[j] - sum over i of p[i] * dp[i])
+        dpreatt[j] = att[j] * (datt[j] - sum over i of att[i] * datt[i])
 
-    With dp[i] = dout . v[i], the sum on the right becomes dout . (sum over i of p[i] * v[i]), which
-    is dout . out: one number for each query, that is known before p and dp are.
+    With datt[i] = dout . v[i], the sum on the right becomes dout . (sum over i of att[i] * v[i]),
+    which is dout . out: one number for each query, which is known before att and datt are. Where
+    the key comes later than the query, att is 0, and so is dpreatt.
 
-    For two scores 0 and log(3), p is 1/4 and 3/4. Then dp = (1, 0) gives the sum 1/4, and
-    datt = (1/4 * 3/4, 3/4 * -1/4) = (3/16, -3/16).
+    For two scores 0 and log(3), att is 1/4 and 3/4. Then datt = (1, 0) gives the sum 1/4, and
+    dpreatt = (1/4 * 3/4, 3/4 * -1/4) = (3/16, -3/16).
     """
     B, T, _ = qkv.shape
     q, k, v = split_qkv(qkv, NH)
@@ -564,11 +582,11 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     """A piece: lse (sequences, heads, T), all others (sequences, heads, T, hs).
 
     It goes by blocks of keys. That is possible although a row of the softmax, which is that of a
-    query, seems to be needed whole: for its denominator, and for the sum of p * dp. Both are known
-    in advance, one number for each query: lse, and dout . out. So any block of the (T, T) square
-    can be computed by itself. If the square is cut by keys, dk and dv of a block are finished at
-    once, and only dq is a running sum. If it were cut by queries, two would be running sums, dk and
-    dv.
+    query, seems to be needed whole: for its denominator, and for the sum of att * datt. Both are
+    known in advance, one number for each query: lse, and dout . out. So each block of the (T, T)
+    square can be computed without the others. If the square is cut by keys, dk and dv of a block
+    are finished at once, and only dq is a running sum. If it were cut by queries, two would be
+    running sums, dk and dv.
 
     Of the keys from t0 to t1, the queries before t0 see none, those from t0 to t1 see the keys up
     to themselves, and the later ones see all.
@@ -582,18 +600,18 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
 
-        att = q[..., t0:, :] @ k[..., t0:t1, :].mT  # (..., T - t0, t1 - t0)
-        hide_future(att[..., : t1 - t0, :])
+        preatt = q[..., t0:, :] @ k[..., t0:t1, :].mT  # (..., T - t0, t1 - t0)
+        hide_future(preatt[..., : t1 - t0, :])
 
-        att -= lse[..., t0:, None]
-        p = np.exp(att, out=att)  # exp(att - lse) is p of the forward pass
-        np.matmul(p.mT, dout[..., t0:, :], out=dv[..., t0:t1, :])
+        preatt -= lse[..., t0:, None]
+        att = np.exp(preatt, out=preatt)  # exp(preatt - lse) is att of the forward pass
+        np.matmul(att.mT, dout[..., t0:, :], out=dv[..., t0:t1, :])
 
-        dp = dout[..., t0:, :] @ v[..., t0:t1, :].mT  # of the same shape as p
-        dp -= dout_dot_out[..., t0:, None]
-        datt = np.multiply(p, dp, out=dp)
-        np.matmul(datt.mT, q[..., t0:, :], out=dk[..., t0:t1, :])  # q is scaled already
-        dq_sum[..., t0:, :] += datt @ k[..., t0:t1, :]
+        datt = dout[..., t0:, :] @ v[..., t0:t1, :].mT  # of the same shape as att
+        datt -= dout_dot_out[..., t0:, None]
+        dpreatt = np.multiply(att, datt, out=datt)
+        np.matmul(dpreatt.mT, q[..., t0:, :], out=dk[..., t0:t1, :])  # q is scaled already
+        dq_sum[..., t0:, :] += dpreatt @ k[..., t0:t1, :]
 
     np.multiply(dq_sum, scale, out=dq)
 
@@ -620,7 +638,7 @@ def gelu_forward(out, inp):
     out += GELU_SCALE
     out *= inp  # u
     np.tanh(out, out=out)
-    out += 1
+    out += 1  # 1 + tanh(u)
     out *= inp
     out *= 0.5
 
@@ -645,12 +663,12 @@ def gelu_backward(dinp, dout, inp):
     slope = x_squared  # in the same memory
     slope *= 3 * GELU_CUBE * GELU_SCALE
     slope += GELU_SCALE  # u'
-    slope *= inp
+    slope *= inp  # x * u'
     slope *= 1 - th
-    slope += 1
+    slope += 1  # 1 + (1 - th) * x * u'
 
     th += 1
-    th *= 0.5
+    th *= 0.5  # 0.5 * (1 + th)
     slope *= th
     np.multiply(dout, slope, out=dinp)
 
@@ -728,9 +746,9 @@ class GPT2Config:
 # --------------------------------------------------------------------------------------------------
 # 4. Memory: two tables and one blob
 #
-# All that is needed after a layer has run lies in one array, the blob. So nothing is allocated in a
-# step, and AdamW, the norm, checkpoints and other processes see all parameters as one flat vector.
-# It begins as zeros; the system gives memory to a page of zeros when something is written there.
+# All that is needed after a layer has run lies in one array, the blob. So a step allocates nothing
+# that grows with the model, and AdamW, the norm and checkpoints see all parameters as one vector.
+# The blob begins as zeros; parts of it to which nothing is ever written take no memory.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -918,6 +936,9 @@ def init_weights(params, seed):
 
 # --------------------------------------------------------------------------------------------------
 # 5. The model forward: a line or two for each layer
+#
+# forward() also takes the first steps back, from the losses to the last layernorm, while the logits
+# are at hand: see classifier.
 #
 # What the header calls x is kept, and so has a name at each place: encoded at first, residual2
 # after the first half of a layer, and residual3 after the second.
@@ -1682,6 +1703,17 @@ def sample(logits, temperature, top_k, rng):
     pin = rng.random(dtype=np.float32) * ends[-1]
     token = np.searchsorted(ends, pin, "right")  # the first token that ends behind the pin
     return int(min(token, len(logits) - 1))  # with NaN among the logits, there is none
+
+
+# All of it together: this trains a small GPT, by bytes, on this file.
+#
+#     model = GPT2(GPT2Config(64, 256, 2, 4, 128), batch_size=16, sequence_length=64)
+#     loader = DataLoader([np.fromfile("train_gpt2.py", np.uint8)], 16, 64, shuffle_seed=1337)
+#     for step in range(1000):
+#         rate = learning_rate_at(step, 1000, 4e-3, warmup_iters=100, final_frac=0.05)
+#         loss, norm = train_step(model, loader, 1, rate, weight_decay=0.1, grad_clip=1.0)
+#         print(step, loss)
+#     print(bytes(model.generate(b"def ", 300, temperature=0.6)).decode(errors="replace"))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -238,7 +238,7 @@ def main(argv=None):
 
         model = gpt2.GPT2.from_pretrained(args.model, batch_size=B, sequence_length=T)
         token_paths = prepro.provide("tiny_shakespeare")
-        tokens = gpt2.TokenFile(token_paths[0])[: B * T + 1]
+        tokens = gpt2.TokenFile(token_paths[1])[: B * T + 1]  # llm.c's test expects its losses
         inputs, targets = tokens[:-1].reshape(B, T), tokens[1:].reshape(B, T)
 
         tokenizer_path = gpt2.in_data("gpt2_tokenizer.bin")

@@ -31,7 +31,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(HERE)
 sys.path.append(TOP)  # a folder in PYTHONPATH comes first: see in_a_process
 
-import train_gpt2 as gpt2  # before NumPy, because it tells BLAS's threads how to wait
+import train_gpt2 as gpt2
 
 # isort: split
 
@@ -627,6 +627,11 @@ def main():
         name, arguments = sys.argv[2:]
         print(json.dumps(CHILDREN[name](**json.loads(arguments))))
         return
+    if sys.argv[1:2] == ["--small"]:  # what follows are flags of small_models.py
+        import small_models
+
+        small_models.main(sys.argv[2:])
+        return
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -637,6 +642,7 @@ def main():
     parser.add_argument("--threads", type=int, default=gpt2.threads_wanted(), help="for everybody")
     parser.add_argument("--recompute", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
     parser.add_argument("--against", help="a folder with another version of this project")
+    parser.add_argument("--small", action="store_true", help="small models instead, if it is first")
     parser.add_argument("--generation", action="store_true", help="also measure generation")
     parser.add_argument("--hellaswag", action="store_true", help="also measure HellaSwag")
     parser.add_argument("--full", action="store_true", help="everything: half an hour")

@@ -8,5 +8,3 @@ sys.path.insert(0, os.path.dirname(FOLDER))
 sys.path.insert(0, FOLDER)
 
 from common import call_main, small_folder, uninterrupted  # noqa: F401
-
-import train_gpt2  # noqa: F401  before NumPy, because it tells BLAS's threads how to wait

@@ -66,7 +66,7 @@ def test_golden_losses_and_greedy_continuation():
         )
     model = loaded(weights, 4, 64)
     assert list(model.generate([464, 3290], len(GOLDEN_TOKENS), temperature=0)) == GOLDEN_TOKENS
-    batch = gpt2.DataLoader(tokens, 4, 64, 50257).next_batch()
+    batch = gpt2.DataLoader([gpt2.TokenFile(tokens)], 4, 64).next_batch()
     losses = overfit(model, *batch, learning_rate=1e-4, decay=0.01)
     assert losses[0] == pytest.approx(GOLDEN_LOSSES[0], abs=1e-4)
     assert losses == pytest.approx(GOLDEN_LOSSES, abs=1e-3)  # each update magnifies rounding

@@ -273,14 +273,14 @@ def test_gpt2s_tokenizer_spells_what_gpt2s_tokens_mean(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shakespeare(tmp_path, monkeypatch):
-    """A folder of its own, whose tokens are there: (folder, tokens)."""
+    """A folder of its own, whose tokens are there: (folder, those of the validation data)."""
     folder = tmp_path / "here"
     (folder / "data").mkdir(parents=True)
     monkeypatch.chdir(folder)
     tokens = np.random.default_rng(1).integers(0, 50257, 400)
     paths = ("data/tiny_shakespeare_train.bin", "data/tiny_shakespeare_val.bin")
-    for path in paths:
-        write_token_file(folder / path, tokens.tolist())
+    for path, numbers in zip(paths, (tokens[::-1], tokens), strict=True):
+        write_token_file(folder / path, numbers.tolist())
     monkeypatch.setattr(prepro, "provide", lambda name: paths)
     monkeypatch.setattr(prepro, "get_encoding", small_encoding)
     return folder, tokens

@@ -6,6 +6,7 @@ The calls in their order are proved in test_gpt2.py, which also tells stories in
 import copy
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -308,3 +309,17 @@ def test_no_float64_in_a_float32_run(constant, value, monkeypatch):
     assert bool(Traced.float64) == bool(constant), Traced.float64
     layers = {name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))}
     assert layers | {"adamw", "grad_norm"} <= Traced.callers
+
+
+def test_the_example_at_the_end_of_the_algorithm_trains(tmp_path, monkeypatch, capsys):
+    """It stands in a comment. Here it is run as it stands, but for the number of its steps."""
+    source = Path(gpt2.__file__).read_text(encoding="utf-8")
+    start = source.index("# All of it together")
+    lines = source[start : source.index("# ----", start)].splitlines()
+    program = "\n".join(line.removeprefix("#     ") for line in lines if line.startswith("#     "))
+    assert program.count("1000") == 2
+    monkeypatch.chdir(Path(gpt2.__file__).parent)
+    exec(program.replace("1000", "30"), vars(gpt2).copy())
+    printed = capsys.readouterr().out.splitlines()
+    losses = [float(line.split()[1]) for line in printed[:30]]
+    assert losses[-1] < losses[0] - 1 and len(printed) > 30

@@ -773,6 +773,7 @@ def strike(folder, n, flags, moment, send):
     process.wait()
     in_time = end.is_alive()
     end.cancel()
+    assert end.ident, f"it ended before line {moment}"
     assert in_time, "it went on for 20 s"
     time.sleep(0.2)
     assert not processes_in(folder)
