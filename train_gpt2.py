@@ -3229,7 +3229,7 @@ BYTES_DEFAULTS = {
     "input_bin": "",
     "input_val_bin": "",
     "batch_size": 16,
-    "num_iterations": 1200,
+    "num_iterations": 1600,
     "learning_rate": 4e-3,
     "warmup_iters": 100,
     "learning_rate_decay_frac": 0.05,
@@ -3237,9 +3237,9 @@ BYTES_DEFAULTS = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "shuffle": 1,
-    "val_loss_every": 200,
+    "val_loss_every": 400,
     "val_max_steps": 30,
-    "sample_every": 1200,
+    "sample_every": 1600,
     "max_new_tokens": 400,
     "temperature": 0.6,
 }
@@ -3508,7 +3508,8 @@ def open_tokenizer(args, vocab_size):
     except InputError as error:
         if args.inference_only:
             raise
-        print_now(f"{error}; so there will be no samples")
+        cause = getattr(error.__cause__, "cause", error)  # without prepro's advice
+        print_now(f"{cause}; so there will be no samples")
         return None
     if vocab_size != 256 and not is_gpt2s(vocab_size):
         print_now(f"samples are printed as ids: {vocab_size} tokens are neither bytes nor GPT-2's")
