@@ -733,19 +733,19 @@ def test_a_product_in_blocks_equals_one_product(m, k, n, add, dtype, monkeypatch
 
 
 def test_a_product_is_cut_by_its_shapes_alone(monkeypatch):
-    """Into an even number of blocks, at most 8; or more, where a block is added from the cache."""
+    """Into an even number of blocks, at most 4; or more, where a block is added from the cache."""
     counts = []
     parallel = gpt2.parallel
     monkeypatch.setattr(gpt2, "parallel", lambda task, n: counts.append(n) or parallel(task, n))
     for threads in (1, 5):
         monkeypatch.setattr(gpt2, "THREADS", threads)
         counts.clear()
-        for k, add in ((1, False), (70, False), (200, False), (2000, False), (1, True)):
+        for k, add in ((1, False), (40, False), (70, False), (2000, False), (1, True)):
             out = np.zeros((300, 200), np.float32)
             gpt2.product(out, np.ones((300, k), np.float32), np.ones((k, 200), np.float32), add)
         monkeypatch.setattr(gpt2, "BLOCK_BYTES", 24_000)  # the last out has ten times as many
         gpt2.product(out, np.ones((300, 1), np.float32), np.ones((1, 200), np.float32), True)
-        assert counts == [1, 4, 6, 8, 1, 10]
+        assert counts == [1, 2, 4, 4, 1, 10]
         monkeypatch.undo()
         monkeypatch.setattr(gpt2, "parallel", lambda task, n: counts.append(n) or parallel(task, n))
 

@@ -382,10 +382,10 @@ def product(out, a, b, add=False):
     because another program has its core: then a step takes five times as long. And the last bits
     would depend on their number, whereas the blocks depend on the shapes alone.
     """
-    # A block is worth 2^21 multiplications, some 50 microseconds. There are at most 8 of them,
-    # because BLAS reads the whole of a or b for each, and an even number, so that two cores get
-    # equal shares.
-    number = min(8, 1 + out.size * len(b) // 2**21)
+    # A block is worth 2^21 multiplications, some 50 microseconds. There are at most 4 of them,
+    # because BLAS reads the whole of a or b for each (8 would cost two cores 5 % of a step), and an
+    # even number, so that two cores get equal shares.
+    number = min(4, 1 + out.size * len(b) // 2**21)
     if number > 1:
         number += number % 2
     if add:  # NumPy can't let BLAS add. So a block is computed, and added while it is in the cache
