@@ -252,7 +252,8 @@ def hellaswag(many):
         inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
         shapes = gpt2.act_shapes(config, *inputs.shape, training=False)
         model.acts = gpt2.carve(memory, shapes)  # a batch has another length each time
-        losses = model.classifier(model.forward_tokens(inputs), targets).reshape(targets.shape)
+        losses = np.empty(targets.shape, np.float32)
+        model.classifier(losses, model.forward_tokens(inputs), targets)
         n = len(context) - 1
         return [losses[i, n : n + len(ending)].copy() for i, ending in enumerate(endings)]
 
