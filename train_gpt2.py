@@ -1652,8 +1652,8 @@ def continuation_losses(model, context, continuations):
     sequence of max_seq_len tokens, which may be more than the first one has. And what the first one
     holds, activations or a generator's keys, stays as it is.
 
-    Its keys and values of `context` are computed once. Each continuation takes the positions behind
-    them, in place of the continuation before it.
+    The first continuation is read together with the context, whose keys and values are then there.
+    Each later one takes the positions behind them, in place of the continuation before it.
     """
     longest = len(context) + max(map(len, continuations), default=0)
     most = model.config.max_seq_len + 1  # nothing is predicted from the last token
@@ -1666,16 +1666,13 @@ def continuation_losses(model, context, continuations):
         model.reader.params = model.params  # its own are pages of zeros, which take no memory
     reader = model.reader
 
-    # The last token of the context predicts the first one of a continuation.
-    before, last = context[:-1], context[-1:]
-    if len(before):
-        reader.forward_tokens(before[None, :])
-
+    start = 0
     rows = [np.empty((1, 0, model.config.channels), model.blob.dtype)]  # if there is none
     for tokens in continuations:
-        inputs = np.concatenate([last, tokens[:-1]])
-        lnf = reader.forward_tokens(inputs[None, :], start=len(before))
-        rows.append(lnf.copy())
+        inputs = np.concatenate([context, tokens])[start:-1]
+        lnf = reader.forward_tokens(inputs[None, :], start)
+        rows.append(lnf[:, -len(tokens) :].copy())
+        start = len(context) - 1  # the last token of the context predicts the first one behind it
 
     # The classifier's large matrix is read once for all continuations.
     lnf = np.concatenate(rows, axis=1)
