@@ -51,7 +51,7 @@ Whether a backward function overwrites (=) or adds (+=) follows three rules:
     2. The gradient of the residual stream is added to, because each line with += uses x twice: in
        the layernorm, and in the addition. It starts each backward pass as 0.
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
-       the later ones. The argument `add` says which. So these gradients are never cleared.
+       the later ones. The argument `add` says which. So nothing is cleared before a step.
 
 wte is the exception to rule 3, since it is used at both ends of the model: see encoder_backward.
 
@@ -73,7 +73,7 @@ import numpy as np  # 2.1 or newer
 
 
 class InputError(ValueError):
-    """Something from outside is not as it must be: one line with what was found, and the remedy."""
+    """Input that can't be used. The message is one line: what was found, and what to do."""
 
 
 def require(condition, message):
@@ -88,7 +88,7 @@ def require(condition, message):
 # A backward function receives dout, the gradient of the loss with respect to its forward's output.
 # It applies the chain rule and gives the gradient with respect to the forward's inputs.
 #
-#     function                        overwritten          added to  by `add`        only read
+#     function                        overwritten          added to  as `add` says   only read
 #     encoder_forward                 out                                            the others
 #     encoder_backward                                     dwte      dwpe            dout, inp
 #     layernorm_forward               out, mean, rstd                                the others
@@ -105,10 +105,10 @@ def require(condition, message):
 #     crossentropy_softmax_backward   probs, which                                   targets,
 #                                     become dlogits                                 dloss
 #
-# "By `add`" is rule 3 of the header: overwritten if add is False, added to if it is True. Arguments
-# may not overlap, with one exception: gelu_backward's dinp may be its dout. These functions
-# return nothing. What one of them needs only while it runs, such as the scores of attention, it
-# allocates itself; that is small beside the activations.
+# "As `add` says" is rule 3 of the header: overwritten if add is False, added to if it is True.
+# Arguments may not overlap, with one exception: gelu_backward's dinp may be its dout. These
+# functions return nothing. What one of them needs only while it runs, such as the scores of
+# attention, it allocates itself; that is small beside the activations.
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -170,10 +170,10 @@ def as_one_sequence(x):
 # runs them on one block after the other.
 #
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
-# tasks over the cores, and each task has one core, also for the matrix products in it.
+# tasks over the cores. Each task runs on one core, and so do the matrix products in it.
 
-# What the widest array of a block takes, about. A few such arrays stay close to a core. With
-# smaller blocks, the threads wait for each other to get at the Python interpreter.
+# About the size of the widest array of a block. A few such arrays fit into a core's cache. With
+# smaller blocks, the threads would wait for each other to get at the Python interpreter.
 BLOCK_BYTES = 1024 * 1024
 
 
@@ -203,9 +203,9 @@ def by_rows(num_row_args):
 
     The first `num_row_args` arguments have something for each token, in the shape (B, T, ...). The
     decorated body sees a block of them as (rows, ...): B and T have become one axis. It sees the
-    other arguments as they are. If the body returns sums over its rows, they are
-    added up in the order of the blocks. The size of a block does not depend on the number of
-    threads, so neither do the results, to the last bit.
+    other arguments as they are. If the body returns sums over its rows, they are added up in the
+    order of the blocks. The size of a block does not depend on the number of threads, so neither do
+    the results, to the last bit.
     """
 
     def decorate(body):
@@ -284,7 +284,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
         var  grows by     e * 2 * (inp[j] - mean) / C
         rstd grows by     (that of var) * -1/2 * rstd^3  =  -e * rstd^2 * norm[j] / C
 
-    since rstd is (var + 1e-5)^(-1/2), whose derivative is -1/2 * (var + 1e-5)^(-3/2).
+    since rstd is (var + 1e-5)^(-1/2), whose derivative with respect to var is -1/2 * rstd^3.
 
     (The growth of the mean changes all terms of var a little, but these changes add up to 0, since
     the sum of inp - mean is 0.) So norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
@@ -295,8 +295,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
 
         dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
 
-    The work is done in layernorm_backward_rows, block by block. dweight and dbias follow when the
-    sums of all blocks are there.
+    The work is done in layernorm_backward_rows, block by block. dweight and dbias are written at
+    the end, from the sums of all blocks.
     """
     sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
     dweight_sum, dbias_sum = sums
@@ -338,8 +338,9 @@ def matmul_forward(out, inp, weight, bias=None):
     it as it is, and nothing is copied.
     """
     if len(rows_of(inp)) == 1:
-        # One token, in generation. Reading the weights takes 0.1 ms, and BLAS's own threads, which
-        # spin while they wait, begin sooner than ours: 80 tokens a second instead of 60.
+        # One token, in generation. Its products take some 0.1 ms each, and are over before our
+        # threads have begun. BLAS's own threads, which `product` does without, begin sooner: 80
+        # tokens a second instead of 60.
         np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     else:
         product(rows_of(out), rows_of(inp), weight.T)
@@ -382,13 +383,15 @@ def product(out, a, b, add=False):
     because another program has its core: then a step takes five times as long. And the last bits
     would depend on their number, whereas the blocks depend on the shapes alone.
     """
-    # A block is worth 2^21 multiplications, some 50 microseconds. There are at most 4 of them,
-    # because BLAS reads the whole of a or b for each (8 would cost two cores 5 % of a step), and an
-    # even number, so that two cores get equal shares.
+    # Less than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise there are 2
+    # or 4 blocks: an even number, so that two cores get equal shares, and no more, because BLAS
+    # reads the whole of a or b for each block (8 would cost two cores 5 % of a step).
     number = min(4, 1 + out.size * len(b) // 2**21)
     if number > 1:
         number += number % 2
-    if add:  # NumPy can't let BLAS add. So a block is computed, and added while it is in the cache
+    if add:
+        # NumPy can't let BLAS add. So each block is computed, and added while it is in the cache.
+        # These blocks have to be small, and there may be more than 4.
         number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
 
     m, n = out.shape
@@ -407,14 +410,17 @@ def product(out, a, b, add=False):
     parallel(block, len(pieces))
 
 
+# The next four functions serve attention. What preatt, queries, keys and values are is said in
+# attention_forward.
+
 ATT_ROWS = 128  # attention takes this many positions at a time
 FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
 
 def hide_future(preatt):
-    """preatt (..., n, n), n <= ATT_ROWS, of the same n positions as queries and as keys.
+    """preatt (..., n, n), n <= ATT_ROWS, becomes -inf where the key comes later than the query.
 
-    It becomes -inf where the key comes later than the query.
+    Its rows are n positions as queries, its columns the same n positions as keys.
     """
     n = preatt.shape[-1]
     preatt += FUTURE[:n, :n]
@@ -438,14 +444,14 @@ def split_qkv(qkv, NH):
     return q, k, v
 
 
-def attention_pieces(B, NH, queries, T, itemsize):
+def attention_pieces(B, NH, num_queries, T, itemsize):
     """Attention's work, cut into pieces: a list of indices into (B, NH), pairs of slices.
 
     Heads and sequences do not depend on each other, and write to different places. A piece is some
-    sequences with all of their heads or, if that is too much, some heads of one sequence. Its size
-    is that of its largest array, the scores of ATT_ROWS positions with all T, for each head.
+    sequences with all of their heads or, if that is too much, some heads of one sequence. The size
+    of a piece is that of its largest array, which has ATT_ROWS rows of preatt for each head.
     """
-    bytes_per_head = min(ATT_ROWS, queries) * T * itemsize
+    bytes_per_head = min(ATT_ROWS, num_queries) * T * itemsize
     if NH * bytes_per_head <= BLOCK_BYTES:
         return [(sequences, slice(None)) for sequences in blocks(B, NH * bytes_per_head)]
 
@@ -459,7 +465,9 @@ def attention_pieces(B, NH, queries, T, itemsize):
 def attention_forward(out, lse, qkv, NH):
     """Each position looks at itself and at those before it (Vaswani et al., 2017).
 
-    This is the only layer in which information moves from one position to another.
+    This is the only layer in which information moves from one position to another. A position's
+    query is compared with the keys of all positions that it may look at; the better a key matches,
+    the more of that position's value goes into the result.
 
     qkv (B, T, 3C); out (B, n, C) and lse (B, n, NH) are those of the last n of the T positions. In
     training n is T. In generation n is the number of new tokens, usually 1, and T counts the
@@ -473,7 +481,9 @@ def attention_forward(out, lse, qkv, NH):
         out[t]        = sum over t2 of att[t, t2] * v[t2]
         lse[t]        = log(sum over t2 of exp(preatt[t, t2]))        "log-sum-exp"
 
-    or, plainly and for all positions at once,
+    (A dot product of hs terms of size 1 is about sqrt(hs) large. The division makes up for it, so
+    that the softmax does not give nearly everything to one position.) Or, plainly and for all
+    positions at once,
 
         q, k, v = split_qkv(qkv, NH)
         preatt  = q @ k.mT / sqrt(hs), and -inf where t2 > t          (B, NH, T, T)
@@ -481,8 +491,9 @@ def attention_forward(out, lse, qkv, NH):
         out     = att @ v                                             (B, NH, T, hs)
 
     The code computes this for some queries at a time, so that preatt and att, which have T * T
-    numbers for each head, are never there as a whole. Of them lse is kept, the natural logarithm of
-    the softmax's denominator: with it, backward computes att again (Dao et al., 2022; Dao, 2023).
+    numbers for each head, are never there as a whole. What is kept is lse, one number for each
+    query and head, the natural logarithm of the softmax's denominator: with it, backward computes
+    att again (Dao et al., 2022; Dao, 2023).
     """
     B, T, _ = qkv.shape
     n = out.shape[1]
@@ -537,7 +548,8 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
         att    = softmax(preatt)          (T, T), each row by itself
         out    = att @ v                  (T, hs)
 
-    From its last line to its first. If z = x @ y, then dx = dz @ y.T and dy = x.T @ dz:
+    Backward takes these lines from the last to the first. If z = x @ y, then dx = dz @ y.T and
+    dy = x.T @ dz:
 
         datt    = dout @ v.T              (T, T)
         dv      = att.T @ dout            (T, hs)
@@ -616,6 +628,7 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     np.multiply(dq_sum, scale, out=dq)
 
 
+# See gelu_forward.
 GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh(u)) the slope of Phi at x = 0
 GELU_CUBE = 0.044715  # makes it close to Phi elsewhere; GPT-2 was trained with this constant
 
@@ -688,7 +701,7 @@ def crossentropy_softmax_forward(losses, logits, targets):
         losses = -log(probs[target]) = log(sum of exp(logits)) - logits[target]
 
     The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines. The
-    logarithm is the natural one, which is what "nats" says.
+    logarithm is the natural one, so the unit of the loss is the nat.
     """
     logits -= logits.max(axis=-1, keepdims=True)
     rows = np.arange(len(targets))
@@ -746,9 +759,10 @@ class GPT2Config:
 # --------------------------------------------------------------------------------------------------
 # 4. Memory: two tables and one blob
 #
-# All that is needed after a layer has run lies in one array, the blob. So a step allocates nothing
-# that grows with the model, and AdamW, the norm and checkpoints see all parameters as one vector.
-# The blob begins as zeros; parts of it to which nothing is ever written take no memory.
+# All numbers that are needed after a layer has run lie in one array, the blob. So no layer's output
+# is allocated while training goes on, and AdamW, the norm and checkpoints see all parameters as one
+# vector. The blob begins as zeros. The operating system finds memory for a part of it when that is
+# first written to, so parts to which nothing is ever written take none.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -893,11 +907,11 @@ def carve(flat, shapes):
         stop = start + math.prod(shape)
         views[name] = flat[start:stop].reshape(shape)
         start = stop
-    return Views(views)  # which does not go through __setitem__
+    return Views(views)  # a dict is made without __setitem__
 
 
 def of_layer(view, l):
-    """Layer l's part of a view (L, ...). A view (1, ...) is shared: then it is the one part."""
+    """Layer l's part of a view (L, ...). A view (1, ...) is shared by all layers."""
     return view[l] if len(view) > 1 else view[0]
 
 
@@ -917,8 +931,8 @@ def init_weights(params, seed):
     """Fill the parameters of a new model, as llm.c and Hugging Face do (Radford et al., 2019).
 
     Weights are normal with a standard deviation of 0.02. The two projections into the residual
-    stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights
-    of layernorm are 1. Biases are 0, as they are in a new blob. The numbers are NumPy's: another
+    stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights of
+    layernorm are 1. Biases are 0, as they are in a new blob. The numbers are NumPy's: another
     program draws others from the same seed.
     """
     rng = np.random.default_rng(seed)
@@ -976,12 +990,13 @@ class GPT2:
     step and others have not, and only a checkpoint has them as they were.
     """
 
-    # What each call makes of the stage. In a stage that is missing, the call is refused.
+    # For each call: the stages in which it is allowed, and the stage to which each of them leads.
+    # forward() takes two of these steps: as another forward pass, and then as forward().
     NEXT_STAGE = {
-        # Any pass through the layers, also for validation or generation, overwrites the
-        # activations. So it drops a first forward that waits for its backward(), whose part of dwte
-        # the next one will overwrite. A later forward has added its part to a sum, which can't be
-        # undone: then another pass is refused.
+        # Any pass through the layers, also for validation or generation, overwrites the activations
+        # that a waiting backward() needs. If a first forward waits, it is dropped: the next one
+        # will overwrite its part of dwte. A later forward has added its part to a sum, which can't
+        # be undone. So while that one waits, another pass is refused.
         "another forward pass": {
             "no gradients": "no gradients",
             "first forward": "no gradients",
@@ -1048,10 +1063,8 @@ class GPT2:
         self.v = carve(self.flat[3], shapes) if self.training else Views()
         self.acts = carve(self.blob[rows * num_params :], acts)
 
-        # Nothing is in these views yet: no generator's keys and values in acts["qkv"], and no
-        # second model that reads params for token_losses.
-        self.keys_owner = None
-        self.reader = None
+        self.keys_owner = None  # the generator whose keys are in acts["qkv"]: see generate_tokens
+        self.reader = None  # a second model with the same params: see continuation_losses
 
     def __getstate__(self):
         """For copy and pickle: all but the views, which would not be parts of the copied blob."""
@@ -1108,7 +1121,7 @@ class GPT2:
         return continuation_losses(self, context, continuations)
 
     def check_tokens(self, tokens, what, ndim=2):
-        """tokens as an int64 array, or InputError if one of them is no id of the vocabulary."""
+        """tokens as an int64 array, or InputError if one of them is not in the vocabulary."""
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
         V = self.config.vocab_size
         require(
@@ -1181,9 +1194,9 @@ class GPT2:
     def forward_tokens(self, tokens, start=0):
         """All layers up to lnf for tokens (B, n) at the positions start to start + n.
 
-        In training the tokens are a whole batch, and start is 0. In generation B is 1, and
-        acts["qkv"] holds the keys and values of the positions before start already, so that only
-        the n new positions are computed. Returns lnf (B, n, C).
+        In training and validation the tokens are a whole batch, and start is 0. In generation B is
+        1, and acts["qkv"] holds the keys and values of the positions before start already, so that
+        only the n new positions are computed. Returns lnf (B, n, C).
         """
         self.advance("another forward pass")
         self.keys_owner = None
@@ -1219,8 +1232,8 @@ class GPT2:
         p = layer(self.params, l)
         a = layer(self.acts, l, np.s_[:B, :n])  # in training, all of them
 
-        # Attention looks back to position 0. So qkv alone is indexed by position, where the other
-        # activations begin with the first of the n tokens.
+        # Attention looks back to position 0. So row t of qkv belongs to position t, while row 0 of
+        # all other activations belongs to the first of the n tokens, at position `start`.
         qkv_so_far = of_layer(self.acts["qkv"], l)[:B, : start + n]
         new_qkv = qkv_so_far[:, start:]
 
@@ -1365,10 +1378,10 @@ class GPT2:
     # 7. AdamW
 
     def grad_norm(self, part=np.s_[:]):
-        """The length of the gradient, as one vector of all parameters, or of a part of it: a float.
+        """The Euclidean norm of all gradients as one vector, or of a part of this vector: a float.
 
-        It may be called between backward() and update(). The squares are added up in float32 within
-        a chunk, and in Python's float64 over the chunks.
+        It may be called between backward() and update(). The squares are added up in the model's
+        dtype within a chunk of ADAMW_CHUNK elements, and as Python's floats over the chunks.
         """
         self.advance("grad_norm()")
         grads = self.flat[1, part]
@@ -1464,8 +1477,11 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         v = beta2 * v + (1 - beta2) * g^2            the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
 
-    m and v start at 0 and are too small at first; c1 = 1 - beta1^step and c2 = 1 - beta2^step make
-    up for it. decay is learning_rate * weight_decay.
+    The quotient is near 1 or -1 where the gradient keeps its sign, and near 0 where it fluctuates.
+    So a parameter moves by at most about learning_rate, however large its gradients are. m and v
+    start at 0 and are too small at first; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for
+    it. decay is learning_rate * weight_decay. It is no part of g, and so is not divided by sqrt(v):
+    that is the W of AdamW.
 
     c1 and c2 are numbers, while m and v are arrays. We multiply numerator and denominator by
     sqrt(c2), and get a formula with two fewer passes over memory:
@@ -1537,8 +1553,9 @@ class DataLoader:
             return 0, np.arange((num_tokens - 1) // T)
 
         # Each epoch cuts the shard at other places: the first window begins at one of its first T
-        # tokens, but not so late that less than a batch is left. The order depends on seed, shard,
-        # epoch, B and T alone, so a run that is resumed at a position finds the same windows.
+        # tokens, but not so late that less than a batch is left. The order depends on the seed, the
+        # shard and its length, epoch, B and T alone, so a run that is resumed at a position finds
+        # the same windows.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
         first = int(rng.integers(min(T, num_tokens - B * T)))
         return first, rng.permutation((num_tokens - 1 - first) // T)
@@ -1573,7 +1590,7 @@ class DataLoader:
 
 
 def learning_rate_at(step, num_iterations, peak, warmup_iters=0, final_frac=1.0):
-    """The learning rate of the update that comes after `step` updates of num_iterations.
+    """The learning rate of the next update, when `step` of num_iterations updates are done.
 
     It rises to its peak in a straight line over warmup_iters updates. From there, half a period of
     a cosine takes it down to final_frac * peak (Loshchilov & Hutter, 2016).
@@ -1591,8 +1608,8 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
 
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
 
-    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed, and
-    zero_grad() forgets the gradients.
+    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed; call
+    zero_grad() before going on.
     """
     loss = 0.0
     for _ in range(micro_batches):
@@ -1653,7 +1670,8 @@ def continuation_losses(model, context, continuations):
     holds, activations or a generator's keys, stays as it is.
 
     The first continuation is read together with the context, whose keys and values are then there.
-    Each later one takes the positions behind them, in place of the continuation before it.
+    Each later one is read together with the last token of the context alone, and takes the place of
+    the continuation before it.
     """
     longest = len(context) + max(map(len, continuations), default=0)
     most = model.config.max_seq_len + 1  # nothing is predicted from the last token
@@ -1667,20 +1685,20 @@ def continuation_losses(model, context, continuations):
     reader = model.reader
 
     start = 0
-    rows = [np.empty((1, 0, model.config.channels), model.blob.dtype)]  # if there is none
+    lnfs = [np.empty((1, 0, model.config.channels), model.blob.dtype)]  # if there are none
     for tokens in continuations:
         inputs = np.concatenate([context, tokens])[start:-1]
         lnf = reader.forward_tokens(inputs[None, :], start)
-        rows.append(lnf[:, -len(tokens) :].copy())
+        lnfs.append(lnf[:, -len(tokens) :].copy())
         start = len(context) - 1  # the last token of the context predicts the first one behind it
 
     # The classifier's large matrix is read once for all continuations.
-    lnf = np.concatenate(rows, axis=1)
+    lnf = np.concatenate(lnfs, axis=1)
     targets = np.concatenate([context[:0], *continuations])[None, :]
     losses = np.empty(targets.shape, lnf.dtype)
     reader.classifier(losses, lnf, targets)
     ends = np.cumsum([len(tokens) for tokens in continuations])
-    return np.split(losses[0], ends)[:-1]
+    return np.split(losses[0], ends)[:-1]  # the last part is what comes after the last end: nothing
 
 
 def sample(logits, temperature, top_k, rng):
@@ -1699,12 +1717,13 @@ def sample(logits, temperature, top_k, rng):
     ends = np.exp(logits).cumsum()  # where each token ends on the line
     pin = rng.random(dtype=np.float32) * ends[-1]
     token = np.searchsorted(ends, pin, "right")  # the first token that ends behind the pin
-    return int(min(token, len(logits) - 1))  # with NaN among the logits, there is none
+    return int(min(token, len(logits) - 1))  # if a logit is NaN, no token ends behind the pin
 
 
 # All of it together: this trains a small GPT, by bytes, on this file.
 #
-#     model = GPT2(GPT2Config(64, 256, 2, 4, 128), batch_size=16, sequence_length=64)
+#     config = GPT2Config(max_seq_len=64, vocab_size=256, num_layers=2, num_heads=4, channels=128)
+#     model = GPT2(config, batch_size=16, sequence_length=64)
 #     loader = DataLoader([np.fromfile("train_gpt2.py", np.uint8)], 16, 64, shuffle_seed=1337)
 #     for step in range(1000):
 #         rate = learning_rate_at(step, 1000, 4e-3, warmup_iters=100, final_frac=0.05)
