@@ -313,7 +313,7 @@ def draw_losses():
 # The benchmark
 
 
-IN_README = "intel-r-xeon-r-processor-skylakex-2-threads.json"
+IN_README = "amd-epyc-haswell-2-threads.json"
 
 
 def read_benchmarks():
