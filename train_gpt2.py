@@ -19,8 +19,8 @@ Sections 1 to 8 are the algorithm:
     3  the configuration                    7  AdamW
     4  memory                               8  data, one training step, sampling
 
-The sections after them make a tool of it. The file stands alone: it needs NumPy, and tiktoken where
-GPT-2's tokens meet text.
+The sections after them make a tool of it. The file stands alone: it needs NumPy, and tiktoken to
+turn text into GPT-2's tokens and back.
 
 Throughout this program we have (with the values of GPT-2 124M)
 
@@ -124,7 +124,7 @@ def encoder_forward(out, inp, wte, wpe):
 
 
 def encoder_backward(dwte, dwpe, dout, inp, add):
-    """The gradient of a sum is the gradient of both summands: a row of wte, and a row of wpe.
+    """The gradient of a sum goes unchanged to both summands, a row of wte and a row of wpe.
 
     dwte (V, C) is always added to: wte is also the classifier's matrix, whose backward pass comes
     first, at the end of forward(), and has written its part already
@@ -140,7 +140,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
     T = dout.shape[1]
     accumulate(dwpe[:T], dout.sum(axis=0), add)
     if not add:
-        dwpe[T:] = 0  # these positions had no token, and what stands there is from before
+        dwpe[T:] = 0  # these positions had no token, and their rows hold what was there before
 
 
 def accumulate(grad, value, add):
@@ -154,7 +154,8 @@ def accumulate(grad, value, add):
 def rows_of(x):
     """(B, T, ...) seen as (B*T, ...): a row is what belongs to one token.
 
-    copy=False: where that can't be a view, there is an error. A result in a copy would be lost.
+    copy=False makes it an error where a view is impossible. What a layer writes into a copy would
+    be lost.
     """
     return x.reshape(-1, *x.shape[2:], copy=False)
 
@@ -167,7 +168,7 @@ def as_one_sequence(x):
 # NumPy makes one pass over memory for each operation, which is slow where arrays are larger than a
 # core's cache. In layernorm, GELU and the loss the rows do not depend on each other. So these
 # layers are written for a block of rows, small enough for the cache, and the decorator `by_rows`
-# runs them on one block after the other.
+# runs them block by block.
 #
 # parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
 # tasks over the cores. Each task runs on one core, and so do the matrix products in it.
@@ -201,7 +202,7 @@ def by_rows(num_row_args):
 
     Read @by_rows as: "for each block of rows, run this body".
 
-    The first `num_row_args` arguments have something for each token, in the shape (B, T, ...). The
+    The first `num_row_args` arguments have an entry for each token: their shape is (B, T, ...). The
     decorated body sees a block of them as (rows, ...): B and T have become one axis. It sees the
     other arguments as they are. If the body returns sums over its rows, they are added up in the
     order of the blocks. The size of a block does not depend on the number of threads, so neither do
@@ -295,6 +296,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
 
         dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
 
+    where the averages are over the C channels.
+
     The work is done in layernorm_backward_rows, block by block. dweight and dbias are written at
     the end, from the sums of all blocks.
     """
@@ -334,13 +337,13 @@ def matmul_forward(out, inp, weight, bias=None):
 
         out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
 
-    It is one matrix product for all B*T rows. weight.T exchanges the strides of a view; BLAS reads
-    it as it is, and nothing is copied.
+    It is one matrix product for all B*T rows. weight.T exchanges the strides of a view; BLAS, the
+    library that multiplies matrices for NumPy, reads it as it is, and nothing is copied.
     """
     if len(rows_of(inp)) == 1:
-        # One token, in generation. Its products take some 0.1 ms each, and are over before our
-        # threads have begun. BLAS's own threads, which `products` does without, begin sooner: 80
-        # tokens a second instead of 60.
+        # One token, in generation. Most of its products take some 0.1 ms. To start our threads
+        # would cost about as much as they save; BLAS's own, which `products` does without, start
+        # sooner: 80 tokens a second instead of 60.
         np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     else:
         products((rows_of(out), rows_of(inp), weight.T))
@@ -376,15 +379,17 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
 
 
 def products(*jobs):
-    """For each job (out, a, b): out (m, n) = a (m, k) @ b (k, n). For (out, a, b, True): +=.
+    """Matrix products. A job is (out, a, b) or (out, a, b, add).
 
-    The jobs are cut into blocks, which the cores share. It takes all jobs at once, because each
-    time that the cores begin to work together costs 30 to 70 microseconds.
+        out (m, n) = a (m, k) @ b (k, n), or out += a @ b if add is True
 
-    BLAS could use threads of its own instead. But they wait for each other by spinning, often for
-    one that is not running because another program has its core: then a step takes five times as
-    long. And the last bits would depend on their number, whereas our blocks depend on the shapes
-    alone.
+    The jobs are cut into blocks, which the cores share. All jobs are given at once, because it
+    takes 30 to 70 microseconds each time until the other cores have begun.
+
+    BLAS could use threads of its own instead. But a BLAS thread waits by asking again and again
+    whether the others are done, and keeps its core busy meanwhile. If another program has the core
+    of one of them, a step takes five times as long. And the last bits would depend on the number of
+    threads, whereas our blocks depend on the shapes alone.
     """
     blocks_of_all = [block for job in jobs for block in product_blocks(*job)]
 
@@ -403,13 +408,15 @@ def product_blocks(out, a, b, add=False):
 
     A block is some rows of out, or some columns if there are more of these.
     """
-    # Less than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise there are 2
-    # or 4 blocks: an even number, so that two cores get equal shares, and no more, because BLAS
-    # reads the whole of a or b for each block (8 would cost two cores 5 % of a step).
+    # Less than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise we want 2 or
+    # 4 blocks: an even number, so that two cores get equal shares, and no more, because BLAS reads
+    # the whole of a or b for each block (8 would cost two cores 5 % of a step).
     number = min(4, 1 + out.size * len(b) // 2**21)
     if number > 1:
         number += number % 2
-    if add:  # what is added should still be in the cache, so these blocks are small
+    if add:
+        # A block of a @ b should still be in the cache when it is added. This matters more than the
+        # limit of 4, so there are as many blocks as that takes.
         number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
 
     m, n = out.shape
@@ -457,7 +464,7 @@ def attention_pieces(B, NH, num_queries, T, itemsize):
 
     Heads and sequences do not depend on each other, and write to different places. A piece is some
     sequences with all of their heads or, if that is too much, some heads of one sequence. The size
-    of a piece is that of its largest array, which has ATT_ROWS rows of preatt for each head.
+    of a piece is that of its largest array, which has ATT_ROWS * T numbers for each head.
     """
     bytes_per_head = min(ATT_ROWS, num_queries) * T * itemsize
     if NH * bytes_per_head <= BLOCK_BYTES:
@@ -489,9 +496,9 @@ def attention_forward(out, lse, qkv, NH):
         out[t]        = sum over t2 of att[t, t2] * v[t2]
         lse[t]        = log(sum over t2 of exp(preatt[t, t2]))        "log-sum-exp"
 
-    (A dot product of hs terms of size 1 is about sqrt(hs) large. The division makes up for it, so
-    that the softmax does not give nearly everything to one position.) Or, plainly and for all
-    positions at once,
+    A sum of hs terms of size 1 and random sign is about sqrt(hs) large. The division makes up for
+    it, so that the softmax does not give nearly everything to one position. The same for all
+    positions at once (.mT exchanges the last two axes):
 
         q, k, v = split_qkv(qkv, NH)
         preatt  = q @ k.mT / sqrt(hs), and -inf where t2 > t          (B, NH, T, T)
@@ -655,8 +662,6 @@ def gelu_forward(out, inp):
 
     The last line takes half the time, because exp is a simpler function than tanh. For x below -10,
     exp may overflow to infinity. Then out is 0, as it should be.
-
-    The model calls it in forward_up_to_gelu and in recompute_layer, and gelu_backward in backward.
     """
     with np.errstate(over="ignore"):
         np.multiply(inp, inp, out=out)  # x^2
@@ -867,7 +872,7 @@ def act_shapes(config, B, T, recompute=1, training=True):
         "lnf": (B, T, C),  # the output of the last layernorm
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),  # a piece; logits, probs, dlogits in turn
+        "logits": (1, min(B * T, LOGITS_ROWS), V),  # of some tokens, or see room_for_logits
         "losses": (B, T),
     }
 
@@ -921,7 +926,7 @@ def carve(flat, shapes):
         stop = start + math.prod(shape)
         views[name] = flat[start:stop].reshape(shape)
         start = stop
-    return Views(views)  # a dict is made without __setitem__
+    return Views(views)  # dict() fills itself without calling __setitem__
 
 
 def of_layer(view, l):
@@ -946,8 +951,8 @@ def init_weights(params, seed):
 
     Weights are normal with a standard deviation of 0.02. The two projections into the residual
     stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights of
-    layernorm are 1. Biases are 0, as they are in a new blob. The numbers are NumPy's: another
-    program draws others from the same seed.
+    layernorm are 1. Biases are 0, as they are in a new blob. The random numbers come from NumPy's
+    generator; llm.c and PyTorch draw others from the same seed.
     """
     rng = np.random.default_rng(seed)
     L = len(params["qkvw"])
@@ -968,8 +973,8 @@ def init_weights(params, seed):
 # forward() also takes the first steps back, from the losses to the last layernorm, while the logits
 # are at hand: see classifier.
 #
-# What the header calls x is kept, and so has a name at each place: encoded at first, residual2
-# after the first half of a layer, and residual3 after the second.
+# What the header calls x is not overwritten in place. So it has a name at each place: encoded at
+# first, residual2 after the first half of a layer, and residual3 after the second.
 #
 # Where the time of a step goes (124M, B = 4, T = 64, two cores of an Intel Xeon): of 1119 ms, the
 # matrix products take 758, AdamW 192, attention 49, GELU 48, layernorm 47, everything else 25.
@@ -980,7 +985,7 @@ class GPT2:
 
     config                        GPT2Config
     batch_size, sequence_length   B and T of its batches
-    seed                          of fresh weights; None leaves them zero, to be read from a file
+    seed                          of fresh weights; None leaves them 0, for the caller to fill
     recompute                     0, 1 or 2: see SHARED_BY_LAYERS
     training                      False: a model that generates and validates, without gradients
     dtype                         float32; the tests also use float64
@@ -988,7 +993,8 @@ class GPT2:
     params, grads, m, v, acts are dicts of named views of the array `blob`; section 4 draws it. flat
     is its first part, four rows (with training=False one row, of parameters). An activation of
     shape (1, ...) in place of (L, ...) is shared by the layers, and holds that of the layer that
-    was computed last; recompute=0 shares none. acts["logits"] holds a piece of them, in passing.
+    was computed last; recompute=0 shares none. acts["logits"] is room for the logits of some
+    tokens at a time: see classifier.
 
     One step is forward(), backward(), update(). Several micro-batches make one step if forward()
     and backward() are called for each of them before update(). `stage` says how far the step is:
@@ -1089,7 +1095,7 @@ class GPT2:
         vars(self).update(state)
         self.cut_blob()
 
-    # What one does with a model besides training it. Sections 8 and 10 have the work.
+    # What one does with a model besides training it. Sections 8 and 10 do the work.
 
     @classmethod
     def from_pretrained(
@@ -1174,7 +1180,7 @@ class GPT2:
         inputs, targets (B, T) integers; targets[b, t] is what comes after inputs[b, t]
 
         train        False: for validation, without a backward pass
-        grad_scale   the gradients will be those of loss * grad_scale. It is 1/k where k
+        grad_scale   the gradients will be those of loss * grad_scale. Pass 1/k if k
                      micro-batches make one step
 
         The logits of the batch are not kept; they are acts["lnf"] @ params["wte"].T, (B, T, V).
@@ -1367,7 +1373,7 @@ class GPT2:
     def recompute_layer(self, l, residual):
         """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS.
 
-        residual (B, T, C) is the layer's input. Means and rstds come out as they were.
+        residual (B, T, C) is the layer's input. Means and rstds are computed again, too.
         """
         last = self.config.num_layers - 1
         if l == last:
@@ -1492,10 +1498,14 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
 
     The quotient is near 1 or -1 where the gradient keeps its sign, and near 0 where it fluctuates.
-    So a parameter moves by at most about learning_rate, however large its gradients are. m and v
-    start at 0 and are too small at first; c1 = 1 - beta1^step and c2 = 1 - beta2^step make up for
-    it. decay is learning_rate * weight_decay. It is no part of g, and so is not divided by sqrt(v):
-    that is the W of AdamW.
+    So a parameter usually moves by no more than learning_rate, however large its gradients are. eps
+    keeps the quotient finite where v is 0.
+
+    m is a weighted sum of all gradients so far. Since it starts at 0, its weights do not add up to
+    1 but to c1 = 1 - beta1^step, so it is divided by c1; likewise v by c2 = 1 - beta2^step.
+
+    decay is learning_rate * weight_decay. It is not added to g, and so is not divided by sqrt(v).
+    In this AdamW (W for weight decay) differs from Adam.
 
     c1 and c2 are numbers, while m and v are arrays. We multiply numerator and denominator by
     sqrt(c2), and get a formula with two fewer passes over memory:
@@ -1538,7 +1548,7 @@ class DataLoader:
 
     A shard is cut into windows of T tokens, and a batch is B windows. position is what the next
     batch depends on: [shard, offset, epoch], where offset counts the tokens seen of this shard.
-    Windows at the end of a shard that do not fill a batch are left out.
+    The last windows in this order are left out if they do not fill a batch.
     """
 
     def __init__(self, shards, B, T, shuffle_seed=None):
@@ -1607,7 +1617,7 @@ def learning_rate_at(step, num_iterations, peak, warmup_iters=0, final_frac=1.0)
     """The learning rate of the next update, when `step` of num_iterations updates are done.
 
     It rises to its peak in a straight line over warmup_iters updates. From there, half a period of
-    a cosine takes it down to final_frac * peak (Loshchilov & Hutter, 2016).
+    a cosine takes it down towards final_frac * peak (Loshchilov & Hutter, 2016).
     """
     if step < warmup_iters:
         return peak * (step + 1) / warmup_iters
@@ -1680,12 +1690,12 @@ def continuation_losses(model, context, continuations):
     """GPT2.token_losses, whose arguments are described there.
 
     A second model computes them. It has the parameters of the first, no gradients, and room for one
-    sequence of max_seq_len tokens, which may be more than the first one has. And what the first one
-    holds, activations or a generator's keys, stays as it is.
+    sequence of max_seq_len tokens, which may be more than the first one has. The activations of the
+    first, and a generator's keys in them, are left alone.
 
-    The first continuation is read together with the context, whose keys and values are then there.
-    Each later one is read together with the last token of the context alone, and takes the place of
-    the continuation before it.
+    The first continuation is read together with the context, whose keys and values then stay in the
+    reader's acts["qkv"]. Each later one is read together with the last token of the context alone,
+    and takes the place of the continuation before it.
     """
     longest = len(context) + max(map(len, continuations), default=0)
     most = model.config.max_seq_len + 1  # nothing is predicted from the last token
@@ -1695,18 +1705,19 @@ def continuation_losses(model, context, continuations):
         model.reader = GPT2(
             model.config, 1, model.config.max_seq_len, None, training=False, dtype=model.blob.dtype
         )
-        model.reader.params = model.params  # its own are pages of zeros, which take no memory
+        model.reader.params = model.params  # its own were never written to, and so take no memory
     reader = model.reader
 
     start = 0
-    lnfs = [np.empty((1, 0, model.config.channels), model.blob.dtype)]  # if there are none
+    # An empty part comes first, here and in targets, in case there are no continuations at all.
+    lnfs = [np.empty((1, 0, model.config.channels), model.blob.dtype)]
     for tokens in continuations:
         inputs = np.concatenate([context, tokens])[start:-1]
         lnf = reader.forward_tokens(inputs[None, :], start)
         lnfs.append(lnf[:, -len(tokens) :].copy())
         start = len(context) - 1  # the last token of the context predicts the first one behind it
 
-    # The classifier's large matrix is read once for all continuations.
+    # The classifier reads its large matrix once for up to 256 tokens, whichever they belong to.
     lnf = np.concatenate(lnfs, axis=1)
     targets = np.concatenate([context[:0], *continuations])[None, :]
     losses = np.empty(targets.shape, lnf.dtype)
