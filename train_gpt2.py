@@ -1098,9 +1098,7 @@ class GPT2:
     # What one does with a model besides training it. Sections 8 and 10 do the work.
 
     @classmethod
-    def from_pretrained(
-        cls, source, batch_size=4, sequence_length=64, recompute=1, training=True
-    ):
+    def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1, training=True):
         """A model with weights from outside.
 
         source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a folder of Hugging Face's; a
@@ -2797,9 +2795,7 @@ def sample_aloud(run):
     """Print a sample, if the model's tokens are known and no signal has come."""
     if run.tokenizer and not run.world.stopped:
         print_now("--- sample")
-        print_sample(
-            run.args, run.model, run.tokenizer, run.step, run.world.stopped, print_now
-        )
+        print_sample(run.args, run.model, run.tokenizer, run.step, run.world.stopped, print_now)
 
 
 def print_sample(args, model, tokens, step, stopped, show):
@@ -3671,9 +3667,7 @@ def run_command(named, world):
     path = os.path.join(folder, "main.log") if folder and world.rank == 0 else None
     log = Log(path, old_lines(folder, step) if saved else [])
     shared = world.share_model(model)
-    run = Run(
-        args, world, shared, loader, val_loader, data, tokens, examples, log, step, saved
-    )
+    run = Run(args, world, shared, loader, val_loader, data, tokens, examples, log, step, saved)
     if args.warmup_iters > args.num_iterations:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
     try:
