@@ -65,7 +65,6 @@ number, such as the learning rate, is a Python float, which is rounded where it 
 import functools
 import itertools
 import math
-import os
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
@@ -181,8 +180,8 @@ BLOCK_BYTES = 1024 * 1024
 def blocks(n, nbytes):
     """n things of nbytes each, cut into blocks of about BLOCK_BYTES: a list of slices.
 
-    If they take more than BLOCK_BYTES / 2 in all, the number of blocks is even, so that two cores
-    get equal shares.
+    If they take more than BLOCK_BYTES / 2 in all, the number of blocks is even (unless n is
+    smaller), so that two cores get equal shares.
     """
     number = math.ceil(n * nbytes / BLOCK_BYTES)
     if n * nbytes > BLOCK_BYTES / 2:
@@ -341,9 +340,9 @@ def matmul_forward(out, inp, weight, bias=None):
     library that multiplies matrices for NumPy, reads it as it is, and nothing is copied.
     """
     if len(rows_of(inp)) == 1:
-        # One token, in generation. Most of its products take some 0.1 ms. To start our threads
-        # would cost about as much as they save; BLAS's own, which `products` does without, start
-        # sooner: 80 tokens a second instead of 60.
+        # One token: in generation, nearly always. Most of its products take some 0.1 ms. To start
+        # our threads would cost about as much as they save; BLAS's own, which `products` does
+        # without, start sooner: 80 tokens a second instead of 60.
         np.matmul(rows_of(inp), weight.T, out=rows_of(out))
     else:
         products((rows_of(out), rows_of(inp), weight.T))
@@ -408,7 +407,7 @@ def product_blocks(out, a, b, add=False):
 
     A block is some rows of out, or some columns if there are more of these.
     """
-    # Less than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise we want 2 or
+    # Fewer than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise we want 2 or
     # 4 blocks: an even number, so that two cores get equal shares, and no more, because BLAS reads
     # the whole of a or b for each block (8 would cost two cores 5 % of a step).
     number = min(4, 1 + out.size * len(b) // 2**21)
@@ -464,7 +463,8 @@ def attention_pieces(B, NH, num_queries, T, itemsize):
 
     Heads and sequences do not depend on each other, and write to different places. A piece is some
     sequences with all of their heads or, if that is too much, some heads of one sequence. The size
-    of a piece is that of its largest array, which has ATT_ROWS * T numbers for each head.
+    of a piece is that of its largest array, which has at most ATT_ROWS * T numbers for each head;
+    BLOCK_BYTES is the limit.
     """
     bytes_per_head = min(ATT_ROWS, num_queries) * T * itemsize
     if NH * bytes_per_head <= BLOCK_BYTES:
@@ -653,7 +653,7 @@ def gelu_forward(out, inp):
     """Keep large numbers and turn very negative ones into 0, smoothly. out, inp (B, T, 4C).
 
     GELU (Hendrycks & Gimpel, 2016) is x * Phi(x), where Phi(x) is the probability that a number of
-    the standard normal distribution is below x. GPT-2 has 0.5 * (1 + tanh(u)) in place of Phi(x),
+    the standard normal distribution is below x. In place of Phi(x), GPT-2 has 0.5 * (1 + tanh(u)),
     which is close to it. For each number x by itself, with s = sqrt(2 / pi):
 
         u   = s * (x + 0.044715 * x^3)
@@ -790,8 +790,8 @@ class GPT2Config:
 #     | <---- flat: four rows of equal length ------------> | activations     | work space of   |
 #     |                                                     |                 | backward        |
 #
-# Logits and gradients share memory in the first forward pass of a step, when backward has written
-# no gradients yet: see room_for_logits.
+# Logits and gradients share memory in the first forward pass of a step, before backward has written
+# any gradients: see room_for_logits.
 #
 # A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
 # checkpoints and the coverage of the tests follow from the two tables below.
@@ -937,7 +937,7 @@ def of_layer(view, l):
 def layer(views, l, index=...):
     """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3].
 
-    index   of activations (B, T, ...), an index into B and T; by default ..., all of them
+    index   for activations (B, T, ...): which b and t to take; the default, `...`, takes all
     """
     found = SimpleNamespace()
     for name, view in views.items():
@@ -970,8 +970,8 @@ def init_weights(params, seed):
 # --------------------------------------------------------------------------------------------------
 # 5. The model forward: a line or two for each layer
 #
-# forward() also takes the first steps back, from the losses to the last layernorm, while the logits
-# are at hand: see classifier.
+# forward() also takes the first steps back, from the losses to the output of the last layernorm,
+# while the logits are at hand: see classifier.
 #
 # What the header calls x is not overwritten in place. So it has a name at each place: encoded at
 # first, residual2 after the first half of a layer, and residual3 after the second.
@@ -1011,7 +1011,8 @@ class GPT2:
     """
 
     # For each call: the stages in which it is allowed, and the stage to which each of them leads.
-    # forward() takes two of these steps: as another forward pass, and then as forward().
+    # forward() takes two of these steps: as another forward pass and, if train is True, as
+    # forward().
     NEXT_STAGE = {
         # Any pass through the layers, also for validation or generation, overwrites the activations
         # that a waiting backward() needs. If a first forward waits, it is dropped: the next one
@@ -1101,8 +1102,8 @@ class GPT2:
     def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1, training=True):
         """A model with weights from outside.
 
-        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a folder of Hugging Face's; a
-        .safetensors file; or a .bin file of llm.c's. Errors: InputError, OSError.
+        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; a
+        .safetensors file; or an llm.c .bin file. Errors: InputError, OSError.
         """
         return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
 
@@ -1205,7 +1206,7 @@ class GPT2:
         self.advance("forward()")
         self.interrupted = "forward()"  # until the classifier has written its gradients
         self.classifier(losses, lnf, targets, dloss=grad_scale / targets.size, add=add)
-        self.inputs = inputs.copy()  # the caller may use his array for something else
+        self.inputs = inputs.copy()  # the caller may reuse its array
         self.interrupted = None
         return float(losses.mean())
 
@@ -1502,8 +1503,8 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     m is a weighted sum of all gradients so far. Since it starts at 0, its weights do not add up to
     1 but to c1 = 1 - beta1^step, so it is divided by c1; likewise v by c2 = 1 - beta2^step.
 
-    decay is learning_rate * weight_decay. It is not added to g, and so is not divided by sqrt(v).
-    In this AdamW (W for weight decay) differs from Adam.
+    decay is learning_rate * weight_decay. The term weight_decay * p is not added to g, as it is in
+    Adam with an L2 penalty, and so is not divided by sqrt(v). This is the W, for weight decay.
 
     c1 and c2 are numbers, while m and v are arrays. We multiply numerator and denominator by
     sqrt(c2), and get a formula with two fewer passes over memory:
@@ -1773,6 +1774,7 @@ import ctypes
 import difflib
 import glob
 import json
+import os
 import queue
 import re
 import shlex
