@@ -12,11 +12,11 @@ then agree with it, number for number. The order is that of the trainer's sectio
     layers        each forward and backward pass, in float64 to 1e-10 and in float32 to 1e-5
     memory        where the tensors lie in the blob, and which of them the layers share
     whole model   every tensor of the two tables; one that no test compares is a failure
-    protocol      forward, backward and update in the right order and in a wrong one
+    protocol      forward, backward and update in order, in a wrong order, and interrupted
     AdamW         ten steps beside torch.optim.AdamW, with all that a real run has
     promises      micro-batches, the same bits for any number of threads, no memory beyond the blob
 
-What else there is to a model, such as batches, generation and interrupted calls, is in tests/.
+What else there is to a model, such as batches and generation, is in tests/.
 
 Where PyTorch is not needed, a case is worked out by hand or compared with differences. An error is
 relative and by norm, for a whole tensor: |ours - truth| / |truth|. All parameters are random: with
@@ -1224,6 +1224,74 @@ def test_the_stages_are_those_that_the_class_describes():
         "no gradients", "first forward", "gradients", "later forward",
         "gradients", "gradients", "no gradients",
     ]  # fmt: skip
+
+
+def interrupt(patch, function, number):
+    """Ctrl-C comes in the call of this number of one of the trainer's functions."""
+    original = getattr(gpt2, function)
+    calls = iter(range(1, number))
+
+    def interrupted(*args):
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    patch.setattr(gpt2, function, interrupted)
+
+
+@pytest.mark.parametrize(
+    "story, call, function, number",
+    [
+        ("forward1", "backward", "layernorm_backward", 1),
+        ("forward1", "backward", "attention_backward", 2),
+        ("forward1", "backward", "encoder_backward", 1),
+        ("forward1 backward forward2", "backward", "gelu_backward", 1),
+        ("forward1 backward", "forward2", "matmul_backward", 1),
+        ("", "forward1", "matmul_backward", 1),
+        ("", "forward1", "crossentropy_softmax_backward", 1),
+        ("forward1 backward", "update", "adamw", 1),
+        ("forward1 backward", "update", "adamw", 3),
+    ],
+)
+def test_gradients_that_an_interrupted_call_left_are_not_used(
+    story, call, function, number, monkeypatch
+):
+    """They are incomplete. zero_grad() forgets them, and all is well."""
+    monkeypatch.setattr(gpt2, "ADAMW_CHUNK", 1000)
+    model = told(story)
+    with monkeypatch.context() as patch:
+        interrupt(patch, function, number)
+        with pytest.raises(KeyboardInterrupt):
+            CALLS[call](model)
+    for word in ("backward", "update", "norm", "forward2", "validate", "generate"):
+        assert_refused(model, word, "interrupted")
+    told("zero forward2 backward", model)
+    assert_same_bits(model.grads, told("forward2 backward").grads)
+
+
+@pytest.mark.parametrize(
+    "story, call, function, number, then, same_as",
+    [
+        ("", "forward1", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
+        ("", "validate", "crossentropy_softmax_forward", 1, "forward2 backward",
+         "forward2 backward"),
+        ("forward1", "forward2", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
+        ("forward1 backward", "validate", "crossentropy_softmax_forward", 1, "",
+         "forward1 backward"),
+        ("forward1 backward", "forward2", "gelu_forward", 2, "forward2 backward",
+         "forward1 backward forward2 backward"),
+    ],
+)  # fmt: skip
+def test_an_interrupted_call_that_has_spoilt_nothing_may_be_repeated(
+    story, call, function, number, then, same_as, monkeypatch
+):
+    model = told(story)
+    with monkeypatch.context() as patch:
+        interrupt(patch, function, number)
+        with pytest.raises(KeyboardInterrupt):
+            CALLS[call](model)
+    told(then, model)
+    assert_same_bits(model.grads, told(same_as).grads)
 
 
 # --------------------------------------------------------------------------------------------------

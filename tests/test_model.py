@@ -1,6 +1,6 @@
-"""What can go wrong between a model and its user: interrupted calls, wrong batches, copies, types.
+"""What can go wrong between a model and its user: wrong batches, copies, types.
 
-The calls in their order are proved in test_gpt2.py, which also tells stories in words: see CALLS.
+The calls in their order, and interrupted ones, are proved in test_gpt2.py.
 """
 
 import copy
@@ -15,10 +15,8 @@ import train_gpt2 as gpt2
 from test_gpt2 import (
     BATCHES,
     BOTH_FLOATS,
-    CALLS,
     EVERY_LAYOUT,
     LAYOUTS,
-    assert_refused,
     assert_same_bits,
     random_model,
     random_tokens,
@@ -26,74 +24,6 @@ from test_gpt2 import (
     train_steps,
 )
 from train_gpt2 import InputError
-
-
-def interrupt(patch, function, number):
-    """Ctrl-C comes in the call of this number of one of the trainer's functions."""
-    original = getattr(gpt2, function)
-    calls = iter(range(1, number))
-
-    def interrupted(*args):
-        if next(calls, None) is None:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    patch.setattr(gpt2, function, interrupted)
-
-
-@pytest.mark.parametrize(
-    "story, call, function, number",
-    [
-        ("forward1", "backward", "layernorm_backward", 1),
-        ("forward1", "backward", "attention_backward", 2),
-        ("forward1", "backward", "encoder_backward", 1),
-        ("forward1 backward forward2", "backward", "gelu_backward", 1),
-        ("forward1 backward", "forward2", "matmul_backward", 1),
-        ("", "forward1", "matmul_backward", 1),
-        ("", "forward1", "crossentropy_softmax_backward", 1),
-        ("forward1 backward", "update", "adamw", 1),
-        ("forward1 backward", "update", "adamw", 3),
-    ],
-)
-def test_gradients_that_an_interrupted_call_left_are_not_used(
-    story, call, function, number, monkeypatch
-):
-    """They are incomplete. zero_grad() forgets them, and all is well."""
-    monkeypatch.setattr(gpt2, "ADAMW_CHUNK", 1000)
-    model = told(story)
-    with monkeypatch.context() as patch:
-        interrupt(patch, function, number)
-        with pytest.raises(KeyboardInterrupt):
-            CALLS[call](model)
-    for word in ("backward", "update", "norm", "forward2", "validate", "generate"):
-        assert_refused(model, word, "interrupted")
-    told("zero forward2 backward", model)
-    assert_same_bits(model.grads, told("forward2 backward").grads)
-
-
-@pytest.mark.parametrize(
-    "story, call, function, number, then, same_as",
-    [
-        ("", "forward1", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
-        ("", "validate", "crossentropy_softmax_forward", 1, "forward2 backward",
-         "forward2 backward"),
-        ("forward1", "forward2", "gelu_forward", 1, "forward2 backward", "forward2 backward"),
-        ("forward1 backward", "validate", "crossentropy_softmax_forward", 1, "",
-         "forward1 backward"),
-        ("forward1 backward", "forward2", "gelu_forward", 2, "forward2 backward",
-         "forward1 backward forward2 backward"),
-    ],
-)  # fmt: skip
-def test_an_interrupted_call_that_has_spoilt_nothing_may_be_repeated(
-    story, call, function, number, then, same_as, monkeypatch
-):
-    model = told(story)
-    with monkeypatch.context() as patch:
-        interrupt(patch, function, number)
-        with pytest.raises(KeyboardInterrupt):
-            CALLS[call](model)
-    told(then, model)
-    assert_same_bits(model.grads, told(same_as).grads)
 
 
 @pytest.mark.parametrize("bad", [-1, 53, 1 << 40])
