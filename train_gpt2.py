@@ -976,8 +976,8 @@ def init_weights(params, seed):
 # What the header calls x is not overwritten in place. So it has a name at each place: encoded at
 # first, residual2 after the first half of a layer, and residual3 after the second.
 #
-# Where the time of a step goes (124M, B = 4, T = 64, two cores of an AMD EPYC with AVX2): of 1903 ms,
-# the matrix products take 1486, AdamW 203, GELU 74, attention 57, layernorm 50, all else 33.
+# Where the time of a step goes (124M, B = 4, T = 64, two cores of an AMD EPYC with AVX2): of 1903
+# ms, the matrix products take 1486, AdamW 203, GELU 74, attention 57, layernorm 50, all else 33.
 
 
 class GPT2:

@@ -263,7 +263,7 @@ def test_gpt2s_tokenizer_spells_what_gpt2s_tokens_mean(tmp_path, monkeypatch):
     version, eot, tokens = read_tokenizer_file(tmp_path / "t.bin")
     assert (version, eot, len(tokens)) == (2, 50256, 50257)
     assert (tokens[31373], tokens[995], tokens[eot]) == (b"hello", b" world", b"<|endoftext|>")
-    text = "First Citizen:\nBefore we proceed any further, hear me speak. Ünïcödé \u2028 \U0001f3ad"
+    text = "First Citizen:\nBefore we proceed any further, hear me. Ünïcödé \u2028 \U0001f3ad"
     assert b"".join(tokens[i] for i in encoding.encode_ordinary(text)).decode() == text
 
 
