@@ -463,8 +463,8 @@ def attention_pieces(B, NH, num_queries, T, itemsize):
 
     Heads and sequences do not depend on each other, and write to different places. A piece is some
     sequences with all of their heads or, if that is too much, some heads of one sequence. The size
-    of a piece is that of its largest array, which has at most ATT_ROWS * T numbers for each head;
-    BLOCK_BYTES is the limit.
+    of a piece is counted as that of preatt, at most ATT_ROWS * T numbers for each head. It is about
+    BLOCK_BYTES at most.
     """
     bytes_per_head = min(ATT_ROWS, num_queries) * T * itemsize
     if NH * bytes_per_head <= BLOCK_BYTES:
@@ -1088,7 +1088,9 @@ class GPT2:
         self.reader = None  # a second model with the same params: see continuation_losses
 
     def __getstate__(self):
-        """For copy and pickle: all but the views, which would not be parts of the copied blob."""
+        """For copy and pickle: all but what cut_blob makes. Copied views would not be parts of the
+        copied blob.
+        """
         left_out = {"flat", "params", "grads", "m", "v", "acts", "keys_owner", "reader"}
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
@@ -1496,7 +1498,7 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         v = beta2 * v + (1 - beta2) * g^2            the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
 
-    The quotient is near 1 or -1 where the gradient keeps its sign, and near 0 where it fluctuates.
+    The quotient is near 1 or -1 while the gradient is steady, and near 0 where its sign varies.
     So a parameter usually moves by no more than learning_rate, however large its gradients are. eps
     keeps the quotient finite where v is 0.
 
