@@ -660,8 +660,8 @@ def gelu_forward(out, inp):
         out = x * 0.5 * (1 + tanh(u))
             = x / (1 + exp(-2u))              since tanh(u) = (1 - exp(-2u)) / (1 + exp(-2u))
 
-    The last line takes half the time, because exp is a simpler function than tanh. For x below -10,
-    exp may overflow to infinity. Then out is 0, as it should be.
+    The last line is computed, since exp takes half the time of tanh where there is no AVX-512. For
+    x below -10, exp may overflow to infinity. Then out is 0, as it should be.
     """
     with np.errstate(over="ignore"):
         np.multiply(inp, inp, out=out)  # x^2
