@@ -1771,6 +1771,7 @@ def sample(logits, temperature, top_k, rng):
 
 import argparse
 import codecs
+import collections
 import contextlib
 import ctypes
 import difflib
@@ -1782,6 +1783,7 @@ import re
 import shlex
 import signal
 import stat
+import statistics
 import sys
 import threading
 import time
@@ -2629,8 +2631,11 @@ GPT2LMHeadModel.from_pretrained({folder!r}).generate(ids) with ids from tiktoken
 """
 
 
-def save_huggingface(folder, config, params):
-    """GPT2.save_pretrained: config.json, generation_config.json, README.md, model.safetensors."""
+def save_huggingface(folder, config, params, metadata=()):
+    """GPT2.save_pretrained: config.json, generation_config.json, README.md, model.safetensors.
+
+    metadata   more for the last of them, {name: text}
+    """
     V = config.vocab_size
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if is_gpt2s(V) else None)
     description = {
@@ -2662,7 +2667,7 @@ def save_huggingface(folder, config, params):
             with atomic_write(path) as file:
                 file.write(text.encode(errors="surrogateescape"))
     path = os.path.join(folder, "model.safetensors")
-    metadata = {"format": "pt", "n_head": str(config.num_heads)}
+    metadata = {"format": "pt", "n_head": str(config.num_heads), **dict(metadata)}
     write_safetensors(path, huggingface_tensors(params), metadata)
 
 
@@ -2699,47 +2704,73 @@ class Run:
 
 def train(run):
     """Evaluate, save, update and log. Returns False if a signal came before all was done."""
-    args, model, stopped = run.args, run.model, run.world.stopped
+    args, stopped = run.args, run.world.stopped
     micro_batches = count_micro_batches(args, run.world.size)
-    first_step, began, seconds = run.step, time.perf_counter(), None
+    first_step, began, clock = run.step, time.perf_counter(), Clock(args)
 
     while True:
         last = run.step >= args.num_iterations
         if is_due(run.step, args.val_loss_every, last):
-            validate(run)
-            score_hellaswag(run)
+            with clock.timing("validation"):
+                validate(run)
+                score_hellaswag(run)
         if run.step > 0 and is_due(run.step, args.sample_every, last):
-            sample_aloud(run)
+            with clock.timing("sample"):
+                sample_aloud(run)
+        run.log.write()
 
         stop = bool(stopped)  # asked once, because a signal may come at any moment
         if last or stop or run.step > 0 and is_due(run.step, args.checkpoint_every):
-            save(run)
+            with clock.timing("checkpoint"):
+                save(run)
         if last or stop:
             break
-
-        started = time.perf_counter()
-        learning_rate = learning_rate_at(
-            run.step, args.num_iterations, args.learning_rate,
-            args.warmup_iters, args.learning_rate_decay_frac,
-        )  # fmt: skip
-        with Progress(f"step {run.step + 1}", seconds):
-            loss, norm = train_step(
-                model, run.loader, micro_batches,
-                learning_rate, args.weight_decay, args.grad_clip,
-            )  # fmt: skip
-        seconds = time.perf_counter() - started
-
-        run.step += 1
-        run.log.add(run.step, "trl", loss)
-        print_now(
-            f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
-            f"lr {learning_rate:.2e}, {seconds * 1e3:.0f} ms, "
-            f"{args.total_batch_size / seconds:.0f} tok/s)"
-        )
+        update_until_due(run, clock, micro_batches, first_step)
 
     complete = not stop
     finish(run, complete, run.step - first_step, time.perf_counter() - began)
     return complete
+
+
+def update_until_due(run, clock, micro_batches, first_step):
+    """Make updates until there is something to print or to do, and print how the last one went."""
+    args, stopped = run.args, run.world.stopped
+    pauses = lines_every(args), args.val_loss_every, args.sample_every, args.checkpoint_every
+
+    with Progress("") as progress:
+        while True:
+            progress.what = f"step {run.step + 1}/{args.num_iterations}{clock.left(run.step)}"
+            learning_rate = learning_rate_at(
+                run.step, args.num_iterations, args.learning_rate,
+                args.warmup_iters, args.learning_rate_decay_frac,
+            )  # fmt: skip
+            with clock.timing("update"):
+                loss, norm = train_step(
+                    run.model, run.loader, micro_batches,
+                    learning_rate, args.weight_decay, args.grad_clip,
+                )  # fmt: skip
+            run.step += 1
+            seconds = clock.seconds["update"][-1]
+            run.log.add(
+                run.step, train_loss=loss, norm=norm, lr=learning_rate,
+                ms=seconds * 1e3, tokens_per_second=args.total_batch_size / seconds,
+            )  # fmt: skip
+
+            ends = run.step in (first_step + 1, args.num_iterations) or stopped
+            if ends or any(is_due(run.step, every) for every in pauses):
+                break
+            run.log.write()
+
+    print_now(
+        f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
+        f"lr {learning_rate:.1e}, {seconds * 1e3:.0f} ms{clock.left(run.step)})"
+    )
+
+
+def lines_every(args):
+    """Updates between two printed lines: --log_every, or 1, 2, 5, 10, ... for 40 to 100 lines."""
+    numbers = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return args.log_every or next(n for n in numbers if args.num_iterations <= 100 * n)
 
 
 def is_due(step, every, last=False):
@@ -2762,23 +2793,143 @@ def count_micro_batches(args, size):
     return args.total_batch_size // tokens
 
 
+class Clock:
+    """How long the parts of a run have taken, and so how long the rest of it will take."""
+
+    def __init__(self, args):
+        self.last_step = args.num_iterations
+        self.every = {
+            "update": 1,
+            "validation": args.val_loss_every,
+            "sample": args.sample_every,
+            "checkpoint": args.checkpoint_every,
+        }
+        self.seconds = {part: collections.deque(maxlen=25) for part in self.every}
+
+    @contextlib.contextmanager
+    def timing(self, part):
+        """Time a part of the run."""
+        started = time.perf_counter()
+        yield
+        self.seconds[part].append(time.perf_counter() - started)
+
+    def left(self, step):
+        """What to add to a line: ", 0:59 left", or "" before the first update."""
+        if not self.seconds["update"]:
+            return ""
+        minutes, seconds = divmod(round(self.seconds_left(step)), 60)
+        hours, minutes = divmod(minutes, 60)
+        time_left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return f", {time_left} left"
+
+    def seconds_left(self, step):
+        """The time from when the update of this number is done to the end of the run.
+
+        A part takes the median of its last times. One that has not come yet counts as nothing.
+        """
+        left = 0.0
+        for part, every in self.every.items():
+            if self.seconds[part]:
+                last = self.last_step
+                number = last // every - (step - 1) // every if every else 0
+                number += 1 if every == 0 or last % every else 0  # each comes once more at the end
+                number -= 1 if part == "update" else 0  # that of this step is done
+                left += number * statistics.median(self.seconds[part])
+        return left
+
+
+def describe(run):
+    """Print what the run is, and what is normal for it."""
+    args = run.args
+    updates, tokens = args.num_iterations, args.total_batch_size
+    epochs = updates * tokens / sum(n for n, _ in run.data["training"])
+    print_now(f"run: {updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs")
+
+    fresh = args.model in (*FRESH, "bytes")
+    V = run.model.config.vocab_size
+    if fresh and run.step == 0:
+        print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
+    if epochs > 10 and run.val_loader and not args.overfit_single_batch:
+        best = best_folder(args.output_dir) if args.output_dir else "the folder of --output_dir"
+        print_now(f"it may learn so small a text by heart; the best weights are kept in {best}")
+    if args.warmup_iters > updates:
+        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
+
+
+VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
+
+
+def val_passages(run):
+    """How many passages of T tokens a validation reads: by default the same for any B."""
+    B, T = run.args.batch_size, run.args.sequence_length
+    if run.args.val_max_steps:
+        return run.args.val_max_steps * B * run.world.size
+    wanted = max(5, VAL_TOKENS.get(run.model.config.vocab_size, 1280) // T)
+    in_whole_batches = sum((n - 1) // T // B * B for n, _ in run.data["validation"])
+    return min(wanted, in_whole_batches)
+
+
 def validate(run):
-    """Print the mean loss of the first val_max_steps batches of the validation data."""
-    steps = run.args.val_max_steps
+    """Print the mean loss of the first passages of the validation data."""
+    model, world = run.model, run.world
+    B, T = model.acts["losses"].shape
+    passages = val_passages(run)
+    steps = math.ceil(passages / (B * world.size))
     run.val_loader.seek([0, 0, 0])
-    loss = 0.0
+    total = 0.0
     with Progress("validating") as progress:
         for i in range(steps):
-            if run.world.stopped:
+            if world.stopped:
                 return
-            inputs, targets = run.val_loader.next_batch()
-            loss += run.model.forward(inputs, targets, train=False) / steps
+            model.forward(*run.val_loader.next_batch(), train=False)
+            before = B * (i * world.size + world.rank)  # passages that were read before this batch
+            wanted = model.acts["losses"][: max(0, passages - before)]
+            total += float(wanted.sum(dtype=np.float64))
             progress.done = (i + 1) / steps
 
+    loss = sum(world.gathered(total, "the validation loss")) / (passages * T)
     if not math.isfinite(loss):
         raise FloatingPointError(f"the validation loss is {loss}")
     print_now(f"val loss {loss:.6f}")
-    run.log.add(run.step, "tel", loss)
+    run.log.add(run.step, val_loss=loss, val_tokens=passages * T)
+    if run.args.output_dir and run.step > 0 and world.rank == 0:
+        keep_best(run, loss, passages * T)
+
+
+def best_folder(output_dir):
+    """Where the weights with the least validation loss are."""
+    return os.path.join(output_dir, "best")
+
+
+class Best(NamedTuple):
+    """What the best weights of a run are: the metadata of DIR/best/model.safetensors."""
+
+    step: int
+    val_loss: float
+    val_tokens: int  # on which val_loss rests
+
+
+def read_best(output_dir):
+    """The Best in a folder, or None."""
+    path = os.path.join(best_folder(output_dir), "model.safetensors")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        _, metadata = read_safetensors(path)
+        return Best(*[kind(metadata[name]) for name, kind in Best.__annotations__.items()])
+    return None
+
+
+def keep_best(run, loss, tokens):
+    """Write the weights to DIR/best, if their validation loss is less than that of those there."""
+    found = read_best(run.args.output_dir)
+    if found and found.val_tokens == tokens and found.val_loss <= loss:
+        return
+    metadata = {name: str(value) for name, value in Best(run.step, loss, tokens)._asdict().items()}
+    folder = best_folder(run.args.output_dir)
+    try:
+        with Progress(f"saving to {folder}"):
+            save_huggingface(folder, run.model.config, run.model.params, metadata)
+    except OSError as error:
+        print_now(f"can't keep the best weights: {error}")
 
 
 def score_hellaswag(run):
@@ -2792,7 +2943,7 @@ def score_hellaswag(run):
         score, line = hellaswag.score(run.model, run.examples, stopped, progress)
     print_now(line)
     if score is not None:
-        run.log.add(run.step, "eval", score)
+        run.log.add(run.step, eval=score)
 
 
 def sample_aloud(run):
@@ -2850,12 +3001,20 @@ def finish(run, complete, updates, seconds):
     if not run.log.write():
         missing.append("the last lines of main.log")
 
+    losses = {"train": run.log.values("train_loss"), "val": run.log.values("val_loss")}
+    for name, values in losses.items():
+        if values:
+            print_now(f"{name:5} loss {values[0]:7.4f} {sparkline(values)} {values[-1]:.4f}")
+    best = read_best(folder) if folder else None
+    if best:
+        print_now(
+            f"best val loss {best.val_loss:.4f} at update {best.step} of {args.num_iterations}, "
+            f"on {best.val_tokens:,} tokens, in {best_folder(folder)}"
+        )
+
     summary = [f"{run.step} updates"]
-    for kind, name in (("trl", "train"), ("tel", "val")):
-        losses = run.log.values(kind)
-        if losses:
-            curve = sparkline(losses)
-            summary.append(f"{name} loss {losses[0]:.4f} -> {losses[-1]:.4f} {curve}")
+    if losses["train"]:
+        summary.append(f"train loss {losses['train'][0]:.4f} -> {losses['train'][-1]:.4f}")
     tokens_per_second = updates * args.total_batch_size / seconds
     summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
     go_on = f"go on with {shlex.join(['--output_dir', folder, '--resume', '1'])}"
@@ -2904,58 +3063,77 @@ class FirstBatch:
 
 
 class Log:
-    """main.log, in llm.c's format: a line for each loss, s:STEP KIND:VALUE.
+    """What is known of each step, in two files: main.jsonl, and main.log in llm.c's format.
 
-    kind: trl is a training loss, tel a validation loss, eval the acc_norm of HellaSwag. The file is
-    begun anew with the lines of the run so far, and then appended to. What can't be written now is
-    written with the next line. Without a path there are lines and no file.
+    An entry is a dict of numbers: a step, and what was added to it until it was written. The files
+    are begun anew with the entries of the run so far, and then appended to. What can't be written
+    now is written with the next entry. Without a folder there are entries and no files.
     """
 
-    def __init__(self, path, lines=()):
-        self.path = path
-        self.lines = list(lines)
-        self.written = 0  # how many of them are in the file
-        if path:
+    def __init__(self, folder, entries=()):
+        self.entries = list(entries)
+        self.written = {}  # how many of them are in each file
+        for name in ("main.log", "main.jsonl") if folder else ():
+            path = os.path.join(folder, name)
             with atomic_write(path) as file:
-                file.write(self.missing())
-            self.written = len(self.lines)
+                file.write(log_lines(path, self.entries))
+            self.written[path] = len(self.entries)
 
-    def missing(self):
-        """The lines that the file lacks, as bytes."""
-        return "".join(f"{line}\n" for line in self.lines[self.written :]).encode()
+    def add(self, step, **values):
+        """Add values to a step's entry, unless they are there: whoever resumes evaluates again."""
+        new = {name: value for name, value in values.items() if not self.has(step, name)}
+        in_files = max(self.written.values(), default=0)
+        if len(self.entries) > in_files and self.entries[-1]["step"] == step:
+            self.entries[-1] |= new
+        elif new:
+            self.entries.append({"step": step} | new)
 
-    def add(self, step, kind, value):
-        """Add a line, unless it is there: whoever resumes a run evaluates again."""
-        if not self.has(step, kind):
-            self.lines.append(f"s:{step} {kind}:{value:.4f}")
-            self.write()
+    def has(self, step, name):
+        """Whether there is such a value of the newest step, which has at most two entries."""
+        return any(entry["step"] == step and name in entry for entry in self.entries[-2:])
 
-    def has(self, step, kind):
-        """Whether there is a line of that kind for the newest step, which has at most three."""
-        return any(line.startswith(f"s:{step} {kind}:") for line in self.lines[-3:])
-
-    def values(self, kind):
-        """The values of all lines of a kind."""
-        return [float(line.split(":")[2]) for line in self.lines if f" {kind}:" in line]
+    def values(self, name):
+        """The values of this name, of all entries that have one."""
+        return [entry[name] for entry in self.entries if name in entry]
 
     def write(self):
-        """Append what the file lacks. Returns False if that can't be done now."""
-        if not self.path:
-            return True
+        """Append what the files lack. Returns False if that can't be done now."""
+        return all([self.append(path) for path in self.written])
+
+    def append(self, path):
+        """Append what one of the files lacks, likewise."""
         with contextlib.suppress(OSError):
-            if not os.path.exists(self.path):  # somebody has moved it, or its folder, away
-                os.makedirs(os.path.dirname(self.path), exist_ok=True)
-                self.written = 0
-            with open(self.path, "ab", buffering=0) as file:
-                end, text = file.tell(), self.missing()
+            if not os.path.exists(path):  # somebody has moved it, or its folder, away
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self.written[path] = 0
+            with open(path, "ab", buffering=0) as file:
+                end, text = file.tell(), log_lines(path, self.entries[self.written[path] :])
                 if file.write(text) == len(text):
-                    self.written = len(self.lines)
+                    self.written[path] = len(self.entries)
                 else:
                     file.truncate(end)  # no half lines
-        return self.written == len(self.lines)
+        return self.written[path] == len(self.entries)
 
 
-def sparkline(values, width=60):
+def log_lines(path, entries):
+    """The lines of entries, as bytes: JSON for main.jsonl, and s:STEP KIND:VALUE for main.log.
+
+    The kinds are trl for a training loss, tel for a validation loss, eval for HellaSwag's acc_norm.
+    """
+    if path.endswith(".jsonl"):
+        lines = [json.dumps(entry) for entry in entries]
+    else:
+        kinds = {"train_loss": "trl", "val_loss": "tel", "eval": "eval"}
+        lines = [
+            f"s:{entry['step']} {kind}:{entry[name]:.4f}"
+            for entry in entries
+            for name, kind in kinds.items()
+            if name in entry
+        ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def sparkline(values, width=50):
     """A row of characters whose heights follow the values."""
     encoding = getattr(sys.stdout, "encoding", "") or ""
     blocks = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
@@ -2980,9 +3158,8 @@ class Progress:
     with Progress("validating") as progress: progress.done = 0.5
     """
 
-    def __init__(self, what, expected=None):
+    def __init__(self, what):
         self.what = what
-        self.expected = expected  # seconds
         self.done = None  # a fraction, where it is known
 
     def __enter__(self):
@@ -3003,8 +3180,8 @@ class Progress:
         while not self.ended.wait(1.0):
             seconds = time.monotonic() - self.started
             if seconds > 2:
-                whole = seconds / self.done if self.done else self.expected
-                estimate = f", {max(0, whole - seconds):.0f} s left" if whole else ""
+                done = self.done
+                estimate = f", {seconds / done - seconds:.0f} s left" if done else ""
                 line = f"\r\033[K{self.what}: {seconds:.0f} s{estimate}"
                 print_now(line, end="", to="stderr")
         if time.monotonic() - self.started > 2:
@@ -3122,11 +3299,12 @@ def resume(named, world):
         return args, model, state
 
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
-    require(
-        not holds_weights(folder),
-        f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
-        f"--model {shlex.quote(folder)} and another --output_dir",
-    )
+    for weights in (folder, best_folder(folder)):
+        require(
+            not holds_weights(weights),
+            f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
+            f"--model {shlex.quote(weights)} and another --output_dir",
+        )
     others = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "checkpoint_*"))
     close = difflib.get_close_matches(folder, sorted(set(map(os.path.dirname, others))))
     meant = f": did you mean {shlex.quote(close[0])}?" if close else ""
@@ -3134,19 +3312,23 @@ def resume(named, world):
     return None
 
 
-def old_lines(folder, step):
-    """The lines of main.log up to a step."""
-    path = os.path.join(folder, "main.log")
+def old_entries(folder, step):
+    """The entries of main.jsonl up to a step. Half a line, which a killed run left, is left out."""
+    path, other = os.path.join(folder, "main.jsonl"), os.path.join(folder, "main.log")
     if not os.path.exists(path):
+        alone = os.path.exists(other)  # it would be begun anew, without the lines that it has
+        require(not alone, f"{folder} has main.log, but no main.jsonl: put it back, or move both")
         return []
     regular_file(path)
-    lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
+    entries = []
+    with open(path, "rb") as file:
         for line in file:
-            form = re.fullmatch(r"(s:(\d+) (?:trl|tel|eval):-?\d+\.\d+)\n", line, re.ASCII)
-            if form and int(form[2]) <= step:
-                lines.append(form[1])
-    return lines
+            with contextlib.suppress(InputError):
+                entry = parse_json(line, path)
+                numbers = all(type(x) in (int, float) and math.isfinite(x) for x in entry.values())
+                if numbers and type(entry.get("step")) is int and entry["step"] <= step:
+                    entries.append(entry)
+    return entries
 
 
 def refuse_changed_flags(args, named):
@@ -3174,8 +3356,9 @@ def refuse_used_folder(folder):
 
 
 def holds_a_model(folder):
-    """Whether a folder holds weights, or checkpoints of a run."""
-    return holds_weights(folder) or bool(list_checkpoints(folder))
+    """Whether a folder holds weights, or checkpoints of a run, or its best weights."""
+    weights = holds_weights(folder) or holds_weights(best_folder(folder))
+    return weights or bool(list_checkpoints(folder))
 
 
 @contextlib.contextmanager
@@ -3243,10 +3426,11 @@ FLAGS_THAT_MAY_CHANGE = {
     "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
     "num_iterations": (40, "updates"),
     "val_loss_every": (10, "updates between validations; 0: none"),
-    "val_max_steps": (5, "batches per validation, of each process"),
+    "val_max_steps": (0, "batches per validation; 0: 1,280 tokens (30,720 bytes), for any B"),
     "hellaswag_eval": (0, "1: score the model on HellaSwag after every validation"),
     "hellaswag_limit": (0, "use the first so many examples of HellaSwag; 0: all 10042"),
     "sample_every": (20, "updates between samples; 0: none"),
+    "log_every": (0, "updates between printed lines; 0: so that there are 40 to 100 of them"),
     "checkpoint_every": (0, "updates between checkpoints; 0: only at the end, or when stopped"),
     "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
     "prompt": ("", "text to continue; if empty, a new text begins"),
@@ -3259,7 +3443,6 @@ DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
 RANGES = {  # all other numbers are at least 0
     "batch_size": (1, math.inf),
     "sequence_length": (1, math.inf),
-    "val_max_steps": (1, math.inf),
     "recompute": (0, max(SHARED_BY_LAYERS)),
 }
 
@@ -3279,7 +3462,6 @@ BYTES_DEFAULTS = {
     "grad_clip": 1.0,
     "shuffle": 1,
     "val_loss_every": 400,
-    "val_max_steps": 30,
     "sample_every": 1600,
     "max_new_tokens": 400,
     "temperature": 0.6,
@@ -3668,12 +3850,11 @@ def run_command(named, world):
     })  # fmt: skip
     if not folder:
         print_now("nothing of this run will be kept: --output_dir names a folder to keep it in")
-    path = os.path.join(folder, "main.log") if folder and world.rank == 0 else None
-    log = Log(path, old_lines(folder, step) if saved else [])
+    entries = old_entries(folder, step) if saved else []
+    log = Log(folder if world.rank == 0 else "", entries)
     shared = world.share_model(model)
     run = Run(args, world, shared, loader, val_loader, data, tokens, examples, log, step, saved)
-    if args.warmup_iters > args.num_iterations:
-        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
+    describe(run)
     try:
         with signals_noted(world.asked, while_training=True):
             return train(run)
@@ -3684,6 +3865,8 @@ def run_command(named, world):
             f"update {run.step + 1}: {error}; it began in {place}: try a smaller --learning_rate, "
             "or --grad_clip 1"
         ) from None
+    finally:
+        log.write()
 
 
 def main(argv=None):

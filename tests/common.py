@@ -322,6 +322,9 @@ NO_NETWORK |= {"NO_PROXY": "", "no_proxy": ""}
 SMALL = gpt2.GPT2Config(max_seq_len=16, vocab_size=256, num_layers=3, num_heads=2, channels=16)
 
 
+# What save_pretrained writes.
+FINISHED = ("config.json", "generation_config.json", "README.md", "model.safetensors")
+
 SMALL_DATA = "--input_bin train_*.bin --input_val_bin val.bin".split()
 
 
@@ -330,7 +333,8 @@ SMALL_RUN = (
     + """--batch_size 2 --sequence_length 8 --num_iterations 12
     --learning_rate 1e-2 --warmup_iters 3 --learning_rate_decay_frac 0.1
     --weight_decay 0.1 --grad_clip 1
-    --val_loss_every 4 --val_max_steps 2 --sample_every 4 --max_new_tokens 12""".split()
+    --val_loss_every 4 --val_max_steps 2 --sample_every 4 --max_new_tokens 12
+    --log_every 1""".split()
 )
 
 
@@ -454,11 +458,12 @@ def failed_in_one_line(result):
 def events(stdout):
     """What a run printed, but for headings, durations and farewells: a continuation has others."""
     stdout = re.sub(
-        r"\nfinishing this step[^\n]*\n", "", re.sub(r", \d+ ms, \d+ tok/s\)", ")", stdout)
+        r"\nfinishing this step[^\n]*\n", "", re.sub(r", \d+ ms, [\d:]+ left\)", ")", stdout)
     )
     heading = r"model: |memory|training data: |validation data: |nothing of this run will be kept"
     heading += r"|resuming from |.* holds NO RUN TO RESUME|(stopped: )?\d+ updates, "
-    heading += r"|.* is damaged: "
+    heading += r"|.* is damaged: |run: |a model that knows nothing |it may learn so small a text "
+    heading += r"|(train|val  ) loss [ \d]\d\.\d{4} |best val loss "
     return re.sub(rf"(?m)^({heading}).*\n", "", stdout)
 
 
@@ -598,8 +603,8 @@ AT_A_MOMENT = """if True:
 """
 
 # The functions that decide, print and write, from train() on: before it, no signal is noted yet.
-IN_THE_LOOP = """train validate sample_aloud print_sample save save_checkpoint finish
-    write_safetensors atomic_write save_huggingface add has write missing"""
+IN_THE_LOOP = """train update_until_due validate keep_best sample_aloud print_sample save
+    save_checkpoint finish write_safetensors atomic_write save_huggingface add has write append"""
 
 
 def run_to_a_moment(folder, moment, number, *flags, where=IN_THE_LOOP):
@@ -620,10 +625,11 @@ def uninterrupted(small_folder, tmp_path_factory):
     flags = (*SMALL_RUN, "--checkpoint_every", 1)
     code, stdout, lines = run_to_a_moment(small_folder, 0, 0, *flags, "--output_dir", folder)
     assert code == 0 and [step_of(path) for path in checkpoints(folder)] == [11, 12]
-    # is_due has one line. It is executed once before the first update and three times after each
-    # one: for the validation, the sample and the checkpoint.
+    # is_due has one line. It is executed once before the first update and four times after each
+    # one: for the printed line (but for that of the first), the validation, the sample and the
+    # checkpoint.
     killed = (*flags, "--output_dir", early)
-    run_to_a_moment(small_folder, 1 + 6 * 3, KILL, *killed, where="is_due")
+    run_to_a_moment(small_folder, 6 * 4, KILL, *killed, where="is_due")
     assert [step_of(path) for path in checkpoints(early)] == [4, 5]
     state, said = whole_state(folder), events(stdout)
     return SimpleNamespace(

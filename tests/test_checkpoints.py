@@ -1,6 +1,7 @@
 """Checkpoints: what a run leaves behind, and going on from it, bit for bit."""
 
 import io
+import json
 import os
 import random
 import re
@@ -186,8 +187,8 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(small_folder, unint
 def test_a_run_killed_while_it_is_taken_up_again_loses_nothing(
     small_folder, uninterrupted, tmp_path
 ):
-    """... while it reads the checkpoint, and while it cuts main.log."""
-    where = "run_command resume load_checkpoint read_state old_lines begin text"
+    """... while it reads the checkpoint, and while it reads and cuts the logs."""
+    where = "run_command resume load_checkpoint read_state old_entries begin parse_json"
 
     def half_done(name):
         shutil.copytree(uninterrupted.early, tmp_path / name)
@@ -573,11 +574,12 @@ def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(call_main, uninte
 LOGS = {
     "missing": None,
     "empty": lambda text: b"",
-    "cut in a line": lambda text: text[: text.index(b"s:4 tel") + 9],
+    "cut in a line": lambda text: text[: text.index(b'{"step": 4') + 40],
     "garbage in a line": lambda text: text[:40] + bytes(range(256)) + text[40:],
     "lines missing": lambda text: b"".join(text.splitlines(keepends=True)[2:]),
-    "odd lines": lambda text: b"s:1 trl:nan\n\ns:\xd9\xa3 trl:1.0\ns: trl\n" + text + b"s:5 x:1\n",
-    "another future": lambda text: text + b"s:6 trl:9.9999\ns:7 trl:9.9999\ns:12 tel:9.9999\n",
+    "odd lines": lambda text: b'{"step": 1, "train_loss": NaN}\n\n[]\n{"step": true}\nnull\n'
+                              b'{"train_loss": 1}\n{"step": 1, "val_loss": "5"}\n\xd9\n' + text,
+    "another future": lambda text: text + b'{"step": 6, "train_loss": 9.9}\n{"step": 12, "x": 0}\n',
     "zeros at its end": lambda text: text + bytes(4096),
     "line ends of Windows": lambda text: text.replace(b"\n", b"\r\n"),
 }  # fmt: skip
@@ -588,32 +590,49 @@ def test_a_damaged_log_harms_no_run_and_keeps_its_whole_lines(
     call_main, uninterrupted, early, damage
 ):
     """It had lines of the 6th update, which is made again: they are not there twice."""
-    path = early / "main.log"
+    path = early / "main.jsonl"
     text = path.read_bytes()
-    assert b"\ns:6 trl:" in text
+    assert b'\n{"step": 6, "train_loss": ' in text
     damaged = LOGS[damage](text) if LOGS[damage] else b""
     path.write_bytes(damaged)
     if not LOGS[damage]:
         path.unlink()
-    whole_lines = damaged.replace(b"\r\n", b"\n").decode(errors="replace").split("\n")
+        (early / "main.log").unlink()
+    whole_lines = set(damaged.replace(b"\r\n", b"\n").split(b"\n"))
+    whole_steps = {json.loads(line)["step"] for line in text.splitlines() if line in whole_lines}
     expected = []
     for line in uninterrupted.state["log"].splitlines():
         step = int(re.match(r"s:(\d+) ", line)[1])
-        if step > 5 or line in whole_lines:
+        if step > 5 or step in whole_steps:
             expected.append(line)
 
     stdout = succeeded(call_main(*uninterrupted.flags, "--output_dir", early, "--resume", 1))
     assert uninterrupted.events.endswith(events(stdout)) and " is damaged" not in stdout
-    assert path.read_text().splitlines() == expected
+    assert (early / "main.log").read_text().splitlines() == expected
     assert whole_state(early) | {"log": ""} == uninterrupted.state | {"log": ""}
 
 
-def test_a_log_that_is_a_folder_is_refused_in_one_line(call_main, uninterrupted, early):
-    (early / "main.log").unlink()
-    (early / "main.log").mkdir()
+def test_main_log_follows_from_main_jsonl(call_main, uninterrupted, early):
+    (early / "main.log").write_bytes(b"s:1 trl:9.9999\ns:4 tel:9.9")
+    succeeded(call_main(*uninterrupted.flags, "--output_dir", early, "--resume", 1))
+    assert whole_state(early) == uninterrupted.state
+
+
+def test_main_log_alone_is_not_begun_anew(call_main, uninterrupted, early):
+    (early / "main.jsonl").unlink()
     before = folder_content(early)
     result = call_main(*uninterrupted.flags, "--output_dir", early, "--resume", 1)
-    assert "main.log: expected a file" in failed_in_one_line(result)
+    assert "has main.log, but no main.jsonl: put it back" in failed_in_one_line(result)
+    assert folder_content(early) == before
+
+
+@pytest.mark.parametrize("name", ["main.log", "main.jsonl"])
+def test_a_log_that_is_a_folder_is_refused_in_one_line(name, call_main, uninterrupted, early):
+    (early / name).unlink()
+    (early / name).mkdir()
+    before = folder_content(early)
+    result = call_main(*uninterrupted.flags, "--output_dir", early, "--resume", 1)
+    assert f"{name}" in failed_in_one_line(result)
     assert folder_content(early) == before
 
 
@@ -787,7 +806,9 @@ def test_weights_that_can_not_be_written_are_an_error_with_its_remedy(
         patch.setattr(gpt2, "save_huggingface", full)
         result = call_main(*uninterrupted.flags, "--output_dir", tmp_path)
     error = failed_in_one_line(result)
-    assert f"{tmp_path} lacks the weights ([Errno 28] No space left on device): make" in error
+    reason = "([Errno 28] No space left on device)"
+    assert f"{tmp_path} lacks the weights {reason}: make" in error
+    assert result[1].count("can't keep the best weights: [Errno 28]") == 3
     assert not (tmp_path / "model.safetensors").exists()
     succeeded(call_main(*shlex.split(error.partition("go on with ")[2])))
     assert whole_state(tmp_path) == uninterrupted.state
@@ -825,12 +846,12 @@ def test_a_file_system_that_takes_nothing_ends_no_run(small_folder, uninterrupte
     error = failed_in_one_line(result)
     for part in ("a checkpoint of the last step", "the weights (", "the last lines of main.log: "):
         assert part in error
-    said = re.sub(r"(?m)^can't save step 12: .*\n", "", events(result[1]))
+    said = re.sub(r"(?m)^can't (save step 12|keep the best weights): .*\n", "", events(result[1]))
     assert said == uninterrupted.events
     written = (tmp_path / "main.log").read_text()
     assert written.endswith("\n") and 80 < len(written) <= 100
     assert uninterrupted.state["log"].startswith(written)
-    assert {path.name for path in tmp_path.iterdir()} == {"main.log", ".lock"}
+    assert folder_content(tmp_path).keys() == {"main.log", "main.jsonl"}
 
 
 def test_a_checkpoint_reaches_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
@@ -987,7 +1008,7 @@ def test_what_may_change_may_change(call_main, small_folder, early):
     shutil.copytree(small_folder, early / "data")
     flags = """--num_iterations 9 --val_loss_every 1 --val_max_steps 1 --sample_every 9
         --checkpoint_every 2 --hellaswag_eval 0 --hellaswag_limit 3
-        --max_new_tokens 3 --temperature 0 --top_k 2 --prompt a""".split()
+        --max_new_tokens 3 --temperature 0 --top_k 2 --prompt a --log_every 3""".split()
     flags += ["--input_bin", f"{early}/data/train_*.bin"]
     flags += ["--input_val_bin", f"{early}/data/val.bin"]
     changed = {flag[2:] for flag in flags[::2]} | {"output_dir", "resume"}
@@ -1142,7 +1163,7 @@ def test_two_runs_do_not_share_a_folder(small_folder, tmp_path):
         for more in ((), ("--resume", 1)):
             error = failed_in_one_line(run_command(small_folder, *flags, *more))
             assert f"{tmp_path}: another run is writing there" in error
-        assert folder_content(tmp_path).keys() == {"main.log"}
+        assert folder_content(tmp_path).keys() == {"main.log", "main.jsonl"}
         first.send_signal(signal.SIGINT)
         words = first.stdout.read()
         assert first.wait() == 130

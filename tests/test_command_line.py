@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 from common import (
+    FINISHED,
     SMALL,
     SMALL_DATA,
     SMALL_RUN,
@@ -41,7 +42,7 @@ import train_gpt2 as gpt2
 
 DESIGNED_FLAGS = """--model --input_bin --input_val_bin --output_dir --batch_size --sequence_length
     --total_batch_size --num_iterations --learning_rate --warmup_iters --learning_rate_decay_frac
-    --weight_decay --grad_clip --shuffle --val_loss_every --val_max_steps --sample_every
+    --weight_decay --grad_clip --shuffle --val_loss_every --val_max_steps --sample_every --log_every
     --overfit_single_batch --hellaswag_eval --hellaswag_limit
     --inference_only --recompute --checkpoint_every --resume --seed --prompt
     --max_new_tokens
@@ -56,7 +57,6 @@ LLMC_DEFAULTS = {
     "learning_rate": 1e-4,
     "weight_decay": 0.0,
     "val_loss_every": 10,
-    "val_max_steps": 5,
     "sample_every": 20,
 }
 
@@ -113,7 +113,7 @@ def test_formats_md_lists_the_flags_that_may_change():
         "--batch_size 0",
         "4",
         "--sequence_length 0",
-        "--val_max_steps 0",
+        "--log_every -1",
         "--seed -1",
         "--recompute 3",
         "--learning_rate fast",
@@ -161,7 +161,7 @@ def test_a_warm_up_that_does_not_end_is_said(call_main):
 
 
 def picture_by_hand(losses, blocks):
-    """For at most 60 losses: the lowest is blocks[0], the highest blocks[7]."""
+    """For at most 50 losses: the lowest is blocks[0], the highest blocks[7]."""
     low, high = min(losses), max(losses)
     return "".join(blocks[round((x - low) / max(high - low, 1e-9) * 7)] for x in losses)
 
@@ -171,9 +171,9 @@ def test_the_picture_of_the_losses(monkeypatch):
     assert gpt2.sparkline([7, 6, 5, 4, 3, 2, 1, 0]) == "█▇▆▅▄▃▂▁"
     assert gpt2.sparkline([3.0]) == "▁"
     assert (
-        gpt2.sparkline([i // 10 for i in range(600)])
-        == gpt2.sparkline(range(60))
-        == picture_by_hand(range(60), "▁▂▃▄▅▆▇█")
+        gpt2.sparkline([i // 10 for i in range(500)])
+        == gpt2.sparkline(range(50))
+        == picture_by_hand(range(50), "▁▂▃▄▅▆▇█")
     )
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert gpt2.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "_.-=+*#@"
@@ -194,7 +194,10 @@ def test_all_that_a_run_prints_and_logs_is_what_the_api_computes(small_folder, t
     for step in range(13):
         if step in (0, 5, 10, 12):
             val_batches = itertools.islice(batches_by_hand([val], 2, 8), 2)
-            loss = sum(model.forward(*batch, train=False) for batch in val_batches) / 2
+            loss = 0
+            for batch in val_batches:
+                model.forward(*batch, train=False)
+                loss += model.acts["losses"].mean(dtype=np.float64) / 2
             printed += f"val loss {loss:.6f}\n"
             log.append((step, "tel", f"{loss:.4f}"))
         if step in (6, 12):
@@ -207,11 +210,11 @@ def test_all_that_a_run_prints_and_logs_is_what_the_api_computes(small_folder, t
             loss += model.forward(*next(batches), grad_scale=0.5) / 2
             model.backward()
         norms.append(model.grad_norm())
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - 3) / 9))
-        lr = 1e-2 * (step + 1) / 3 if step < 3 else 1e-3 + 9e-3 * cosine
+        cosine = 1 + math.cos(math.pi * (step - 3) / 9)
+        lr = 1e-2 * (step + 1) / 3 if step < 3 else 1e-3 + (1e-2 - 1e-3) * 0.5 * cosine
         model.update(lr, weight_decay=0.1, step=step + 1, grad_scale=min(1, 1 / norms[-1]))
         printed += (
-            f"step {step + 1}/12: train loss {loss:.6f} (norm {norms[-1]:.4f}, lr {lr:.2e})\n"
+            f"step {step + 1}/12: train loss {loss:.6f} (norm {norms[-1]:.4f}, lr {lr:.1e})\n"
         )
         log.append((step + 1, "trl", f"{loss:.4f}"))
     assert min(norms) < 1 < max(norms)  # some gradients were clipped, some not
@@ -219,24 +222,32 @@ def test_all_that_a_run_prints_and_logs_is_what_the_api_computes(small_folder, t
     assert (tmp_path / "main.log").read_text() == "".join(
         f"s:{step} {kind}:{x}\n" for step, kind, x in log
     )
-    form = r"step \d+/12: train loss \d+\.\d{6} \(norm \d+\.\d{4}, lr \d\.\d\de-\d\d, "
-    form += r"\d+ ms, \d+ tok/s\)"
+    form = r"step \d+/12: train loss \d+\.\d{6} \(norm \d+\.\d{4}, lr \d\.\de-\d\d, "
+    form += r"\d+ ms, \d+:\d\d left\)"
     assert len(re.findall(f"(?m)^{form}$", stdout)) == 12
 
-    farewell = "12 updates, "
-    for kind, name in (("trl", "train"), ("tel", "val")):
+    *_, train_line, val_line, best, last = stdout.splitlines()
+    drawings = (("trl", "train loss ", train_line), ("tel", "val   loss ", val_line))
+    for kind, begins, line in drawings:
         losses = [loss for _, k, loss in log if k == kind]
         drawn = picture_by_hand([float(loss) for loss in losses], "▁▂▃▄▅▆▇█")
-        farewell += f"{name} loss {losses[0]} -> {losses[-1]} {drawn}, "
+        assert line == f"{begins}{losses[0]:>7} {drawn} {losses[-1]}"
+    losses = [loss for _, k, loss in log if k == "trl"]
+    farewell = f"12 updates, train loss {losses[0]} -> {losses[-1]}, "
     pattern = rf"{farewell}\d+\.\d s, \d+ tok/s, saved in {re.escape(str(tmp_path))}"
-    assert re.fullmatch(pattern, stdout.splitlines()[-1])
+    assert re.fullmatch(pattern, last)
+    losses = [(loss, step) for step, k, loss in log if k == "tel" and step > 0]
+    least, step = min(losses)
+    assert best.startswith(f"best val loss {least} at update {step} of 12, on ")
     assert folder_content(tmp_path).keys() == {
         "README.md",
         "config.json",
         "generation_config.json",
+        "main.jsonl",
         "main.log",
         "model.safetensors",
         "checkpoint_00000012.safetensors",
+        *(f"best/{name}" for name in FINISHED),
     }
     np.testing.assert_array_equal(
         gpt2.GPT2.from_pretrained(str(tmp_path), 2, 8).flat[0], model.flat[0]
@@ -252,7 +263,7 @@ def test_a_terminal_that_knows_only_ascii(small_folder):
     losses = train_losses(stdout)
     drawn = picture_by_hand([round(loss, 4) for loss in losses], "_.-=+*#@")
     assert stdout.isascii() and len(losses) == 12
-    assert f" -> {losses[-1]:.4f} {drawn}, " in stdout.splitlines()[-1]
+    assert f" {drawn} {losses[-1]:.4f}" in stdout.splitlines()[-2]
 
 
 @posix_only

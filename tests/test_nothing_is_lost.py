@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import (
+    FINISHED,
     NO_NETWORK,
     SMALL,
     SMALL_RUN,
@@ -39,7 +40,6 @@ import train_gpt2 as gpt2
 from train_gpt2 import InputError
 
 TOP = Path(TRAINER).parent
-FINISHED = ("config.json", "generation_config.json", "README.md", "model.safetensors")
 
 
 def in_order(text, *parts):
@@ -166,7 +166,9 @@ WHAT_HAPPENS = {  # None: all goes well; else what the one line of the error say
     ("other files", "resume"): None,
     ("other files", "generate"): NO_MODEL,
 }
-MAY_BE_REWRITTEN = {"main.log", ".lock", *FINISHED}  # by a run that goes on
+MAY_BE_REWRITTEN = {  # by a run that goes on
+    "main.jsonl", "main.log", ".lock", *FINISHED, *(f"best/{name}" for name in FINISHED),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("state, command", WHAT_HAPPENS, ids=map("-".join, WHAT_HAPPENS))
@@ -250,9 +252,9 @@ def test_a_signal_after_the_last_validation_repeats_it_and_logs_it_once(
     flags = (*SMALL_RUN, "--sample_every", 0, "--output_dir", tmp_path / "o")
     add = gpt2.Log.add
 
-    def and_a_signal(self, step, kind, value):
-        add(self, step, kind, value)
-        if (step, kind) == (12, "tel"):
+    def and_a_signal(self, step, **values):
+        add(self, step, **values)
+        if step == 12 and "val_loss" in values:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(gpt2.Log, "add", and_a_signal)
@@ -557,7 +559,7 @@ ALIVE = """
 import sys, time
 sys.path.insert(0, {top!r})
 import train_gpt2
-with train_gpt2.Progress("reading a model", 5.0):
+with train_gpt2.Progress("reading a model"):
     time.sleep(3.3)
 with train_gpt2.Progress("validating") as progress:
     progress.done = 0.5
@@ -577,7 +579,7 @@ def test_on_a_terminal_what_takes_long_says_so_and_in_a_pipe_nothing_does():
     subprocess.run(command, stderr=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
-    assert in_order(shown, "reading a model: 2 s, 3 s left", "validating: 2 s, 2 s left", "\033[K")
+    assert in_order(shown, "reading a model: 2 s", "validating: 2 s, 2 s left", "\033[K")
     assert "quick" not in shown
     assert piped.communicate() == (b"", b"") and piped.returncode == 0
 
@@ -586,20 +588,20 @@ def test_all_that_may_take_long_is_announced(call_main, tmp_path, monkeypatch):
     announced = []
     init = gpt2.Progress.__init__
 
-    def remember(self, what, expected=None):
-        announced.append((what, expected))
-        init(self, what, expected)
+    def remember(self, what):
+        announced.append(self)
+        init(self, what)
 
     monkeypatch.setattr(gpt2.Progress, "__init__", remember)
     succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / "o", "--num_iterations", 2))
-    names = [what for what, _ in announced]
+    names = [progress.what for progress in announced]
     expected = ["reading model", "checking the training tokens", "checking the validation tokens"]
-    expected += ["validating", "step 1", "step 2", "validating", f"saving to {tmp_path / 'o'}"]
+    expected += ["validating", "step 1/2", "step 2/2, 0:00 left", "validating"]
+    expected += [f"saving to {tmp_path / 'o' / 'best'}", f"saving to {tmp_path / 'o'}"]
     assert names == expected
-    assert announced[4][1] is None and announced[5][1] > 0  # how long the step before it took
     announced.clear()
     succeeded(call_main("--output_dir", tmp_path / "o", "--resume", 1))
-    assert announced[0][0] == f"reading {checkpoints(tmp_path / 'o')[-1]}"
+    assert announced[0].what == f"reading {checkpoints(tmp_path / 'o')[-1]}"
 
 
 # --------------------------------------------------------------------------------------------------
