@@ -91,9 +91,11 @@ def test_prepro_imports_none_of_ours():
 @pytest.mark.parametrize("name", EXTRAS)
 def test_an_extra_imports_the_trainer_only_as_a_program(name):
     """What the trainer imports late must not import it in turn: there would be two of it."""
+    late = {module for module, _ in own_imports("train_gpt2.py")}
     for module, where in own_imports(name):
         if module == "train_gpt2":
-            assert where == "main"
+            is_late = name.removesuffix(".py").replace("/", ".") in late
+            assert where == "main" or not is_late
         elif module == "prepro_tinyshakespeare":
             assert where is not None
         else:
