@@ -3120,16 +3120,14 @@ def log_lines(path, entries):
 
     The kinds are trl for a training loss, tel for a validation loss, eval for HellaSwag's acc_norm.
     """
-    if path.endswith(".jsonl"):
-        lines = [json.dumps(entry) for entry in entries]
-    else:
-        kinds = {"train_loss": "trl", "val_loss": "tel", "eval": "eval"}
-        lines = [
-            f"s:{entry['step']} {kind}:{entry[name]:.4f}"
-            for entry in entries
-            for name, kind in kinds.items()
-            if name in entry
-        ]
+    lines = []
+    for entry in entries:
+        if path.endswith(".jsonl"):
+            lines.append(json.dumps(entry))
+            continue
+        for name, kind in (("train_loss", "trl"), ("val_loss", "tel"), ("eval", "eval")):
+            if name in entry:
+                lines.append(f"s:{entry['step']} {kind}:{entry[name]:.4f}")
     return "".join(f"{line}\n" for line in lines).encode()
 
 

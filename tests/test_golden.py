@@ -7,36 +7,12 @@ import torch
 from common import file_model, loaded
 
 import train_gpt2 as gpt2
-from test_gpt2 import TorchGPT2, random_tokens
-
-GOLDEN_LOSSES = [
-    5.270007, 4.059707, 3.375123, 2.800783, 2.315382,
-    1.849029, 1.394656, 0.999147, 0.624080, 0.376511,
-]  # fmt: skip
+from test_gpt2 import GOLDEN_LOSSES, TorchGPT2, overfit, random_tokens
 
 GOLDEN_TOKENS = [
     373, 1043, 287, 257, 2214, 1474, 262, 16246, 286,
     2688, 290, 2688, 27262, 13, 198, 198, 464, 3290,
 ]  # fmt: skip
-
-NOT_DECAYED = "ln1w ln1b qkvb attprojb ln2w ln2b fcb fcprojb lnfw lnfb".split()
-
-
-def overfit(model, inputs, targets, learning_rate, decay):
-    """The losses before each of ten updates on one batch.
-
-    llm.c's test decays all parameters; update() only matrices and embeddings, so the others are
-    done here.
-    """
-    losses = []
-    for step in range(1, 11):
-        losses.append(model.forward(inputs, targets))
-        model.backward()
-        for name in NOT_DECAYED:
-            view = model.params[name]
-            view *= 1 - learning_rate * decay
-        model.update(learning_rate, weight_decay=decay, step=step)
-    return losses
 
 
 def test_overfitting_decays_all_parameters():

@@ -4,6 +4,9 @@ import itertools
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -386,3 +389,39 @@ def test_given_weights_have_the_loss_that_their_run_had(call_main, tmp_path, mon
         stdout = succeeded(call_main(*again, *data, "--sample_every", 0))
         loss = float(re.search(r"(?m)^val loss (\S+)$", stdout)[1])
         assert loss == pytest.approx(float(losses[-1]), abs=2e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# The picture of a run
+
+
+PLOT_RUN = Path(gpt2.__file__).parent / "figures" / "plot_run.py"
+
+
+def plot(*arguments, **options):
+    command = [sys.executable, PLOT_RUN, *arguments]
+    found = subprocess.run(command, capture_output=True, encoding="utf-8", **options)
+    return found.returncode, found.stdout, found.stderr
+
+
+def test_a_picture_of_runs(call_main, tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+    for name in ("one", "two"):
+        succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / name))
+    runs = (tmp_path / "one", tmp_path / "two")
+    assert succeeded(plot(runs[0])).strip() == str(runs[0] / "run.svg")
+    assert b"<svg" in (runs[0] / "run.svg").read_bytes()
+    succeeded(plot(*runs, "--output", tmp_path / "both.png"))
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_can_not_be_drawn_is_one_line(tmp_path):
+    path = tmp_path / "main.jsonl"
+    assert "main.jsonl" in failed_in_one_line(plot(tmp_path))
+    for text, expected in (("", "is empty"), ('{"step": 1}\n[]\n', "line 2"), ("{\n", "line 1")):
+        path.write_text(text)
+        assert expected in failed_in_one_line(plot(tmp_path))
+    path.write_text('{"step": 1}\n')
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    without = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    assert "pip install matplotlib" in failed_in_one_line(plot(tmp_path, **without))
