@@ -2855,7 +2855,18 @@ def describe(run):
     if args.warmup_iters > updates:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
 
+    small = count(param_shapes(run.model.config)) < SMALL and args.batch_size % THREADS == 0
+    with contextlib.suppress(ImportError):
+        if small and THREADS > 1 and run.world.size == 1:
+            import mpi4py  # noqa: F401
 
+            print_now(
+                f"so small a model may be faster as {THREADS} processes: mpiexec -n {THREADS} "
+                f"python train_gpt2.py ... --batch_size {args.batch_size // THREADS}"
+            )
+
+
+SMALL = 20_000_000  # parameters: where waking threads takes a large part of a step
 VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
 
 

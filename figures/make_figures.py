@@ -4,6 +4,7 @@ Makes the figures of the README and the tables of BENCHMARK.md: python figures/m
     blob.svg        the memory of a model, to scale, and who uses it when
     layer.svg       one layer, forward and backward, with the names of the tensors
     loss.svg        the losses in losses.json
+    sizes.svg       sizes.json, which tests/benchmark.py --small --two_processes --rows sizes writes
     benchmark.svg   the measurements in benchmarks/*.json, which tests/benchmark.py writes; the
                     tables in README.md and BENCHMARK.md are made from them too
 
@@ -354,6 +355,31 @@ def draw_benchmark(files):
     save(figure, "benchmark.svg")
 
 
+def draw_sizes():
+    """ms a step by the number of parameters, relative to PyTorch's faster mode."""
+    with open(os.path.join(HERE, "sizes.json"), encoding="utf-8") as file:
+        rows = json.load(file)
+    sizes = []
+    for row in rows:
+        _, T, V, L, NH, C = row["row"]
+        config = gpt2.GPT2Config(max(T, 64), V, L, NH, C)
+        sizes.append(gpt2.count(gpt2.param_shapes(config)))
+    rows = [row for _, row in sorted(zip(sizes, rows, strict=True), key=lambda pair: pair[0])]
+    sizes.sort()
+
+    figure, axes = new_figure(7, 3.4)
+    lines = {"one process": BLUE, ", two processes": GREEN, "PyTorch": ORANGE}
+    for kind, colour in lines.items():
+        name = kind.removeprefix(", ")
+        axes.plot(sizes, [row[kind] for row in rows], "o-", color=colour, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("parameters")
+    axes.set_ylabel("ms a step")
+    axes.legend(frameon=False)
+    save(figure, "sizes.svg")
+
+
 def ratio(of_three):
     middle, least, greatest = of_three
     return f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
@@ -464,6 +490,7 @@ def main():
     draw_blob()
     draw_layer()
     draw_losses()
+    draw_sizes()
     files = read_benchmarks()
     if files:
         draw_benchmark(files)

@@ -44,7 +44,8 @@ def best_of(folder):
 # Before the first update
 
 
-def test_a_run_says_what_it_is_and_what_is_normal(call_main):
+def test_a_run_says_what_it_is_and_what_is_normal(call_main, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # or there is a line on several processes
     flags = "--model bytes --num_iterations 3 --val_loss_every 0 --sample_every 0".split()
     lines = succeeded(call_main(*flags)).splitlines()
     tokens = int(re.search(r"training data: .*, ([\d,]+) tokens$", lines[2])[1].replace(",", ""))
@@ -426,3 +427,35 @@ def test_what_can_not_be_drawn_is_one_line(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError")
     without = {"env": os.environ | {"PYTHONPATH": str(tmp_path)}}
     assert "pip install matplotlib" in failed_in_one_line(plot(tmp_path, **without))
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes for a small model
+
+
+@pytest.mark.parametrize(
+    "threads, batch_size, size, there, said",
+    [
+        (2, 2, 1, True, True),
+        (2, 3, 1, True, False),  # a batch that two can't share
+        (1, 2, 1, True, False),
+        (2, 2, 2, True, False),
+        (2, 2, 1, False, False),
+    ],
+)
+def test_a_small_model_hears_of_several_processes(
+    threads, batch_size, size, there, said, monkeypatch, capsys
+):
+    monkeypatch.setattr(gpt2, "THREADS", threads)
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace() if there else None)
+    run = SimpleNamespace(
+        args=gpt2.settings({"batch_size": batch_size, "total_batch_size": 16}),
+        world=SimpleNamespace(size=size),
+        model=SimpleNamespace(config=gpt2.BYTES_CONFIG),
+        data={"training": [(10**6, 0)]},
+        val_loader=None,
+        step=1,
+    )
+    gpt2.describe(run)
+    command = "mpiexec -n 2 python train_gpt2.py ... --batch_size 1\n"
+    assert (command in capsys.readouterr().out) == said
