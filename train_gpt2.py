@@ -1781,6 +1781,7 @@ import os
 import queue
 import re
 import shlex
+import shutil
 import signal
 import stat
 import statistics
@@ -2683,7 +2684,7 @@ class Run:
     world: object  # one_process(), or the Processes of extras/processes.py
     model: object  # a GPT2, or one that several processes share
     loader: object
-    val_loader: object  # None without validation
+    val_loader: object  # of one passage at a time; None without validation
     data: dict  # the checksums of the data, see open_data
     tokenizer: object  # None if there can't be samples
     examples: list  # of HellaSwag, if they are asked for
@@ -2739,7 +2740,8 @@ def update_until_due(run, clock, micro_batches, first_step):
 
     with Progress("") as progress:
         while True:
-            progress.what = f"step {run.step + 1}/{args.num_iterations}{clock.left(run.step)}"
+            left = clock.left(run.step, evaluated=True)
+            progress.what = f"step {run.step + 1}/{args.num_iterations}{left}"
             learning_rate = learning_rate_at(
                 run.step, args.num_iterations, args.learning_rate,
                 args.warmup_iters, args.learning_rate_decay_frac,
@@ -2813,27 +2815,28 @@ class Clock:
         yield
         self.seconds[part].append(time.perf_counter() - started)
 
-    def left(self, step):
+    def left(self, step, evaluated=False):
         """What to add to a line: ", 0:59 left", or "" before the first update."""
         if not self.seconds["update"]:
             return ""
-        minutes, seconds = divmod(round(self.seconds_left(step)), 60)
+        minutes, seconds = divmod(round(self.seconds_left(step, evaluated)), 60)
         hours, minutes = divmod(minutes, 60)
         time_left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
         return f", {time_left} left"
 
-    def seconds_left(self, step):
+    def seconds_left(self, step, evaluated=False):
         """The time from when the update of this number is done to the end of the run.
+
+        evaluated   whether all else that is due at this step is done as well
 
         A part takes the median of its last times. One that has not come yet counts as nothing.
         """
-        left = 0.0
+        left, last = 0.0, self.last_step
         for part, every in self.every.items():
             if self.seconds[part]:
-                last = self.last_step
-                number = last // every - (step - 1) // every if every else 0
+                done = step if evaluated or part == "update" else step - 1
+                number = last // every - done // every if every else 0
                 number += 1 if every == 0 or last % every else 0  # each comes once more at the end
-                number -= 1 if part == "update" else 0  # that of this step is done
                 left += number * statistics.median(self.seconds[part])
         return left
 
@@ -2849,9 +2852,20 @@ def describe(run):
     V = run.model.config.vocab_size
     if fresh and run.step == 0:
         print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
+    if run.val_loader:
+        passages, T = val_passages(run), args.sequence_length
+        print_now(f"a validation reads {passages:,} passages of {T:,} tokens")
+        found = read_best(args.output_dir) if args.output_dir else None
+        if found and found.val_tokens != passages * T:
+            best = best_folder(args.output_dir)
+            print_now(
+                f"{best} rests on {found.val_tokens:,} tokens and stays as it is: move it away to "
+                "have the best of this run there"
+            )
     if epochs > 10 and run.val_loader and not args.overfit_single_batch:
-        best = best_folder(args.output_dir) if args.output_dir else "the folder of --output_dir"
-        print_now(f"it may learn so small a text by heart; the best weights are kept in {best}")
+        best = "the best weights are kept in " + best_folder(args.output_dir)
+        kept = best if args.output_dir else "--output_dir would keep the best weights"
+        print_now(f"it may learn so small a text by heart; {kept}")
     if args.warmup_iters > updates:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
 
@@ -2876,8 +2890,7 @@ def val_passages(run):
     if run.args.val_max_steps:
         return run.args.val_max_steps * B * run.world.size
     wanted = max(5, VAL_TOKENS.get(run.model.config.vocab_size, 1280) // T)
-    in_whole_batches = sum((n - 1) // T // B * B for n, _ in run.data["validation"])
-    return min(wanted, in_whole_batches)
+    return min(wanted, sum((n - 1) // T for n, _ in run.data["validation"]))
 
 
 def validate(run):
@@ -2892,9 +2905,11 @@ def validate(run):
         for i in range(steps):
             if world.stopped:
                 return
-            model.forward(*run.val_loader.next_batch(), train=False)
-            before = B * (i * world.size + world.rank)  # passages that were read before this batch
-            wanted = model.acts["losses"][: max(0, passages - before)]
+            rows = [run.val_loader.next_batch() for _ in range(B)]  # a passage each
+            inputs, targets = map(np.concatenate, zip(*rows, strict=True))
+            model.forward(inputs, targets, train=False)
+            numbers = (i * B + np.arange(B)) * world.size + world.rank  # processes take turns
+            wanted = model.acts["losses"][numbers < passages]
             total += float(wanted.sum(dtype=np.float64))
             progress.done = (i + 1) / steps
 
@@ -2923,17 +2938,18 @@ class Best(NamedTuple):
 def read_best(output_dir):
     """The Best in a folder, or None."""
     path = os.path.join(best_folder(output_dir), "model.safetensors")
-    with contextlib.suppress(OSError, ValueError, KeyError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         _, metadata = read_safetensors(path)
-        return Best(*[kind(metadata[name]) for name, kind in Best.__annotations__.items()])
+        best = Best(*[kind(metadata[name]) for name, kind in Best.__annotations__.items()])
+        return best if math.isfinite(best.val_loss) else None
     return None
 
 
 def keep_best(run, loss, tokens):
     """Write the weights to DIR/best, if their validation loss is less than that of those there."""
     found = read_best(run.args.output_dir)
-    if found and found.val_tokens == tokens and found.val_loss <= loss:
-        return
+    if found and (found.val_tokens != tokens or found.val_loss <= loss):
+        return  # losses on other tokens can't be compared
     metadata = {name: str(value) for name, value in Best(run.step, loss, tokens)._asdict().items()}
     folder = best_folder(run.args.output_dir)
     try:
@@ -3191,8 +3207,9 @@ class Progress:
             if seconds > 2:
                 done = self.done
                 estimate = f", {seconds / done - seconds:.0f} s left" if done else ""
-                line = f"\r\033[K{self.what}: {seconds:.0f} s{estimate}"
-                print_now(line, end="", to="stderr")
+                line = f"{self.what}: {seconds:.0f} s{estimate}"
+                width = shutil.get_terminal_size().columns - 1  # a wrapped line can't be erased
+                print_now(f"\r\033[K{line[-width:]}", end="", to="stderr")
         if time.monotonic() - self.started > 2:
             print_now("\r\033[K", end="", to="stderr")
 
@@ -3308,12 +3325,11 @@ def resume(named, world):
         return args, model, state
 
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
-    for weights in (folder, best_folder(folder)):
-        require(
-            not holds_weights(weights),
-            f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
-            f"--model {shlex.quote(weights)} and another --output_dir",
-        )
+    require(
+        not holds_weights(folder),
+        f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
+        f"--model {shlex.quote(folder)} and another --output_dir",
+    )
     others = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "checkpoint_*"))
     close = difflib.get_close_matches(folder, sorted(set(map(os.path.dirname, others))))
     meant = f": did you mean {shlex.quote(close[0])}?" if close else ""
@@ -3334,9 +3350,12 @@ def old_entries(folder, step):
         for line in file:
             with contextlib.suppress(InputError):
                 entry = parse_json(line, path)
-                numbers = all(type(x) in (int, float) and math.isfinite(x) for x in entry.values())
+                numbers = all(type(x) in (int, float) and abs(x) < 1e300 for x in entry.values())
                 if numbers and type(entry.get("step")) is int and entry["step"] <= step:
                     entries.append(entry)
+    lost = step - len({entry["step"] for entry in entries if "train_loss" in entry})
+    if lost:
+        print_now(f"{path} lacks {lost} of {step} updates, and the logs go on without them")
     return entries
 
 
@@ -3656,7 +3675,10 @@ def fetch(args, named):
         raise InputError("--input_bin without its --input_val_bin: name it, or --val_loss_every 0")
     if data_named == {"input_val_bin"}:
         raise InputError("--input_val_bin without its --input_bin: name that too")
-    if not args.inference_only and args.model != "bytes" and not data_named:
+    of_bytes = path and open_weights(path)[0].vocab_size == 256
+    if of_bytes and not data_named:
+        args.input_bin = args.input_val_bin = ""  # the text at hand, as for --model bytes
+    elif not args.inference_only and args.model != "bytes" and not data_named:
         paths = [in_data(f"tiny_shakespeare_{name}.bin") for name in ("train", "val")]
         there = all(map(os.path.exists, paths))
         args.input_bin, args.input_val_bin = paths if there else provide("tiny_shakespeare")
@@ -3671,7 +3693,7 @@ def open_data(args, config, world, state):
     """
     sources = {"training": args.input_bin, "validation": args.input_val_bin}
     wanted = ["training", "validation"] if args.val_loss_every else ["training"]
-    if args.model == "bytes" and not args.input_bin:
+    if config.vocab_size == 256 and not args.input_bin:
         names, *texts = text_at_hand()
         sources = {"training": names, "validation": names}
         shards = {what: [text] for what, text in zip(wanted, texts, strict=False)}
@@ -3700,7 +3722,7 @@ def open_data(args, config, world, state):
         loader = FirstBatch(loader)
     val_loader = None
     if args.val_loss_every:
-        val_loader = world.share_loader(DataLoader(shards["validation"], B, T))
+        val_loader = world.share_loader(DataLoader(shards["validation"], 1, T))  # see validate
     return loader, val_loader, data
 
 

@@ -19,15 +19,19 @@ import sys
 def read_log(folder):
     """The entries of a run's main.jsonl: a list of dicts. ValueError if there is no such log."""
     path = os.path.join(folder, "main.jsonl")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = file.read().split("\n")  # what follows the last line's end is "", or half a line
+
     entries = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                entry = json.loads(line)
-                entry["step"] + 0
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{path}, line {number}: expected JSON with a step") from None
-            entries.append(entry)
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            entry = json.loads(line)
+            right = all(type(value) in (int, float) for value in entry.values())
+            entries.append({"step": entry["step"]} | {k: float(v) for k, v in entry.items()})
+        except (ValueError, AttributeError, KeyError, OverflowError, RecursionError, TypeError):
+            right = False
+        if not right:
+            raise ValueError(f"{path}, line {number}: expected JSON of numbers, with a step")
     if not entries:
         raise ValueError(f"{path} is empty: the run has made no update yet")
     return entries
@@ -37,6 +41,12 @@ def columns(entries, name):
     """(steps, values) of those entries that have a value of this name."""
     found = [(entry["step"], entry[name]) for entry in entries if name in entry]
     return [step for step, _ in found], [value for _, value in found]
+
+
+def label_of(folder):
+    """A folder's name as matplotlib takes it: it hides labels that begin with _, and $ is TeX."""
+    name = os.path.normpath(folder).encode(errors="replace").decode()
+    return f" {name}".replace("$", r"\$")
 
 
 def draw(logs, path):
@@ -51,7 +61,7 @@ def draw(logs, path):
     )
     for number, (folder, entries) in enumerate(logs.items()):
         colour = f"C{number}"
-        name = os.path.basename(os.path.normpath(folder))
+        name = label_of(folder)
         steps, values = columns(entries, "train_loss")
         losses.plot(
             steps, values, color=colour, linewidth=0.8, alpha=0.6, label=f"{name}, training"
@@ -60,7 +70,9 @@ def draw(logs, path):
         if values:
             losses.plot(steps, values, color=colour, marker="o", label=f"{name}, validation")
             best = min(zip(values, steps, strict=True))
-            losses.annotate(f"{best[0]:.4f}", best[::-1], (0, 8), textcoords="offset points")
+            losses.annotate(
+                f"{best[0]:.4f}", best[::-1], (0, 8), textcoords="offset points", ha="right"
+            )
         rates.plot(*columns(entries, "lr"), color=colour)
 
     losses.set_ylabel("loss (nats per token)")

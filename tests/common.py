@@ -463,7 +463,7 @@ def events(stdout):
     heading = r"model: |memory|training data: |validation data: |nothing of this run will be kept"
     heading += r"|resuming from |.* holds NO RUN TO RESUME|(stopped: )?\d+ updates, "
     heading += r"|.* is damaged: |run: |a model that knows nothing |it may learn so small a text "
-    heading += r"|so small a model "
+    heading += r"|so small a model |a validation reads |.* updates, and the logs go on "
     heading += r"|(train|val  ) loss [ \d]\d\.\d{4} |best val loss "
     return re.sub(rf"(?m)^({heading}).*\n", "", stdout)
 

@@ -153,15 +153,16 @@ def embedded(compiled):
         loader, val_loader, data = gpt2.open_data(args, config, gpt2.one_process(), state)
     run = argparse.Namespace(args=args, data=data, model=model, world=gpt2.one_process())
     run.model.config = config
-    batches_of_a_validation = gpt2.val_passages(run) // args.batch_size
+    B = args.batch_size
     for update in range(args.num_iterations + 1):
         if update % args.val_loss_every == 0:
             val_loader.seek([0, 0, 0])
             losses = []
             with torch.no_grad():
-                for _ in range(batches_of_a_validation):
-                    batch = map(torch.from_numpy, val_loader.next_batch())
-                    losses.append(compute(*batch).item())
+                for _ in range(gpt2.val_passages(run) // B):
+                    rows = [val_loader.next_batch() for _ in range(B)]
+                    batch = map(np.concatenate, zip(*rows, strict=True))
+                    losses.append(compute(*map(torch.from_numpy, batch)).item())
         if update == args.num_iterations:
             break
         rate = gpt2.learning_rate_at(

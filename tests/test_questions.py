@@ -49,6 +49,7 @@ def test_a_run_says_what_it_is_and_what_is_normal(call_main, monkeypatch):
     flags = "--model bytes --num_iterations 3 --val_loss_every 0 --sample_every 0".split()
     lines = succeeded(call_main(*flags)).splitlines()
     tokens = int(re.search(r"training data: .*, ([\d,]+) tokens$", lines[2])[1].replace(",", ""))
+    assert "a validation reads " not in "".join(lines)
     at = [lines.index(line) for line in lines if line.startswith("run: ")][0]
     assert lines[at] == f"run: 3 updates of 1,024 tokens, {3 * 1024 / tokens:.3g} epochs"
     assert lines[at + 1] == "a model that knows nothing has a loss of ln(256) = 5.55"
@@ -70,7 +71,7 @@ def test_many_epochs_are_said_and_where_the_best_weights_are(call_main, tmp_path
     assert epochs > 10
     where = tmp_path / "o" / "best"
     assert f"by heart; the best weights are kept in {where}\n" in stdout
-    assert "are kept in the folder of --output_dir\n" in succeeded(call_main(*flags))
+    assert "; --output_dir would keep the best weights\n" in succeeded(call_main(*flags))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -142,7 +143,14 @@ def test_one_slow_update_is_not_taken_for_the_rule(monkeypatch):
     for seconds in (60.0, 2.0, 2.0):
         clock.seconds["update"].append(seconds)
     assert clock.left(3) == ", 0:54 left"
+    clock.every["validation"], clock.seconds["validation"] = 3, [10.0]
+    assert clock.left(3) == ", 2:34 left"  # with the validations after 3, 6, ..., 30
+    assert clock.left(3, evaluated=True) == ", 2:24 left"
+    assert clock.left(30) == ", 0:10 left"
+    assert clock.left(30, evaluated=True) == ", 0:00 left"
     clock.seconds["update"].extend([4000.0] * 30)
+    clock.every["validation"] = 0
+    clock.seconds["validation"] = []
     assert clock.left(3) == ", 30:00:00 left"
 
 
@@ -284,12 +292,16 @@ def test_a_resumed_run_goes_on_knowing_the_best(call_main, tmp_path, monkeypatch
 def test_a_loss_on_other_tokens_is_not_compared(call_main, tmp_path, monkeypatch):
     losses_are(monkeypatch, [5.0, 5.0, 5.0, 5.0])
     succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path))
-    losses_are(monkeypatch, [5.4, 5.3])
+    before = folder_content(tmp_path / "best")
+    losses_are(monkeypatch, [4.4, 4.3])
     more = ("--output_dir", tmp_path, "--resume", 1, "--num_iterations", 16, "--val_max_steps", 3)
-    assert "best val loss 5.3000 at update 16 of 16, on 48 tokens" in succeeded(call_main(*more))
+    stdout = succeeded(call_main(*more))
+    assert f"\n{tmp_path}/best rests on 32 tokens and stays as it is: move it away" in stdout
+    assert "best val loss 5.0000 at update 4 of 16, on 32 tokens" in stdout
+    assert folder_content(tmp_path / "best") == before
 
 
-@pytest.mark.parametrize("damage", ["cut", "no metadata", "missing"])
+@pytest.mark.parametrize("damage", ["cut", "no metadata", "missing", "null", "-inf"])
 def test_best_weights_that_can_not_be_read_are_written_anew(call_main, tmp_path, damage):
     succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path))
     path = tmp_path / "best" / "model.safetensors"
@@ -297,6 +309,12 @@ def test_best_weights_that_can_not_be_read_are_written_anew(call_main, tmp_path,
         path.write_bytes(path.read_bytes()[:100])
     elif damage == "no metadata":
         shutil.copy(tmp_path / "model.safetensors", path)
+    elif damage == "null":
+        path.write_bytes(re.sub(b'"step": "12"', b'"step": null', path.read_bytes()))
+    elif damage == "-inf":
+        data = path.read_bytes()
+        loss = re.search(b'"val_loss": "([^"]*)"', data)[1]
+        path.write_bytes(data.replace(loss, b"-inf".ljust(len(loss))))
     else:
         shutil.rmtree(tmp_path / "best")
     succeeded(call_main("--output_dir", tmp_path, "--resume", 1, "--num_iterations", 16))
@@ -310,20 +328,21 @@ def test_without_a_folder_or_a_validation_nothing_is_kept(call_main, tmp_path, m
     assert "best val loss" not in succeeded(call_main(*flags))
 
 
-def test_best_weights_without_a_checkpoint_are_not_overwritten(call_main, tmp_path):
+def test_best_weights_without_a_checkpoint_are_not_overwritten(call_main, tmp_path, monkeypatch):
     """A run that was killed before its first checkpoint has left them."""
     succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / "o"))
     for path in (tmp_path / "o").iterdir():
         if path.name != "best":
             path.unlink()
-    before = folder_content(tmp_path / "o")
+    before, of_best = folder_content(tmp_path / "o"), folder_content(tmp_path / "o" / "best")
     new = call_main(*SMALL_RUN, "--output_dir", tmp_path / "o")
     assert "holds a run" in failed_in_one_line(new)
-    again = call_main(*SMALL_RUN, "--output_dir", tmp_path / "o", "--resume", 1)
-    assert f"fine-tune from them with --model {tmp_path / 'o' / 'best'}" in failed_in_one_line(
-        again
-    )
     assert folder_content(tmp_path / "o") == before
+
+    losses_are(monkeypatch, [1.0, 9.0, 9.0, 9.0])  # those that are there were better
+    stdout = succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / "o", "--resume", 1))
+    assert "NO RUN TO RESUME" in stdout
+    assert folder_content(tmp_path / "o" / "best") == of_best
 
 
 def test_best_weights_that_can_not_be_written_end_no_run(call_main, tmp_path, monkeypatch):
@@ -378,7 +397,7 @@ def test_how_many_passages_a_validation_reads():
     assert passages(50257, sequence_length=1024) == 5
     assert passages(256) == 480 and passages(256, sequence_length=1024) == 30
     assert passages(50257, val_max_steps=7, batch_size=8, size=3) == 168
-    assert passages(256, tokens=(64 * 11 + 1, 64 * 8), batch_size=4) == 8 + 4  # no more is there
+    assert passages(256, tokens=(64 * 11 + 1, 64 * 8), batch_size=4) == 11 + 7  # no more is there
 
 
 def test_given_weights_have_the_loss_that_their_run_had(call_main, tmp_path, monkeypatch):
@@ -391,6 +410,16 @@ def test_given_weights_have_the_loss_that_their_run_had(call_main, tmp_path, mon
         stdout = succeeded(call_main(*again, *data, "--sample_every", 0))
         loss = float(re.search(r"(?m)^val loss (\S+)$", stdout)[1])
         assert loss == pytest.approx(float(losses[-1]), abs=2e-6)
+
+
+def test_a_model_of_bytes_is_evaluated_on_the_text_it_has_learnt(call_main, tmp_path):
+    """It is in no file of tokens."""
+    flags = "--num_iterations 2 --val_loss_every 2 --sample_every 0 --output_dir".split()
+    stdout = succeeded(call_main("--model", "bytes", *flags, tmp_path / "o"))
+    losses = re.findall(r"(?m)^val loss (\S+)$", stdout)
+    again = ("--model", tmp_path / "o", "--num_iterations", 0, "--sample_every", 0)
+    found = re.findall(r"(?m)^val loss (\S+)$", succeeded(call_main(*again)))
+    assert float(found[0]) == pytest.approx(float(losses[-1]), abs=2e-6)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -408,9 +437,11 @@ def plot(*arguments, **options):
 
 def test_a_picture_of_runs(call_main, tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
-    for name in ("one", "two"):
-        succeeded(call_main(*SMALL_RUN, "--output_dir", tmp_path / name))
-    runs = (tmp_path / "one", tmp_path / "two")
+    runs = (tmp_path / "_one", tmp_path / r"$\frac$")
+    for folder in runs:
+        succeeded(call_main(*SMALL_RUN, "--output_dir", folder))
+    with open(runs[0] / "main.jsonl", "a") as file:
+        file.write('{"step": 13, "tr')  # a killed run has left half a line
     assert succeeded(plot(runs[0])).strip() == str(runs[0] / "run.svg")
     assert b"<svg" in (runs[0] / "run.svg").read_bytes()
     succeeded(plot(*runs, "--output", tmp_path / "both.png"))
@@ -420,7 +451,14 @@ def test_a_picture_of_runs(call_main, tmp_path):
 def test_what_can_not_be_drawn_is_one_line(tmp_path):
     path = tmp_path / "main.jsonl"
     assert "main.jsonl" in failed_in_one_line(plot(tmp_path))
-    for text, expected in (("", "is empty"), ('{"step": 1}\n[]\n', "line 2"), ("{\n", "line 1")):
+    for text, expected in (
+        ("", "is empty"),
+        ('{"step": 1}\n[]\n', "line 2"),
+        ("{\n", "line 1"),
+        ('{"step": 1, "val_loss": "a"}\n', "line 1"),
+        ('{"step": 1, "val_loss": 1' + 400 * "0" + "}\n", "line 1"),
+        ('{"step": 1, "x": ' + 9999 * "[" + "\n", "line 1"),
+    ):
         path.write_text(text)
         assert expected in failed_in_one_line(plot(tmp_path))
     path.write_text('{"step": 1}\n')
