@@ -7,8 +7,9 @@ Exercises with a tutor: write a layer yourself, and ask whether it is right.
     python -m extras.exercises mine.py
         says of each of them that it is right, or what is wrong with it
 
-What is not filled in is the trainer's own. If all that you wrote is right, it
-trains a small model for 20 updates, with the trainer beside it.
+What is not filled in is the trainer's own, also when you call it. If all that
+you wrote is right, it trains a small model for 20 updates, with the trainer
+beside it.
 
 Your function and the trainer's get the same random numbers, in float64, in
 several shapes. Hints come from comparing the two results: one is given only
@@ -16,12 +17,15 @@ if it holds, to rounding, in every plain case in which yours is wrong.
 """
 
 import argparse
+import ast
 import copy
+import difflib
 import functools
 import inspect
 import itertools
 import math
 import os
+import re
 import runpy
 import sys
 import textwrap
@@ -64,6 +68,9 @@ PLACES = {  # what there is at an index of an axis
     "B": "sequence", "T": "position", "M": "position", "V": "token", "O": "output channel",
     "N": "head", "H": "channel", "C": "channel", "P": "parameter",
 }  # fmt: skip
+
+# Results that are computed before the others of their function.
+EARLY = ("mean", "rstd", "logits", "g", "m", "v")
 
 SEED = 1
 TOLERANCE = 1e-9
@@ -224,7 +231,8 @@ def results(function, name, case, change=None):
     yours, right, before    what stands in it afterwards, and before, with all axes of the layer: of
                             length 1 if it has not got them. If it is added to, yours and right are
                             what was added
-    known                   {part: array}: what is read, and what the right forward function gives
+    known                   {part: array}: what is read, what the right forward function gives, and
+                            what the formulas of the work sheet make of it
     numbers                 {name: number}: the arguments that are numbers
     """
     before = arguments(name, case, change)
@@ -238,7 +246,7 @@ def results(function, name, case, change=None):
         "name": name, "function": function, "case": case, "returned": returned, "known": known,
         "numbers": {key: x for key, x in before.items() if isinstance(x, float)}, "all": found,
     }  # fmt: skip
-    for key, value in before.items():
+    for key, value in sorted(before.items(), key=lambda pair: pair[0] not in EARLY):
         role = roles(name, case.add).get(key)
         if role is None and case.special != IN_PLACE:
             require(np.array_equal(given[key], value), f"it writes into {key}, which is only read")
@@ -257,6 +265,13 @@ def results(function, name, case, change=None):
                 own = {"key": key, "part": part, "role": role, "axes": axes_of(name, key)}
                 own |= {"yours": yours, "right": truth, "before": start}
                 found.append(SimpleNamespace(**own, **shared_by_all))
+
+    if name == "layernorm_backward":
+        known["(inp - mean)"] = known["inp"] - known["mean"]
+        known["norm"] = known["(inp - mean)"] * known["rstd"]
+    if name == "gelu_backward":
+        u = gpt2.GELU_SCALE * (known["inp"] + gpt2.GELU_CUBE * known["inp"] ** 3)
+        known["0.5 * (1 + tanh(u))"] = 0.5 * (1 + np.tanh(u))
     return found
 
 
@@ -298,23 +313,22 @@ def is_wrong(result):
 
 
 def hints(wrong):
-    """(part, its hints) of {part: results}: those of the kind of statement that says most."""
-    kinds = [unwritten, overwriting, alike, term, influence, vanishing_sum, where_right]
+    """What is true of all these results of an array: the kind of statement that says most."""
+    kinds = [unwritten, overwriting, alike, term, influence, two_terms, vanishing_sum, where_right]
     with np.errstate(all="ignore"):
-        for kind, part in itertools.product(kinds, wrong):
-            found = shared(kind, wrong[part])
+        for kind in kinds:
+            found = shared(kind, wrong)
             if found:
-                return part, found[: 2 if kind is where_right else 1]
-    return next(iter(wrong)), []
+                return found[: 2 if kind is where_right else 1]
+    return []
 
 
 def shared(kind, wrong):
     """The statements of this kind that are true of all these results."""
     common = list(kind(wrong[0]))
     for result in wrong[1:]:
-        if common:
-            others = set(kind(result))
-            common = [words for words in common if words in others]
+        others = set(kind(result)) if common else ()
+        common = [words for words in common if words in others]
     return common
 
 
@@ -322,10 +336,20 @@ def unwritten(result):
     """What still holds what stood there before."""
     start = np.zeros_like(result.before) if result.role == "added to" else result.before
     if np.array_equal(result.yours, start):
-        words = "nothing is written into it: x[...] = y writes, x = y does not"
+        words = "it is not written"
+        if rebinds(result.function, result.key):
+            words = "nothing is written into it: x[...] = y writes, x = y does not"
         yield words if result.returned is None else f"{words}; what a function returns is not read"
     elif np.all((result.yours == start) | right_at(result)):
         yield "where it is wrong, it still holds what stood there before"
+
+
+def rebinds(function, name):
+    """Whether name = ... is a line of a function, as far as its text can be read."""
+    try:
+        return re.search(rf"^ *{name} *=[^=]", inspect.getsource(function), re.MULTILINE)
+    except (OSError, TypeError):
+        return False
 
 
 def alike(result):
@@ -365,14 +389,17 @@ def alike(result):
 def multiples(a, b, result):
     """The names of the number c if a = c * b, the simplest first; none if there is no such number.
 
-    A name says 2, the size of an axis or an argument, or 1/x or sqrt(x) of these. b may have fewer
-    axes than a.
+    b may have fewer axes than a.
     """
     square = np.vdot(b, b) * (a.size / b.size)
     c = np.sum(a * b) / square if square else 0.0
     if c == 0 or not near(a, c * b):
         return []
+    return [*named(c, result), f"{c:.6g}", "a number"]
 
+
+def named(c, result):
+    """Names of a number c: 1, 2, the size of an axis or an argument, or 1/x or sqrt(x) of these."""
     sizes = result.case.sizes
     numbers = {"2": 2} | {SIZES[letter]: sizes[letter] for letter in letters_of(result.name)}
     if "T" in numbers:
@@ -385,13 +412,18 @@ def multiples(a, b, result):
         forms |= {f"sqrt({words})": x**0.5, f"1/sqrt({words})": x**-0.5}
 
     sign = "-" if c < 0 else ""
-    names = [sign + words for words, x in forms.items() if math.isclose(abs(c), x, rel_tol=1e-9)]
-    return [*names, f"{c:.6g}", "a number"]
+    return [sign + words for words, x in forms.items() if math.isclose(abs(c), x, rel_tol=1e-9)]
+
+
+def times(c, words):
+    """c * words, of which c is the name of a number."""
+    return {"1": words, "-1": f"-{words}"}.get(c, f"{c} * {words}")
 
 
 def reductions(words, x, letters):
     """{words: array}: the means and sums of x over some of its axes."""
     found = {}
+    words = f"({words})" if " * " in words else words
     axes = [axis for axis, n in enumerate(x.shape) if n > 1]
     for k in range(1, len(axes) + 1):
         for chosen in itertools.combinations(axes, k):
@@ -401,19 +433,32 @@ def reductions(words, x, letters):
     return found
 
 
-def in_pairs(arrays):
-    """{words: array}: these arrays, the products and differences of two of them, and squares."""
-    found = dict(arrays)
-    for (a, x), (b, y) in itertools.combinations(arrays.items(), 2):
-        found[f"({a} * {b})"] = x * y
-        found[f"({a} - {b})"] = x - y
-        found[f"({a} - {b})^2"] = (x - y) ** 2
-    return found
+def products(arrays):
+    """{words: array}: these arrays, and the products of two of them."""
+    pairs = itertools.combinations(arrays.items(), 2)
+    return arrays | {f"{a} * {b}": x * y for (a, x), (b, y) in pairs}
 
 
 def fits(x, shape):
     """Whether x can be broadcast to a shape."""
     return np.broadcast_shapes(x.shape, shape) == shape
+
+
+def gradients(result):
+    """{words: array}: products of dout with others, their sums and means, and products of these."""
+    known = dict(result.known)
+    dout = known.pop("dout", None)
+    if dout is None:
+        return {}
+    others = products(known)
+    inner = {"dout": dout} | {f"dout * {words}": dout * x for words, x in others.items()}
+    found = dict(inner)
+    for words, x in inner.items():
+        for short, y in reductions(words, x, letters_of(result.name)).items():
+            found[short] = y
+            if re.match(r"mean over \w+ of", short):
+                found |= {f"{outer} * {short}": z * y for outer, z in others.items()}
+    return {words: x for words, x in found.items() if fits(x, result.right.shape)}
 
 
 def term(result):
@@ -422,28 +467,51 @@ def term(result):
     known = dict(result.known)
     if result.role == "overwritten":
         known.pop(result.part, None)
-    terms = {"1": np.ones((1,) * len(shape))}
-    for words, x in in_pairs(known).items():
+    plain = products(known)
+    for (a, x), (b, y) in itertools.combinations(known.items(), 2):
+        plain |= {f"({a} - {b})": x - y, f"({a} - {b})^2": (x - y) ** 2}
+    terms = {"1": np.ones((1,) * len(shape)), **plain}
+    for words, x in plain.items():
+        terms |= reductions(words, x, letters)
+    for words, x in gradients(result).items():
         terms[words] = x
-        for short, reduced in reductions(words, x, letters).items():
-            if fits(reduced, shape):
-                terms[short] = reduced
-                terms |= {f"{part} * {short}": y * reduced for part, y in known.items()}
+        if " over " not in words:
+            terms[f"(the right one - {words})"] = result.right - x
 
     compared = [("yours", result.yours, "the right one", result.right)]
     if (result.yours > 0).all() and (result.right > 0).all():
         compared.append(("1/yours^2", result.yours**-2, "1/right^2", result.right**-2))
     found = []
     for words, x in terms.items():
-        for ours, yours, theirs, right in compared:
-            if fits(x, shape):
-                for c in multiples(right - yours, x, result):
-                    product = {"1": words, "-1": f"-{words}"}.get(c, f"{c} * {words}")
-                    product = c if words == "1" else product
-                    found.append(f"{theirs} minus {ours} is {product}")
-                if near(yours, x):
-                    found.append(f"{ours} is {words}")
+        for ours, yours, theirs, right in compared if fits(x, shape) else ():
+            for c in multiples(right - yours, x, result):
+                product = c if words == "1" else times(c, words)
+                found.append(f"{theirs} minus {ours} is {product}")
+            if near(yours, x):
+                found.append(f"{ours} is {words}")
     return sorted(found, key=lambda words: ("a number" in words, len(words)))
+
+
+def two_terms(result):
+    """Two terms of a gradient that make the difference, if their factors have names."""
+    terms = gradients(result)
+    difference = (result.right - result.yours).reshape(-1)
+    rows = [np.broadcast_to(x, result.right.shape).reshape(-1) for x in terms.values()]
+
+    # The share of the difference in the plane of two terms, from the cosines between all three.
+    unit = [x / np.linalg.norm(x) for x in (*rows, difference)]
+    cosines = np.inner(unit, unit)
+    a, b = cosines[-1], cosines[:, -1:]
+    share = (a**2 + b**2 - 2 * a * b * cosines) / (1 - cosines**2)
+
+    found = []
+    for i, j in np.argwhere(np.triu(abs(share - 1) < TOLERANCE, 1)[:-1, :-1]):
+        c, d = np.linalg.lstsq(np.transpose([rows[i], rows[j]]), difference)[0]
+        if near(c * rows[i] + d * rows[j], difference):
+            for x, y in itertools.product(named(c, result), named(d, result)):
+                x, y = times(x, list(terms)[i]), times(y, list(terms)[j])
+                found.append(f"the right one minus yours is {x} + {y}".replace("+ -", "- "))
+    return sorted(found, key=len)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -462,17 +530,32 @@ def again(result, change, case=None):
     return None
 
 
+def doing(result, where=...):
+    """What it does with what stood there before: "adds" to it, or "overwrites" it; or None."""
+    other = again(result, changing(result.key, moved))
+    if other is None:
+        return None
+    start = (other.before - result.before)[where]
+    end = (other.yours - result.yours)[where] + (start if result.role == "added to" else 0)
+    if near(end, start):
+        return "adds"
+    return "overwrites" if near(end - start, -start) else None
+
+
 def overwriting(result):
     """= in place of +=, or += in place of =."""
-    other = again(result, changing(result.key, moved))
-    if other is not None:
-        wrong = ~right_at(result)
-        start = (other.before - result.before)[wrong]
-        end = (other.yours - result.yours)[wrong]
-        if result.role == "overwritten" and near(end, start):
-            yield "it adds to what stood there before, and should overwrite it"
-        if result.role == "added to" and near(end, -start):
-            yield "it overwrites what stood there before, and should add to it"
+    name, key, case = result.name, result.key, result.case
+    other = again(result, None, case._replace(add=not case.add))
+    if other and roles(name, True)[key] != roles(name, False)[key]:
+        words = doing(result)
+        if words and words == doing(other):
+            yield f"it {words}, whatever `add` says"
+
+    words = doing(result, ~right_at(result))
+    if result.role == "overwritten" and words == "adds":
+        yield "it adds to what stood there before, and should overwrite it"
+    if result.role == "added to" and words == "overwrites":
+        yield "it overwrites what stood there before, and should add to it"
 
 
 def free_arguments(result):
@@ -612,35 +695,14 @@ def simpler(result):
 
 
 def vanishing_sum(result):
-    """Sums over an axis of an array, or of its product with others: yours is right if one is 0."""
-    letters = letters_of(result.name)
-    for key in ("dout", "inp"):
-        if key not in result.known:
-            continue
-        shape = result.known[key].shape
-        factors = {key: np.ones((1,) * len(shape))}
-        if key == "dout":  # of the others, none follows from dout
-            others = {part: x for part, x in result.known.items() if part != key}
-            factors |= {f"{key} * {words}": y for words, y in weights(others).items()}
-        for words, y in factors.items():
-            for axis in range(len(shape)):
-                if fits(y, shape) and shape[axis] > 1:
-                    change = functools.partial(without, np.broadcast_to(y, shape), axis)
-                    if is_right_and_not_empty(again(result, changing(key, change))):
-                        over = SIZES[letters[axis]]
-                        yield f"yours is right if the sum over {over} of {words} is 0"
-
-
-def weights(arrays):
-    """{words: array}: these, the products of two, and of a smaller one with a difference."""
-    found = {}
-    for words, y in in_pairs(arrays).items():
-        if " - " not in words:
-            found[words] = y
-        elif "^" not in words:
-            smaller = {part: x for part, x in arrays.items() if x.size < y.size}
-            found |= {f"{part} * {words}": x * y for part, x in smaller.items()}
-    return found
+    """Sums over an axis of dout, or of its product with others: yours is right if one is 0."""
+    terms, letters = gradients(result), letters_of(result.name)
+    for (words, x), axis in itertools.product(terms.items(), range(len(letters))):
+        dout = result.known["dout"]
+        if " over " not in words and x.shape == dout.shape and dout.shape[axis] > 1:
+            change = functools.partial(without, x / dout, axis)
+            if is_right_and_not_empty(again(result, changing("dout", change))):
+                yield f"yours is right if the sum over {SIZES[letters[axis]]} of {words} is 0"
 
 
 def without(y, axis, value):
@@ -655,12 +717,9 @@ def without(y, axis, value):
 
 
 def verdict(function, name, path):
-    """Lines that say what is wrong with it: none if it is right, None if it is not filled in."""
+    """Lines that say what is wrong with it: none if it is right."""
     for stage in cases(name):
-        try:
-            wrong, troubles = tried(function, name, stage, path)
-        except NotImplementedError:
-            return None
+        wrong, troubles = tried(function, name, stage, path)
         if wrong or troubles:
             return [*described(wrong), *troubles[:1]]
     return []
@@ -677,8 +736,6 @@ def tried(function, name, stage, path):
             for result in results(function, name, case):
                 if is_wrong(result):
                     wrong.setdefault(result.part, []).append(result)
-        except NotImplementedError:
-            raise
         except Exception as error:
             troubles.append(f"{said(error, path)} ({case_words(name, case)})")
             if not wrong:
@@ -692,7 +749,7 @@ def described(wrong):
         return []
     part, statements = next(iter(wrong)), ["in plain cases it is right"]
     if not wrong[part][0].case.special:
-        part, statements = hints(wrong)
+        statements = hints(wrong[part])
 
     first = wrong[part][0]
     yours, right = first.yours, first.right
@@ -710,7 +767,7 @@ def described(wrong):
         f"yours{adds} {yours.flat[worst]:.8g}, right{adds} {right.flat[worst]:.8g}",
         *[f"hint: {words}" for words in statements],
     ]
-    others = [other for other in wrong if other != part]
+    others = [x for x in wrong if x != part and wrong[x][0].case == first.case]
     if others:
         lines.append(f"also wrong: {', '.join(others)}")
     return lines
@@ -732,6 +789,8 @@ def said(error, path):
     for frame in traceback.extract_tb(error.__traceback__):
         if os.path.abspath(frame.filename) == os.path.abspath(path):
             where = f" in line {frame.lineno}"
+            if isinstance(error, NotImplementedError):
+                where = f": {frame.name} still raises it{where}"
     words = " ".join(str(error).split())
     return f"{type(error).__name__}{where}{': ' if words else ''}{words}"
 
@@ -740,29 +799,52 @@ def said(error, path):
 # The program
 
 
+def is_empty(node):
+    """Whether a function has no body but raise NotImplementedError, as in the work sheet."""
+    *doc, last = map(ast.unparse, node.body)
+    return last == "raise NotImplementedError" and len(doc) == (ast.get_docstring(node) is not None)
+
+
 def load(path):
-    """{name: function} of what a student's file defines."""
+    """{name: function}: what a student's file fills in. All else is the trainer's in it."""
     require(os.path.isfile(path), f"{path}: no such file: begin with cp extras/mine.py {path}")
+    given = {name: functools.partial(function) for name, function in TRUTH.items()}
     try:
-        content = runpy.run_path(path)
+        content = runpy.run_path(path, given)
     except SyntaxError as error:
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise InputError(f"{path}: {said(error, path)}") from None
-    return {name: content[name] for name in TRUTH if name in content}
+
+    with open(path, "rb") as file:
+        nodes = [node for node in ast.parse(file.read()).body if isinstance(node, ast.FunctionDef)]
+    names = [node.name for node in nodes]
+    for node in nodes:
+        code = getattr(content.get(node.name), "__code__", None)
+        alone = names.count(node.name) == 1 and code and code.co_firstlineno == node.lineno
+        if alone and node.name in TRUTH and is_empty(node):
+            content[node.name].__globals__[node.name] = content[node.name] = given[node.name]
+
+    filled = {x: content[x] for x in TRUTH if content.get(x, given[x]) is not given[x]}
+    inside = itertools.chain(*map(ast.walk, nodes))
+    used = {node.id for node in inside if isinstance(node, ast.Name)}
+    for name in set(names) - used - TRUTH.keys():
+        for meant in difflib.get_close_matches(name, TRUTH.keys() - filled, 1, 0.8):
+            raise InputError(f"{name} is no function of the sheet: did you mean {meant}?")
+    return filled
 
 
 def check(functions, path):
-    """Print a verdict on each function that is filled in: {name: whether it is right}."""
+    """Print a verdict on each of these functions: {name: whether it is right}."""
     found = {}
     for name, function in functions.items():
+        print(f"{name}: ", end="", flush=True)  # now, to show what takes long, or is stopped
         lines = verdict(function, name, path)
-        if lines is None:
-            continue
         found[name] = not lines
-        print(f"{name}: {'wrong' if lines else 'right'}")
+        print("wrong" if lines else "right")
         if lines:
-            lines.append(f"the formula: section {7 if name == 'adamw' else 2}, {name}")
+            section = 7 if name == "adamw" else 2
+            lines.append(f"the formula: train_gpt2.py, section {section}, {name}")
         for line in lines:
             print(textwrap.fill(line, 80, initial_indent="    ", subsequent_indent=" " * 8))
     return found
@@ -817,7 +899,7 @@ def main(argv=None):
             require(same, "the losses differ, though in float64 all is right")
         return 0 if all(found.values()) else 1
     except KeyboardInterrupt:
-        print("stopped: run it again", file=sys.stderr)
+        print("\nstopped: run it again", file=sys.stderr)
         return 130
     except Exception as error:
         print(f"error: {said(error, path)}", file=sys.stderr)

@@ -5,8 +5,8 @@ A work sheet: the layers of GPT-2 and AdamW, without their bodies. Write them yo
     python -m extras.exercises mine.py
 
 Fill in one function or several, in any order, and ask the tutor. What you leave as it is, or take
-out of this file, is the trainer's own. gelu_backward, matmul_backward and layernorm_backward are
-good ones to begin with.
+out of this file, is the trainer's own. What you write may call other functions of this file, filled
+in or not. gelu_backward, matmul_backward and layernorm_backward are good ones to begin with.
 
     B, T, C     sequences in a batch, positions in a sequence, channels
     V           tokens in the vocabulary
@@ -120,6 +120,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     dout (B, T, C); out (B, T, C), lse (B, T, NH), as the forward function wrote them; qkv (B, T,
         3C). No gradient arrives through lse, which the forward function only keeps for this one:
         with it, att[t, t2] is exp(preatt[t, t2] - lse[t])
+
+    The largest preatt of a row may be a thousand, and exp would overflow: exp(preatt[t, t2]), and
+    for t2 > t, where att is 0, also exp(preatt[t, t2] - lse[t]).
     """
     raise NotImplementedError
 
@@ -178,7 +181,8 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
     """One step of AdamW.
 
-    p, g, m, v (n,): parameters, gradients, and two moments. All four change in place
+    p, g, m, v (n,): parameters, gradients, and two moments. All four change in place: afterwards g
+        holds the scaled gradient
     step: the number of this update, from 1; the others are numbers
 
         g = grad_scale * g

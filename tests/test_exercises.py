@@ -279,10 +279,69 @@ def test_what_is_left_as_it_was_is_the_trainers_own(ask):
     check_training(out, ["residual_forward"])
 
 
+def sheet_with(*names):
+    """The sheet, with these functions filled in."""
+    text = SHEET.read_text(encoding="utf-8")
+    for name in names:
+        start = text.index(f"def {name}(")
+        end = text.index("\n\n\n", start)
+        text = text[:start] + SOLUTION[name].strip() + text[end:]
+    return text
+
+
+CALLING = """
+    half = np.empty_like(inp)
+    gelu_forward(half, inp)
+    dinp[...] = dout * (half / inp + 0.5 * inp * (1 - (2 * half / inp - 1) ** 2) * slope)
+"""
+
+
+def test_what_is_filled_in_may_call_what_is_not(ask):
+    """Whether it stands in the sheet or not, and whether it comes before or after."""
+    text = sheet_with("gelu_backward")
+    start = text.index("    dinp[...] = dout * (0.5")
+    end = text.index("\n", start)
+    text = text[:start] + CALLING.strip("\n") + text[end:]
+    for sheet in (text, re.sub(r"def gelu_forward\(.*?\n\n\n", "", text, flags=re.S)):
+        code, out, err = ask(sheet)
+        assert (code, err) == (0, "")
+        check_training(out, ["gelu_backward"])
+
+
+def test_an_empty_function_does_not_hide_a_filled_in_one(ask):
+    sheet, written = SHEET.read_text(encoding="utf-8"), only("gelu_forward")
+    code, out, err = ask(sheet + "\n\n" + written)
+    assert (code, err) == (0, "") and out.startswith("gelu_forward: right\nAll right.")
+    code, out, err = ask(written + "\n\n" + sheet)
+    assert code == 1 and "NotImplementedError: gelu_forward still raises it in line" in out
+    code, out, err = ask(sheet + "\n\nfrom train_gpt2 import gelu_forward\n")
+    assert code == 0 and out.startswith("gelu_forward: right\nAll right.")
+
+
+@pytest.mark.parametrize(
+    "name, wrong", [("gelu_backward", "gelu_backwards"), ("layernorm_forward", "layer_norm_foward")]
+)
+def test_a_misspelt_name(name, wrong, ask):
+    for sheet in ("", SHEET.read_text(encoding="utf-8")):
+        code, out, err = ask(sheet + only(name, f"def {name}", f"def {wrong}"))
+        assert (code, out) == (1, "")
+        assert err == f"error: {wrong} is no function of the sheet: did you mean {name}?\n"
+
+
+def test_a_function_that_is_called_is_not_misspelt(ask):
+    text = only("gelu_forward", "def gelu_forward", "def gelu_forwards")
+    text += "\n\ndef gelu_forward(out, inp):\n    gelu_forwards(out, inp)\n"
+    assert ask(text)[0] == 0
+    text = text.replace("def gelu_forward(out, inp)", "def residual_forward(out, inp, _)")
+    assert "residual_forward: wrong" in ask(text)[1]
+
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 
 TRIU = "np.triu_indices(T, 1)"
+MEAN, WITH_NORM = "mean over C of (dout * weight)", "mean over C of (dout * weight * norm)"
+GELU = "(the right one - dout * 0.5 * (1 + tanh(u)))"
 MISTAKES = {  # what was done: function, the right text, the wrong one, array, hints
     "sign of a term": (
         "layernorm_backward", "dnorm - first", "dnorm + first",
@@ -298,7 +357,8 @@ MISTAKES = {  # what was done: function, the right text, the wrong one, array, h
     ),
     "term with a product forgotten": (
         "layernorm_backward", " - second", "",
-        "dinp", "yours is right if the sum over C of dout * weight * (inp - mean) is 0",
+        "dinp",
+        "the right one minus yours is -rstd * norm * mean over C of (dout * weight * norm)",
     ),
     "= for +=": (
         "layernorm_backward", "dinp +=", "dinp[...] =",
@@ -324,6 +384,52 @@ MISTAKES = {  # what was done: function, the right text, the wrong one, array, h
     "no mask": (
         "attention_forward", TRIU, "np.triu_indices(T, T)",
         "out", "yours depends on qkv at later positions, the right one does not",
+    ),
+    **{
+        f"variance term, {old} as {new}": (
+            "layernorm_backward", old, new, "dinp", f"the right one minus yours is {hint}",
+        )
+        for old, new, hint in [
+            ("- second", "+ second", f"-2 * rstd * norm * {WITH_NORM}"),
+            ("- second", "- 2 * second", f"rstd * norm * {WITH_NORM}"),
+            ("* norm).mean", "* norm).sum", f"(C - 1) * rstd * norm * {WITH_NORM}"),
+            (
+                "(dnorm * norm)", "(dout * norm)",
+                f"rstd * norm * mean over C of (dout * norm) - rstd * norm * {WITH_NORM}",
+            ),
+            ("(dnorm * norm)", "dnorm", f"rstd * norm * {MEAN} - rstd * norm * {WITH_NORM}"),
+            ("norm * (dnorm", "(dnorm", f"rstd * {WITH_NORM} - rstd * norm * {WITH_NORM}"),
+            (
+                "norm * (dnorm", "(inp - mean[..., None]) * (dnorm",
+                f"norm * {WITH_NORM} - rstd * norm * {WITH_NORM}",
+            ),
+            ("- first - second", "+ first", f"-2 * rstd * {MEAN} - rstd * norm * {WITH_NORM}"),
+            (
+                ".mean(axis=-1, k", ".sum(axis=-1, k",
+                "-(C - 1) * (the right one - dout * rstd * weight)",
+            ),
+        ]
+    },
+    "both terms forgotten": (
+        "layernorm_backward", " - first - second", "",
+        "dinp", "yours is dout * rstd * weight",
+    ),
+    "inp for norm": (
+        "layernorm_backward", "dweight += (dout * norm)",
+        "dweight += (dout * (inp - mean[..., None]))",
+        "dweight", "yours is sum over B, T of (dout * (inp - mean))",
+    ),
+    "sign of gelu's second term": (
+        "gelu_backward", "+ 0.5 * inp", "- 0.5 * inp",
+        "dinp", f"the right one minus yours is 2 * {GELU}",
+    ),
+    "half of gelu's second term": (
+        "gelu_backward", "+ 0.5 * inp", "+ inp",
+        "dinp", f"the right one minus yours is -{GELU}",
+    ),
+    "gelu's first term forgotten": (
+        "gelu_backward", "0.5 * (1 + tanh) + ", "",
+        "dinp", f"yours is {GELU}",
     ),
     "no inner derivative": (
         "gelu_backward", " * slope", "",
@@ -429,7 +535,7 @@ MISTAKES = {  # what was done: function, the right text, the wrong one, array, h
 }  # fmt: skip
 KINDS = [
     exercises.unwritten, exercises.overwriting, exercises.alike, exercises.influence,
-    exercises.where_right, exercises.term, exercises.vanishing_sum,
+    exercises.where_right, exercises.term, exercises.two_terms, exercises.vanishing_sum,
 ]  # fmt: skip
 OTHER_SHAPES = [exercises.sizes_of(3, 3, 3, 3, 9, 9), exercises.sizes_of(2, 4, 2, 3, 10, 5)]
 
@@ -441,9 +547,10 @@ def test_a_mistake_and_its_hints(what, ask, monkeypatch):
     text = only(name, old, new)
     code, out, err = ask(text)
     assert (code, err) == (1, "")
+    section = 7 if name == "adamw" else 2
     of_dqkv = "" if array in exercises.PARAMETERS[name] else ", a part of dqkv,"
     assert re.match(rf"{name}: wrong\n    {array}{of_dqkv} is wrong \((B=2, T=2|n=8)", out)
-    assert out.endswith(f"    the formula: section {7 if name == 'adamw' else 2}, {name}\n")
+    assert out.endswith(f"    the formula: train_gpt2.py, section {section}, {name}\n")
     hints = re.findall(r"^    hint: (.*)$", sentences(out), re.MULTILINE)
     assert hints == expected
 
@@ -496,7 +603,37 @@ TROUBLES = {  # what was done: function, the right text, the wrong one, what is 
     ),
     "returned": (
         "gelu_forward", "out[...] =", "return",
-        "hint: nothing is written into it: .* does not; what a function returns is not read\n",
+        "hint: it is not written; what a function returns is not read\n",
+    ),
+    "only computed": (
+        "gelu_forward", "out[...] =", "result =",
+        "hint: it is not written\n",
+    ),
+    "raise left below": (
+        "residual_forward", "inp1 + inp2\n", "inp1 + inp2\n    raise NotImplementedError\n",
+        "NotImplementedError: residual_forward still raises it in line 6" + FIRST,
+    ),
+    "raise left above": (
+        "gelu_forward", "u = ", "raise NotImplementedError\n    u = ",
+        "NotImplementedError: gelu_forward still raises it in line 5" + FIRST,
+    ),
+    "raise left in a branch": (
+        "matmul_backward", "if not add:\n        dweight[...] = 0",
+        "if add:\n        raise NotImplementedError\n    dweight[...] = 0",
+        r"NotImplementedError: matmul_backward still raises it in line 8 \(.*, add=True\)",
+    ),
+    "first and second moment": (
+        "adamw", "g *= grad_scale", "g = g * grad_scale * 3",
+        r"g is wrong \(n=8\)(\n .*)*\n    also wrong: m, v, p\n",
+    ),
+    "moments of the sum": (
+        "adamw", "m[...] = beta1 * m + ", "m[...] = m + ",
+        r"m is wrong \(n=8\)(\n .*)*\n    also wrong: p\n",
+    ),
+    "wrong in other cases": (
+        "layernorm_backward", "dbias += dout.sum(axis=(0, 1))",
+        "dbias += dout.sum(axis=(0, 1)) * (1 + add)\n    dweight += len(dweight) == 12",
+        r"dbias is wrong \(.*add=True\)\n .*\n .*\n .*\n    the formula",
     ),
     "NaN": (
         "gelu_forward", "0.5 *", "0.5 * (1 + 0 * inp / (inp > 0)) *",
@@ -509,8 +646,8 @@ TROUBLES = {  # what was done: function, the right text, the wrong one, what is 
     ),
     "overflow": (
         "crossentropy_softmax_forward", "logits -= logits.max", "logits -= 0 * logits.max",
-        r"losses is wrong \(B=2, T=5, V=11, all numbers are 400 times as large\)"
-        r"\n .*\n .*yours inf.*\n    hint: in plain cases it is right\n    also wrong: logits\n",
+        r"logits is wrong \(B=2, T=5, V=11, all numbers are 400 times as large\)"
+        r"\n .*\n .*yours nan.*\n    hint: in plain cases it is right\n    also wrong: losses\n",
     ),
     "order in memory": (
         "matmul_backward", "rows = dout.reshape(-1, dout.shape[-1])",
@@ -524,12 +661,21 @@ TROUBLES = {  # what was done: function, the right text, the wrong one, what is 
     "added": (
         "layernorm_backward", "if not add", "if False",
         r"dweight is wrong \(.*add=False\)\n .*\n .*\n"
-        "    hint: it adds to what stood there before, and should overwrite it\n",
+        "    hint: it adds, whatever `add` says\n",
+    ),
+    "added, and wrong": (
+        "encoder_backward", "    if not add:\n        dwpe[...] = 0\n    dwpe[:T] +=",
+        "    dwpe[:T] += 1.5 *",
+        r"dwpe is wrong \(.*add=False\)\n .*\n .*\n    hint: it adds, whatever `add` says\n",
+    ),
+    "added where nothing is": (
+        "gelu_forward", "out[...] =", "out +=",
+        "hint: it adds to what stood there before, and should overwrite it\n",
     ),
     "not added": (
         "layernorm_backward", "if not add", "if True",
         r"dweight is wrong \(.*add=True\)\n .*\n .* yours adds .*, right adds .*\n"
-        "    hint: it overwrites what stood there before, and should add to it\n",
+        "    hint: it overwrites, whatever `add` says\n",
     ),
 }  # fmt: skip
 
@@ -597,8 +743,9 @@ def test_no_file(tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c(ask):
+    """What is checked is named before, so that one sees what takes long, and what was stopped."""
     code, out, err = ask(only("gelu_forward", "u = ", "raise KeyboardInterrupt\n    u = "))
-    assert (code, out, err) == (130, "", "stopped: run it again\n")
+    assert (code, out, err) == (130, "gelu_forward: ", "\nstopped: run it again\n")
 
 
 @pytest.mark.parametrize("words", [[], ["a.py", "b.py"], ["--fast", "a.py"]])
