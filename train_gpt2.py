@@ -2869,18 +2869,26 @@ def describe(run):
     if args.warmup_iters > updates:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
 
-    small = count(param_shapes(run.model.config)) < SMALL and args.batch_size % THREADS == 0
+    name_mpiexec(run)
+
+
+SMALL = 20_000_000  # parameters: where waking threads takes a large part of a step
+
+
+def name_mpiexec(run):
+    """Print that several processes may be faster, if the model is small and mpi4py is there."""
+    small = count(param_shapes(run.model.config)) < SMALL
+    shared = run.args.batch_size % THREADS == 0
     with contextlib.suppress(ImportError):
-        if small and THREADS > 1 and run.world.size == 1:
+        if small and shared and THREADS > 1 and run.world.size == 1:
             import mpi4py  # noqa: F401
 
             print_now(
                 f"so small a model may be faster as {THREADS} processes: mpiexec -n {THREADS} "
-                f"python train_gpt2.py ... --batch_size {args.batch_size // THREADS}"
+                f"python train_gpt2.py ... --batch_size {run.args.batch_size // THREADS}"
             )
 
 
-SMALL = 20_000_000  # parameters: where waking threads takes a large part of a step
 VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
 
 
@@ -3481,7 +3489,7 @@ BYTES_DEFAULTS = {
     "input_bin": "",
     "input_val_bin": "",
     "batch_size": 16,
-    "num_iterations": 1600,
+    "num_iterations": 1400,
     "learning_rate": 4e-3,
     "warmup_iters": 100,
     "learning_rate_decay_frac": 0.05,
@@ -3489,8 +3497,8 @@ BYTES_DEFAULTS = {
     "weight_decay": 0.1,
     "grad_clip": 1.0,
     "shuffle": 1,
-    "val_loss_every": 400,
-    "sample_every": 1600,
+    "val_loss_every": 350,
+    "sample_every": 1400,
     "max_new_tokens": 400,
     "temperature": 0.6,
 }
