@@ -314,7 +314,7 @@ def draw_losses():
 # The benchmark
 
 
-IN_README = "amd-epyc-haswell-2-threads.json"
+IN_README = "intel-r-xeon-r-processor-skylakex-2-threads.json"
 
 
 def read_benchmarks():
