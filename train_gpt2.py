@@ -2869,13 +2869,13 @@ def describe(run):
     if args.warmup_iters > updates:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
 
-    name_mpiexec(run)
+    name_processes(run)
 
 
 SMALL = 20_000_000  # parameters: where waking threads takes a large part of a step
 
 
-def name_mpiexec(run):
+def name_processes(run):
     """Print that several processes may be faster, if the model is small and mpi4py is there."""
     small = count(param_shapes(run.model.config)) < SMALL
     shared = run.args.batch_size % THREADS == 0
