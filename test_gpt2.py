@@ -1655,9 +1655,10 @@ def compared_step(model, reference, inputs, targets):
             yield Comparison("backward", place, name, next(kept), truth[name][l])
         for name in parameters:
             yield Comparison("backward", place, f"d{name}", model.grads[name][l], grads[name][l])
-        name, true = ("dresidual3", truth["dresidual3"][l - 1]) if l else ("dencoded", None)
-        true = truth["dencoded"][0] if true is None else true
-        yield Comparison("backward", f"layer {l - 1}" if l else "", name, next(kept), true)
+        if l > 0:
+            true = truth["dresidual3"][l - 1]
+            yield Comparison("backward", f"layer {l - 1}", "dresidual3", next(kept), true)
+    yield Comparison("backward", "", "dencoded", next(kept), truth["dencoded"][0])
     for name in ("wpe", "wte"):
         yield Comparison("backward", "", f"d{name}", model.grads[name], grads[name])
 
