@@ -3182,7 +3182,8 @@ def print_now(text, end="\n", to="stdout"):
     stream = getattr(sys, to)  # None, if it was closed before the program began
     with contextlib.suppress(OSError, ValueError):
         if stream:
-            print(text, end=end, file=stream, flush=True)
+            stream.write(f"{text}{end}")  # at one go: the lines of several processes don't mix
+            stream.flush()
 
 
 class Progress:

@@ -39,6 +39,12 @@ def join():
     return Processes(MPI.COMM_WORLD, MPI)
 
 
+def say(line):
+    """Print a line on stderr at one go, so that it doesn't mix with those of other processes."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 class Processes:
     """All processes of a run.
 
@@ -79,11 +85,9 @@ class Processes:
             waiting = self.waiting
             if waiting and waiting is not said and time.monotonic() - waiting[1] > PATIENCE:
                 said = waiting
-                print(
+                say(
                     f"process {self.rank} of {self.size} has waited {PATIENCE:.0f} s for "
-                    f"{waiting[0]} of the others: is one of them, or the network, gone?",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{waiting[0]} of the others: is one of them, or the network, gone?"
                 )
 
     def gathered(self, value, what):
@@ -135,7 +139,7 @@ class Processes:
         """Print an error, once if all processes have the same one."""
         if self.rank > 0:
             time.sleep(1)  # process 0 may be about to say the same, and to end this one
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
     def end_all(self, code):
         """End all processes because this one can't go on."""

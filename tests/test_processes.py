@@ -6,6 +6,7 @@ machine, as they would between machines.
 """
 
 import importlib.util
+import io
 import json
 import os
 import random
@@ -501,7 +502,7 @@ def test_hellaswag_is_scored_once_and_together(folder, tmp_path):
         return before(self, context, continuations)
     g.GPT2.token_losses = counted
     import atexit
-    atexit.register(lambda: print(f"rank {rank}: {count} endings", file=sys.stderr, flush=True))
+    atexit.register(lambda: sys.stderr.write(f"rank {rank}: {count} endings\\n"))
     """)
     flags = [*FLAGS, "--num_iterations", 5, "--val_loss_every", 5, "--hellaswag_eval", 1]
     scores = []
@@ -525,9 +526,9 @@ import atexit, os, sys
 def tell():
     main = sys.modules["__main__"]
     copies = [name for name, module in sys.modules.items() if hasattr(module, "train_step")]
-    told = [os.path.basename(getattr(main, "__file__", "")), copies]
-    told += [f"extras.{name}" in sys.modules for name in ("processes", "hellaswag", "llmc")]
-    print("modules:", *told, file=sys.stderr, flush=True)
+    late = [f"extras.{name}" in sys.modules for name in ("processes", "hellaswag", "llmc")]
+    told = ["modules:", os.path.basename(getattr(main, "__file__", "")), copies, *late]
+    sys.stderr.write(" ".join(map(str, told)) + "\\n")  # at one go: two processes write at once
 """
 
 
@@ -1018,6 +1019,34 @@ def test_who_waits_says_what_for(place, folder, tmp_path):
     end = "of the others: is one of them, or the network, gone?"
     assert result.stderr == f"process 0 of 2 has waited 0 s for {LATE_AT[place]} {end}\n"
     assert list(train_losses(result.stdout)) == [1, 2, 3]
+
+
+class Stream(io.StringIO):
+    """A stream that keeps what is written to it, each write for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.writes = []
+
+    def write(self, text):
+        self.writes.append(text)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("to", ["stdout", "stderr"])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_line_is_written_at_one_go(to, end, monkeypatch):
+    """Else those of several processes would mix where PYTHONUNBUFFERED is set."""
+    stream = Stream()
+    monkeypatch.setattr(sys, to, stream)
+    gpt2.print_now("a line", end=end, to=to)
+    assert stream.writes == ["a line" + end]
+
+
+def test_a_process_says_a_line_at_one_go(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream())
+    processes.say("a line")
+    assert sys.stderr.writes == ["a line\n"]
 
 
 @needs_mpi
