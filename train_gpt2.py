@@ -407,12 +407,12 @@ def product_blocks(out, a, b, add=False):
 
     A block is some rows of out, or some columns if there are more of these.
     """
-    # Fewer than 2^21 multiplications, some 50 microseconds, are not divided. Otherwise we want 2 or
-    # 4 blocks: an even number, so that two cores get equal shares, and no more, because BLAS reads
-    # the whole of a or b for each block (8 would cost two cores 5 % of a step).
-    number = min(4, 1 + out.size * len(b) // 2**21)
-    if number > 1:
-        number += number % 2
+    # Fewer than 2^21 multiplications, some 30 microseconds, are not divided. Up to 2^27, some 2
+    # milliseconds, there are two blocks, then four. For each block BLAS reads the whole of a or b,
+    # so more blocks mean more to read: four would cost a small model 3 % of a step on two cores,
+    # and eight a large one 5 %.
+    multiplications = out.size * len(b)
+    number = 1 if multiplications < 2**21 else 2 if multiplications < 2**27 else 4
     if add:
         # A block of a @ b should still be in the cache when it is added. This matters more than the
         # limit of 4, so there are as many blocks as that takes.

@@ -2,6 +2,7 @@
 Small models beside PyTorch: python tests/benchmark.py --small
 
     --two_processes    also two processes of one thread each, with half of the batch
+    --two_halves       also two models in one process, each with a thread and half of the batch
     --rows sizes       models of 10 thousand to 124 million parameters
     --embedded         the run that needs no network, from start to end, beside a loop in PyTorch
 
@@ -69,6 +70,24 @@ def ours(row, folder, recompute=None):
         model.backward()
         norm = model.grad_norm()
         model.update(1e-4, weight_decay=0.1, grad_scale=min(1.0, 1.0 / norm))
+
+    return step
+
+
+def halves(row, folder, recompute=None):
+    """Two such steps at a time, each of half of the batch, in two threads that never wait.
+
+    All they share is Python's interpreter. So this is the most that threads can reach.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    B, *others = row
+    steps = [ours((B // 2, *others), folder, recompute) for _ in range(2)]
+    threads = ThreadPoolExecutor(2)
+
+    def step(i):
+        for one in [threads.submit(one, i) for one in steps]:
+            one.result()
 
     return step
 
@@ -182,7 +201,7 @@ def embedded(compiled):
 
 def child(name, arguments):
     """Read numbers, make as many steps, answer with the seconds of each."""
-    step = {"ours": ours, "pytorch": pytorch}[name](**arguments)
+    step = {"ours": ours, "halves": halves, "pytorch": pytorch}[name](**arguments)
     done = 0
     print("ready", flush=True)
     for number in numbers_to_make():
@@ -203,7 +222,7 @@ class Candidate:
     def __init__(self, name, arguments, threads, processes=1):
         environment = dict(os.environ)
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-            environment[variable] = str(threads // processes)
+            environment[variable] = str(threads)
         command = [sys.executable, os.path.abspath(__file__), "--child", name]
         command = (["mpiexec", "-n", str(processes)] if processes > 1 else []) + command
         self.process = subprocess.Popen(
@@ -224,6 +243,7 @@ class Candidate:
 
 
 TWO = ", two processes"  # of one thread each
+HALVES = ", two halves"  # which have one thread each
 
 
 def measure_embedded(rounds):
@@ -255,7 +275,8 @@ def measure(row_name, candidates, rounds, seconds, threads):
     running = {}
     for label, (name, arguments) in candidates.items():
         processes = 2 if label.endswith(TWO) else 1
-        running[label] = Candidate(name, arguments | {"row": row}, threads, processes)
+        of_each = threads // 2 if label.endswith((TWO, HALVES)) else threads
+        running[label] = Candidate(name, arguments | {"row": row}, of_each, processes)
     numbers = {}
     for label, one in running.items():
         one.steps(2)  # warms up, and compiles
@@ -280,7 +301,8 @@ def measure(row_name, candidates, rounds, seconds, threads):
             min(running[other].medians[i] for other in base) / one.medians[i] for i in range(rounds)
         ]
         ms = statistics.median(one.medians) * 1e3
-        kind = TWO if label.endswith(TWO) else "PyTorch" if label in theirs else "one process"
+        way = next((way for way in (TWO, HALVES) if label.endswith(way)), "one process")
+        kind = "PyTorch" if label in theirs else way
         found[kind] = min(ms, found.get(kind, ms))
         first = [a / b for a, b in zip(base_medians, one.medians, strict=True)]
         print(
@@ -311,6 +333,7 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=0.8, help="of each turn")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--two_processes", action="store_true")
+    parser.add_argument("--two_halves", action="store_true")
     parser.add_argument("--embedded", action="store_true")
     parser.add_argument("--output", metavar="X.json", help="also write the medians there")
     options = parser.parse_args(argv)
@@ -327,6 +350,8 @@ def main(argv=None):
         candidates[text] = ("ours", arguments)
         if options.two_processes:
             candidates[text + TWO] = ("ours", arguments)
+        if options.two_halves:
+            candidates[text + HALVES] = ("halves", arguments)
     for mode in filter(None, options.torch.split(",")):
         arguments = {"folder": TOP, "compiled": mode == "compiled"}
         candidates[f"PyTorch {mode}"] = ("pytorch", arguments)
