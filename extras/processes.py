@@ -41,8 +41,9 @@ def join():
 
 def say(line):
     """Print a line on stderr at one go, so that it doesn't mix with those of other processes."""
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    if sys.stderr:  # None, if it was closed before the program began
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
 
 
 class Processes:

@@ -75,9 +75,9 @@ def ours(row, folder, recompute=None):
 
 
 def halves(row, folder, recompute=None):
-    """Two such steps at a time, each of half of the batch, in two threads that never wait.
+    """Two such steps at a time, each of half of the batch, in two threads that meet at its end.
 
-    All they share is Python's interpreter. So this is the most that threads can reach.
+    Until then all they share is Python's interpreter. So this is the most that threads can reach.
     """
     from concurrent.futures import ThreadPoolExecutor
 

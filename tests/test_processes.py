@@ -1047,6 +1047,8 @@ def test_a_process_says_a_line_at_one_go(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream())
     processes.say("a line")
     assert sys.stderr.writes == ["a line\n"]
+    monkeypatch.setattr(sys, "stderr", None)
+    processes.say("a line that nobody can read")
 
 
 @needs_mpi
