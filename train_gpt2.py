@@ -19,8 +19,14 @@ Sections 1 to 8 are the algorithm:
     3  the configuration                    7  AdamW
     4  memory                               8  data, one training step, sampling
 
-The sections after them make a tool of it. The file stands alone: it needs NumPy, and tiktoken to
-turn text into GPT-2's tokens and back.
+They are a program by themselves: demo(), at the end of section 8, puts it all together. Cut off at
+the line where the algorithm ends, they train a small GPT on their own text and let it write:
+
+    sed '/^# Here the algorithm ends/,$d' train_gpt2.py > chapter.py
+    python -c "import chapter; chapter.demo()"
+
+The sections after that line make a tool of it: fast, checked, with files and a command line. The
+file stands alone: it needs NumPy, and tiktoken to turn text into GPT-2's tokens and back.
 
 Throughout this program we have (with the values of GPT-2 124M)
 
@@ -53,33 +59,21 @@ Whether a backward function overwrites (=) or adds (+=) follows three rules:
     3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
        the later ones. The argument `add` says which. So nothing is cleared before a step.
 
-wte is the exception to rule 3, since it is used at both ends of the model: see encoder_backward.
+wte is used at both ends of the model, so dwte has two writers in each micro-batch. The classifier
+comes first, in forward(), and follows rule 3. encoder_backward comes last, and always adds.
 
 Everything is float32. The layers take any float type, and the tests run them in float64. A single
 number, such as the learning rate, is a Python float, which is rounded where it meets an array.
 """
 
 # --------------------------------------------------------------------------------------------------
-# 1. Imports: what the algorithm needs. Section 9 has those of the tool
+# 1. Imports: what the algorithm needs. Those of the tool stand where the tool begins
 
-import functools
-import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np  # 2.1 or newer
-
-
-class InputError(ValueError):
-    """Input that can't be used. The message is one line: what was found, and what to do."""
-
-
-def require(condition, message):
-    """Raise InputError(message) unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
 
 # --------------------------------------------------------------------------------------------------
 # 2. The layers. Each forward is followed by its backward
@@ -108,6 +102,9 @@ def require(condition, message):
 # Arguments may not overlap, with one exception: gelu_backward's dinp may be its dout. These
 # functions return nothing. What one of them needs only while it runs, such as the scores of
 # attention, it allocates itself; that is small beside the activations.
+#
+# llm.c's functions have the same arguments, in the same order but for two: its layernorm_backward
+# has weight before mean, and its gelu_backward has inp before dout.
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -117,16 +114,14 @@ def encoder_forward(out, inp, wte, wpe):
 
         out[b, t] = wte[inp[b, t]] + wpe[t]
     """
-    # The ids have been checked. With mode="raise", NumPy would check them again and make a copy.
-    np.take(wte, inp, axis=0, out=out, mode="clip")
+    np.take(wte, inp, axis=0, out=out, mode="clip")  # any other mode makes a copy first
     out += wpe
 
 
 def encoder_backward(dwte, dwpe, dout, inp, add):
     """The gradient of a sum goes unchanged to both summands, a row of wte and a row of wpe.
 
-    dwte (V, C) is always added to: wte is also the classifier's matrix, whose backward pass comes
-    first, at the end of forward(), and has written its part already
+    dwte (V, C) is always added to, because the classifier has written its part of it already
     dwpe (max_seq_len, C) follows `add`; dout (B, T, C); inp (B, T)
 
         dwte[inp[b, t]] += dout[b, t]
@@ -153,89 +148,14 @@ def accumulate(grad, value, add):
 def rows_of(x):
     """(B, T, ...) seen as (B*T, ...): a row is what belongs to one token.
 
-    copy=False makes it an error where a view is impossible. What a layer writes into a copy would
-    be lost.
+    copy=False: an error where no view is possible, since what is written into a copy is lost.
     """
     return x.reshape(-1, *x.shape[2:], copy=False)
-
-
-def as_one_sequence(x):
-    """(B, T, ...) seen as (1, B*T, ...), so that the classifier can take any run of tokens."""
-    return x.reshape(1, -1, *x.shape[2:], copy=False)
-
-
-# NumPy makes one pass over memory for each operation, which is slow where arrays are larger than a
-# core's cache. In layernorm, GELU and the loss the rows do not depend on each other. So these
-# layers are written for a block of rows, small enough for the cache, and the decorator `by_rows`
-# runs them block by block.
-#
-# parallel(task, n), of section 9, returns the list [task(0), ..., task(n - 1)]. It spreads the
-# tasks over the cores. Each task runs on one core, and so do the matrix products in it.
-
-# About the size of the widest array of a block. A few such arrays fit into a core's cache. With
-# smaller blocks, the threads would wait for each other to get at the Python interpreter.
-BLOCK_BYTES = 1024 * 1024
-
-
-def blocks(n, nbytes):
-    """n things of nbytes each, cut into blocks of about BLOCK_BYTES: a list of slices.
-
-    If they take more than BLOCK_BYTES / 2 in all, the number of blocks is even (unless n is
-    smaller), so that two cores get equal shares.
-    """
-    number = math.ceil(n * nbytes / BLOCK_BYTES)
-    if n * nbytes > BLOCK_BYTES / 2:
-        number += number % 2
-    return cut(n, number)
-
-
-def cut(n, number):
-    """n things, cut into `number` slices of nearly the same length; into n if that is less."""
-    number = min(n, number)
-    ends = [n * i // number for i in range(number + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
-
-
-def by_rows(num_row_args):
-    """Make a layer that was written for a block of rows work on whole arrays.
-
-    Read @by_rows as: "for each block of rows, run this body".
-
-    The first `num_row_args` arguments have an entry for each token: their shape is (B, T, ...). The
-    decorated body sees a block of them as (rows, ...): B and T have become one axis. It sees the
-    other arguments as they are. If the body returns sums over its rows, they are added up in the
-    order of the blocks. The size of a block does not depend on the number of threads, so neither do
-    the results, to the last bit.
-    """
-
-    def decorate(body):
-        @functools.wraps(body)
-        def run(*args):  # takes the place of body
-            arrays = [rows_of(a) for a in args[:num_row_args]]
-            others = args[num_row_args:]
-            slices = blocks(len(arrays[0]), max(a[0].nbytes for a in arrays))
-
-            def block(i):
-                return body(*[a[slices[i]] for a in arrays], *others)
-
-            results = parallel(block, len(slices))
-            if results[0] is None:
-                return None
-
-            total = results[0]
-            for result in results[1:]:
-                total = [a + b for a, b in zip(total, result, strict=True)]
-            return total
-
-        return run
-
-    return decorate
 
 
 LN_EPS = 1e-5  # keeps rstd finite when all channels are equal; OpenAI's value
 
 
-@by_rows(4)
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Give each token's channels mean 0 and variance 1, then scale and shift (Ba et al., 2016).
 
@@ -249,16 +169,16 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     For the three channels 1, 2, 6: mean 3, var (4 + 1 + 9) / 3 = 4.667, rstd 0.463. With weight 1
     and bias 0, out is -0.926, -0.463, 1.389.
     """
-    # einsum sums over the letters that are missing on the right. Here n is a row and c a channel.
+    # einsum sums over the letters that are missing on the right: here c, the channel.
     # For sums of this kind it takes a third of the time of inp.sum(axis=-1).
     C = inp.shape[-1]
-    np.divide(np.einsum("nc->n", inp), C, out=mean)
+    np.divide(np.einsum("btc->bt", inp), C, out=mean)
 
-    np.subtract(inp, mean[:, None], out=out)
-    var = np.einsum("nc,nc->n", out, out) / C
-    rstd[:] = 1 / np.sqrt(var + LN_EPS)
+    np.subtract(inp, mean[..., np.newaxis], out=out)
+    var = np.einsum("btc,btc->bt", out, out) / C
+    rstd[...] = 1 / np.sqrt(var + LN_EPS)
 
-    out *= rstd[:, None]
+    out *= rstd[..., np.newaxis]
     out *= weight
     out += bias
 
@@ -272,11 +192,14 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
 
         out[i] = norm[i] * weight[i] + bias[i]
 
+    so
+
+        dnorm[i]   = dout[i] * weight[i]
+
     and, since all tokens share weight and bias,
 
         dweight[i] = sum over tokens of dout[i] * norm[i]
         dbias[i]   = sum over tokens of dout[i]
-        dnorm[i]   = dout[i] * weight[i]
 
     Now from dnorm to dinp. If one channel inp[j] grows by a small amount e,
 
@@ -284,10 +207,11 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
         var  grows by     e * 2 * (inp[j] - mean) / C
         rstd grows by     (that of var) * -1/2 * rstd^3  =  -e * rstd^2 * norm[j] / C
 
-    since rstd is (var + 1e-5)^(-1/2), whose derivative with respect to var is -1/2 * rstd^3.
+    In the second line, the mean in each term (inp[i] - mean)^2 grows as well, but what this changes
+    adds up to 0, since the sum of inp - mean is 0. The third line follows from the second, because
+    rstd is (var + 1e-5)^(-1/2), whose derivative with respect to var is -1/2 * rstd^3.
 
-    (The growth of the mean changes all terms of var a little, but these changes add up to 0, since
-    the sum of inp - mean is 0.) So norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
+    So norm[i] = (inp[i] - mean) * rstd grows, by the product rule, by
 
         e * rstd * ((1 if i == j, else 0) - 1 / C - norm[i] * norm[j] / C)
 
@@ -296,37 +220,24 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
         dinp[j] += rstd * (dnorm[j] - average(dnorm) - norm[j] * average(dnorm * norm))
 
     where the averages are over the C channels.
-
-    The work is done in layernorm_backward_rows, block by block. dweight and dbias are written at
-    the end, from the sums of all blocks.
     """
-    sums = layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight)
-    dweight_sum, dbias_sum = sums
-    accumulate(dweight, dweight_sum, add)
-    accumulate(dbias, dbias_sum, add)
-
-
-@by_rows(5)
-def layernorm_backward_rows(dinp, dout, inp, mean, rstd, weight):
-    """Add to dinp for a block of rows, and return the sums (dweight, dbias) over these rows."""
     C = inp.shape[-1]
-    norm = inp - mean[:, None]
-    norm *= rstd[:, None]
+    norm = inp - mean[..., np.newaxis]
+    norm *= rstd[..., np.newaxis]
 
-    dweight = np.einsum("nc,nc->c", dout, norm)
-    dbias = np.einsum("nc->c", dout)
+    accumulate(dweight, np.einsum("btc,btc->c", dout, norm), add)
+    accumulate(dbias, np.einsum("btc->c", dout), add)
 
     dnorm = dout * weight
-    average = np.einsum("nc->n", dnorm) / C
-    average_with_norm = np.einsum("nc,nc->n", dnorm, norm) / C
+    average = np.einsum("btc->bt", dnorm) / C
+    average_with_norm = np.einsum("btc,btc->bt", dnorm, norm) / C
 
     # dinp += rstd * (dnorm - average - norm * average_with_norm), in the memory of dnorm and norm
-    dnorm -= average[:, None]
-    norm *= average_with_norm[:, None]
+    dnorm -= average[..., np.newaxis]
+    norm *= average_with_norm[..., np.newaxis]
     dnorm -= norm
-    dnorm *= rstd[:, None]
+    dnorm *= rstd[..., np.newaxis]
     dinp += dnorm
-    return dweight, dbias
 
 
 def matmul_forward(out, inp, weight, bias=None):
@@ -339,15 +250,7 @@ def matmul_forward(out, inp, weight, bias=None):
     It is one matrix product for all B*T rows. weight.T exchanges the strides of a view; BLAS, the
     library that multiplies matrices for NumPy, reads it as it is, and nothing is copied.
     """
-    if len(rows_of(inp)) == 1:
-        # One token: in generation, nearly always. Most of its products take some 0.1 ms. To start
-        # our threads would cost about as much as they save; BLAS's own, which `products` does
-        # without, start sooner: 80 tokens a second instead of 60.
-        np.matmul(rows_of(inp), weight.T, out=rows_of(out))
-    else:
-        products((rows_of(out), rows_of(inp), weight.T))
-    if bias is not None:
-        out += bias
+    products((rows_of(out), rows_of(inp), weight.T, False, bias))
 
 
 def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
@@ -370,80 +273,41 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
     dout = rows_of(dout)
     inp = rows_of(inp)
 
-    jobs = [(rows_of(dinp), dout, weight), (dweight, dout.T, inp, add)]
+    jobs = [(rows_of(dinp), dout, weight, False, None), (dweight, dout.T, inp, add, None)]
     if dbias is not None:
         ones = np.ones((1, len(dout)), dout.dtype)  # (1, B*T)
-        jobs.append((dbias[np.newaxis], ones, dout, add))
+        jobs.append((dbias[np.newaxis], ones, dout, add, None))
     products(*jobs)
 
 
 def products(*jobs):
-    """Matrix products. A job is (out, a, b) or (out, a, b, add).
+    """Matrix products that do not depend on each other. A job is (out, a, b, add, bias).
 
-        out (m, n) = a (m, k) @ b (k, n), or out += a @ b if add is True
-
-    The jobs are cut into blocks, which the cores share. All jobs are given at once, because it
-    takes 30 to 70 microseconds each time until the other cores have begun.
-
-    BLAS could use threads of its own instead. But a BLAS thread waits by asking again and again
-    whether the others are done, and keeps its core busy meanwhile. If another program has the core
-    of one of them, a step takes five times as long. And the last bits would depend on the number of
-    threads, whereas our blocks depend on the shapes alone.
+    out (m, n) = a (m, k) @ b (k, n) + bias (n,), which may be None; or out += a @ b if add is True
     """
-    blocks_of_all = [block for job in jobs for block in product_blocks(*job)]
-
-    def block(i):
-        out, a, b, add = blocks_of_all[i]
+    for out, a, b, add, bias in jobs:
         if add:  # NumPy can't let BLAS add
             out += a @ b
         else:
             np.matmul(a, b, out=out)
-
-    parallel(block, len(blocks_of_all))
-
-
-def product_blocks(out, a, b, add=False):
-    """A job of `products`, cut into blocks: a list of jobs (out, a, b, add).
-
-    A block is some rows of out, or some columns if there are more of these.
-    """
-    # Fewer than 2^21 multiplications, some 30 microseconds, are not divided. Up to 2^27, some 2
-    # milliseconds, there are two blocks, then four. For each block BLAS reads the whole of a or b,
-    # so more blocks mean more to read: four would cost a small model 3 % of a step on two cores,
-    # and eight a large one 5 %.
-    multiplications = out.size * len(b)
-    number = 1 if multiplications < 2**21 else 2 if multiplications < 2**27 else 4
-    if add:
-        # A block of a @ b should still be in the cache when it is added. This matters more than the
-        # limit of 4, so there are as many blocks as that takes.
-        number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
-
-    m, n = out.shape
-    if m < n:
-        return [(out[:, columns], a, b[:, columns], add) for columns in cut(n, number)]
-    return [(out[rows], a[rows], b, add) for rows in cut(m, number)]
+        if bias is not None:
+            out += bias
 
 
-# The next four functions serve attention. What preatt, queries, keys and values are is said in
+# What follows serves attention. What scores, queries, keys and values are is said in
 # attention_forward.
 
 ATT_ROWS = 128  # attention takes this many positions at a time
-FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
-
-def hide_future(preatt):
-    """preatt (..., n, n), n <= ATT_ROWS, becomes -inf where the key comes later than the query.
-
-    Its rows are n positions as queries, its columns the same n positions as keys.
-    """
-    n = preatt.shape[-1]
-    preatt += FUTURE[:n, :n]
+# Added to the scores of the same positions as queries (rows) and as keys (columns). It makes them
+# -inf where the key comes later than the query.
+HIDE_FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
 
 def split_heads(x, NH):
     """(B, T, C) seen as (B, NH, T, hs). Head h has the channels from h * hs to (h + 1) * hs."""
-    B, T, C = x.shape
-    return x.reshape(B, T, NH, C // NH, copy=False).transpose(0, 2, 1, 3)
+    B, T = x.shape[:2]
+    return x.reshape(B, T, NH, -1, copy=False).transpose(0, 2, 1, 3)
 
 
 def split_qkv(qkv, NH):
@@ -451,30 +315,8 @@ def split_qkv(qkv, NH):
 
     q[b, h, t, i] = qkv[b, t, h * hs + i]; k is found C channels further, v another C further.
     """
-    C = qkv.shape[-1] // 3
-    q = split_heads(qkv[..., :C], NH)
-    k = split_heads(qkv[..., C : 2 * C], NH)
-    v = split_heads(qkv[..., 2 * C :], NH)
-    return q, k, v
-
-
-def attention_pieces(B, NH, num_queries, T, itemsize):
-    """Attention's work, cut into pieces: a list of indices into (B, NH), pairs of slices.
-
-    Heads and sequences do not depend on each other, and write to different places. A piece is some
-    sequences with all of their heads or, if that is too much, some heads of one sequence. The size
-    of a piece is counted as that of preatt, at most ATT_ROWS * T numbers for each head. It is about
-    BLOCK_BYTES at most.
-    """
-    bytes_per_head = min(ATT_ROWS, num_queries) * T * itemsize
-    if NH * bytes_per_head <= BLOCK_BYTES:
-        return [(sequences, slice(None)) for sequences in blocks(B, NH * bytes_per_head)]
-
-    pieces = []
-    for b in range(B):
-        for heads in blocks(NH, bytes_per_head):
-            pieces.append((slice(b, b + 1), heads))
-    return pieces
+    B, T = qkv.shape[:2]
+    return qkv.reshape(B, T, 3, NH, -1, copy=False).transpose(2, 0, 3, 1, 4)
 
 
 def attention_forward(out, lse, qkv, NH):
@@ -505,53 +347,37 @@ def attention_forward(out, lse, qkv, NH):
         att     = softmax(preatt)
         out     = att @ v                                             (B, NH, T, hs)
 
-    The code computes this for some queries at a time, so that preatt and att, which have T * T
-    numbers for each head, are never there as a whole. What is kept is lse, one number for each
-    query and head, the natural logarithm of the softmax's denominator: with it, backward computes
-    att again (Dao et al., 2022; Dao, 2023).
+    The code computes this for a block of ATT_ROWS queries at a time. So a row of the softmax is
+    complete in one block, and for a long text the memory that it takes grows with T, not with
+    T * T. A block is compared with the keys up to its own end only, which saves nearly half of the
+    work. What is kept is lse, one number for each query and head, the natural logarithm of the
+    softmax's denominator: with it, backward computes att again (Dao et al., 2022; Dao, 2023).
     """
-    B, T, _ = qkv.shape
-    n = out.shape[1]
-
     q, k, v = split_qkv(qkv, NH)
-    q = q[:, :, T - n :]
     out = split_heads(out, NH)
-    lse = lse.transpose(0, 2, 1)
-    pieces = attention_pieces(B, NH, n, T, qkv.itemsize)
+    lse = lse.transpose(0, 2, 1)  # (B, NH, n)
 
-    def piece(i):
-        attention_forward_heads(*[x[pieces[i]] for x in (out, lse, q, k, v)])
-
-    parallel(piece, len(pieces))
-
-
-def attention_forward_heads(out, lse, q, k, v):
-    """A piece: out, q (sequences, heads, n, hs); lse (..., n); k, v (sequences, heads, T, hs).
-
-    It goes by blocks of queries, so that a row of the softmax is complete in one block. A block is
-    compared with the keys up to its own end only. When T is long, this saves nearly half of the
-    work.
-    """
-    n, hs = q.shape[-2:]
-    past = k.shape[-2] - n  # positions before the first query
-
-    q = q * hs**-0.5
+    n, hs = out.shape[-2:]
+    T = k.shape[-2]
+    past = T - n  # positions before the first query
+    q = q[:, :, past:] * hs**-0.5
 
     for start in range(0, n, ATT_ROWS):
         stop = min(start + ATT_ROWS, n)
         visible = past + stop  # the last query of the block sees this many keys
 
-        preatt = q[..., start:stop, :] @ k[..., :visible, :].mT  # (..., stop - start, visible)
-        hide_future(preatt[..., past + start :])
+        rows = stop - start
+        preatt = q[:, :, start:stop] @ k[:, :, :visible].mT  # (B, NH, rows, visible)
+        preatt[..., past + start :] += HIDE_FUTURE[:rows, :rows]
 
         peak = preatt.max(axis=-1)  # subtracted, so that exp can't overflow
-        preatt -= peak[..., None]
+        preatt -= peak[..., np.newaxis]
         exp_att = np.exp(preatt, out=preatt)
         total = np.einsum("bhqk->bhq", exp_att)
-        lse[..., start:stop] = np.log(total) + peak  # of the scores before peak was subtracted
+        lse[:, :, start:stop] = np.log(total) + peak  # of the scores before peak was subtracted
 
-        weighted_sum = exp_att @ v[..., :visible, :]  # (..., stop - start, hs)
-        np.divide(weighted_sum, total[..., None], out=out[..., start:stop, :])
+        weighted_sum = exp_att @ v[:, :, :visible]  # (B, NH, rows, hs)
+        np.divide(weighted_sum, total[..., np.newaxis], out=out[:, :, start:stop])
 
 
 def attention_backward(dqkv, dout, out, lse, qkv, NH):
@@ -589,35 +415,23 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
 
     For two scores 0 and log(3), att is 1/4 and 3/4. Then datt = (1, 0) gives the sum 1/4, and
     dpreatt = (1/4 * 3/4, 3/4 * -1/4) = (3/16, -3/16).
-    """
-    B, T, _ = qkv.shape
-    q, k, v = split_qkv(qkv, NH)
-    dq, dk, dv = split_qkv(dqkv, NH)
-    out = split_heads(out, NH)
-    dout = split_heads(dout, NH)
-    lse = lse.transpose(0, 2, 1)
-    pieces = attention_pieces(B, NH, T, T, qkv.itemsize)
 
-    def piece(i):
-        arrays = (dq, dk, dv, dout, out, lse, q, k, v)
-        attention_backward_heads(*[x[pieces[i]] for x in arrays])
-
-    parallel(piece, len(pieces))
-
-
-def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
-    """A piece: lse (sequences, heads, T), all others (sequences, heads, T, hs).
-
-    It goes by blocks of keys. That is possible although a row of the softmax, which is that of a
-    query, seems to be needed whole: for its denominator, and for the sum of att * datt. Both are
-    known in advance, one number for each query: lse, and dout . out. So each block of the (T, T)
-    square can be computed without the others. If the square is cut by keys, dk and dv of a block
-    are finished at once, and only dq is a running sum. If it were cut by queries, two would be
-    running sums, dk and dv.
+    The code goes by blocks of keys. That is possible although a row of the softmax, which is that
+    of a query, seems to be needed whole: for its denominator, and for the sum of att * datt. Both
+    are known in advance, one number for each query: lse, and dout . out. So each block of the
+    (T, T) square can be computed without the others. If the square is cut by keys, dk and dv of a
+    block are finished at once, and only dq is a running sum. If it were cut by queries, two would
+    be running sums, dk and dv.
 
     Of the keys from t0 to t1, the queries before t0 see none, those from t0 to t1 see the keys up
     to themselves, and the later ones see all.
     """
+    q, k, v = split_qkv(qkv, NH)
+    dq, dk, dv = split_qkv(dqkv, NH)
+    out = split_heads(out, NH)
+    dout = split_heads(dout, NH)
+    lse = lse.transpose(0, 2, 1)  # (B, NH, T)
+
     T, hs = q.shape[-2:]
     scale = hs**-0.5
     q = q * scale
@@ -627,18 +441,18 @@ def attention_backward_heads(dq, dk, dv, dout, out, lse, q, k, v):
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
 
-        preatt = q[..., t0:, :] @ k[..., t0:t1, :].mT  # (..., T - t0, t1 - t0)
-        hide_future(preatt[..., : t1 - t0, :])
-
-        preatt -= lse[..., t0:, None]
+        rows = t1 - t0
+        preatt = q[:, :, t0:] @ k[:, :, t0:t1].mT  # (B, NH, T - t0, rows)
+        preatt[:, :, :rows] += HIDE_FUTURE[:rows, :rows]
+        preatt -= lse[:, :, t0:, np.newaxis]
         att = np.exp(preatt, out=preatt)  # exp(preatt - lse) is att of the forward pass
-        np.matmul(att.mT, dout[..., t0:, :], out=dv[..., t0:t1, :])
+        np.matmul(att.mT, dout[:, :, t0:], out=dv[:, :, t0:t1])
 
-        datt = dout[..., t0:, :] @ v[..., t0:t1, :].mT  # of the same shape as att
-        datt -= dout_dot_out[..., t0:, None]
+        datt = dout[:, :, t0:] @ v[:, :, t0:t1].mT  # of the same shape as att
+        datt -= dout_dot_out[:, :, t0:, np.newaxis]
         dpreatt = np.multiply(att, datt, out=datt)
-        np.matmul(dpreatt.mT, q[..., t0:, :], out=dk[..., t0:t1, :])  # q is scaled already
-        dq_sum[..., t0:, :] += dpreatt @ k[..., t0:t1, :]
+        np.matmul(dpreatt.mT, q[:, :, t0:], out=dk[:, :, t0:t1])  # q is scaled already
+        dq_sum[:, :, t0:] += dpreatt @ k[:, :, t0:t1]
 
     np.multiply(dq_sum, scale, out=dq)
 
@@ -648,7 +462,6 @@ GELU_SCALE = math.sqrt(2 / math.pi)  # gives 0.5 * (1 + tanh(u)) the slope of Ph
 GELU_CUBE = 0.044715  # makes it close to Phi elsewhere; GPT-2 was trained with this constant
 
 
-@by_rows(2)
 def gelu_forward(out, inp):
     """Keep large numbers and turn very negative ones into 0, smoothly. out, inp (B, T, 4C).
 
@@ -673,7 +486,6 @@ def gelu_forward(out, inp):
         np.divide(inp, out, out=out)
 
 
-@by_rows(3)
 def gelu_backward(dinp, dout, inp):
     """dinp, dout, inp (B, T, 4C). dinp may be dout, which it then replaces.
 
@@ -710,7 +522,6 @@ def residual_forward(out, inp1, inp2):
     np.add(inp1, inp2, out=out)
 
 
-@by_rows(3)
 def crossentropy_softmax_forward(losses, logits, targets):
     """The loss of each token: minus the logarithm of the probability of what came next, in nats.
 
@@ -722,17 +533,17 @@ def crossentropy_softmax_forward(losses, logits, targets):
     The largest logit is subtracted first, so that exp can't overflow. It cancels in both lines. The
     logarithm is the natural one, so the unit of the loss is the nat.
     """
+    B, T = targets.shape
+    b, t = np.ogrid[:B, :T]
     logits -= logits.max(axis=-1, keepdims=True)
-    rows = np.arange(len(targets))
-    np.negative(logits[rows, targets], out=losses)  # of each row, the entry of its target
+    np.negative(logits[b, t, targets], out=losses)  # of each token, the entry of its target
 
     probs = np.exp(logits, out=logits)
-    total = np.einsum("nv->n", probs)
+    total = np.einsum("btv->bt", probs)
     losses += np.log(total)
-    probs *= (1 / total)[:, None]
+    probs *= (1 / total)[..., np.newaxis]
 
 
-@by_rows(2)
 def crossentropy_softmax_backward(probs, targets, dloss):
     """probs (B, T, V) from the forward pass, overwritten by dlogits; targets (B, T).
 
@@ -745,11 +556,16 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 
         dlogits[i] = (probs[i] - (1 if i is the target, else 0)) * dloss
     """
+    B, T = targets.shape
+    b, t = np.ogrid[:B, :T]
     dlogits = probs  # in the same memory
-    rows = np.arange(len(targets))
-    dlogits[rows, targets] -= 1
+    dlogits[b, t, targets] -= 1
     dlogits *= dloss
 
+
+# These functions are right for any B and T, also for a part of a batch. Behind the line, in the
+# section on threads, each of them is wrapped once, by name: it is handed blocks that fit a core's
+# cache, and the cores share the blocks. The function is the body of every block.
 
 # --------------------------------------------------------------------------------------------------
 # 3. The configuration
@@ -765,23 +581,15 @@ class GPT2Config:
     num_heads: int = 12
     channels: int = 768
 
-    def __post_init__(self):
-        for name, value in asdict(self).items():
-            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-            require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
-            object.__setattr__(self, name, int(value))  # int, if it was one of NumPy's integers
-
-        C, NH = self.channels, self.num_heads
-        require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
-
 
 # --------------------------------------------------------------------------------------------------
 # 4. Memory: two tables and one blob
 #
-# All numbers that are needed after a layer has run lie in one array, the blob. So no layer's output
-# is allocated while training goes on, and AdamW, the norm and checkpoints see all parameters as one
-# vector. The blob begins as zeros. The operating system finds memory for a part of it when that is
-# first written to, so parts to which nothing is ever written take none.
+# All that a layer leaves for another layer, for the backward pass or for the next step lies in one
+# array, the blob. So no layer's output is allocated while training goes on, and AdamW, the norm and
+# checkpoints see all parameters as one vector. The blob begins as zeros. The operating system finds
+# memory for a part of it when that is first written to, so parts to which nothing is ever written
+# take none.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -794,111 +602,7 @@ class GPT2Config:
 # any gradients: see room_for_logits.
 #
 # A table is a dict from names to shapes, and its order is the order in memory. Sizes, views,
-# checkpoints and the coverage of the tests follow from the two tables below.
-
-
-def param_shapes(config):
-    """The parameters, in llm.c's order. A matmul's weight has the shape (OC, C).
-
-    A name ends in w for weight or b for bias. ln1 and ln2 are a layer's two layernorms, lnf is the
-    last one of all; attproj is the matmul after attention; fc and fcproj are those around GELU.
-    """
-    V, L, C = config.vocab_size, config.num_layers, config.channels
-    return {
-        "wte": (V, C),  # token embeddings; the classifier uses the same matrix
-        "wpe": (config.max_seq_len, C),  # position embeddings
-        "ln1w": (L, C),
-        "ln1b": (L, C),
-        "qkvw": (L, 3 * C, C),
-        "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C),
-        "attprojb": (L, C),
-        "ln2w": (L, C),
-        "ln2b": (L, C),
-        "fcw": (L, 4 * C, C),
-        "fcb": (L, 4 * C),
-        "fcprojw": (L, C, 4 * C),
-        "fcprojb": (L, C),
-        "lnfw": (C,),
-        "lnfb": (C,),
-    }
-
-
-# The backward pass needs what forward computed. It can be kept, or computed again (Chen et al.,
-# 2016). What is computed again is kept for one layer at a time, in memory that all layers share.
-SHARED_BY_LAYERS = {
-    # 0 keeps everything. Use it to compare another implementation with this one.
-    0: [],
-    # 1 computes layernorm and GELU again, which takes 1 to 2 % of a step, and shares the outputs of
-    # the two projections (attproj and fcproj), which backward never reads.
-    1: ["ln1", "attproj", "ln2", "fch_gelu", "fcproj"],
-    # 2 keeps a layer's output, residual3, and computes the next layer again from it.
-    2: ["ln1", "ln1_mean", "ln1_rstd", "qkv", "att_lse", "atty", "attproj", "residual2",
-        "ln2", "ln2_mean", "ln2_rstd", "fch", "fch_gelu", "fcproj"],
-}  # fmt: skip
-
-# Without a backward pass, only the keys and values of earlier tokens are needed again.
-SHARED_IN_GENERATION = [*SHARED_BY_LAYERS[2], "residual3"]
-SHARED_IN_GENERATION.remove("qkv")
-
-LOGITS_ROWS = 256  # the classifier takes this many tokens at a time, or more: see room_for_logits
-
-
-def act_shapes(config, B, T, recompute=1, training=True):
-    """The activations in the order in which they are computed, then the backward pass's work space.
-
-    recompute   0 keeps all that backward needs, 1 and 2 keep less and compute it again: see
-                SHARED_BY_LAYERS
-    training    False: a model that only generates and validates has no work space for backward
-    """
-    V, L, C, NH = config.vocab_size, config.num_layers, config.channels, config.num_heads
-    shapes = {
-        "encoded": (B, T, C),
-        "ln1": (L, B, T, C),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
-        "qkv": (L, B, T, 3 * C),  # queries, keys, values
-        "att_lse": (L, B, T, NH),  # what attention's backward needs to compute the softmax again
-        "atty": (L, B, T, C),  # the output of attention
-        "attproj": (L, B, T, C),
-        "residual2": (L, B, T, C),
-        "ln2": (L, B, T, C),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
-        "fch": (L, B, T, 4 * C),  # the output of fc
-        "fch_gelu": (L, B, T, 4 * C),
-        "fcproj": (L, B, T, C),
-        "residual3": (L, B, T, C),
-        "lnf": (B, T, C),  # the output of the last layernorm
-        "lnf_mean": (B, T),
-        "lnf_rstd": (B, T),
-        "logits": (1, min(B * T, LOGITS_ROWS), V),  # of some tokens, or see room_for_logits
-        "losses": (B, T),
-    }
-
-    shared = SHARED_BY_LAYERS[recompute] if training else SHARED_IN_GENERATION
-    for name in shared:
-        shapes[name] = (1, *shapes[name][1:])  # one for all layers
-
-    if training:
-        shapes |= {
-            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
-            "dlnf": (B, T, C),  # written by forward already: see GPT2.classifier
-            "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
-            "dln2": (B, T, C),
-            "datty": (B, T, C),
-            "dqkv": (B, T, 3 * C),
-            "dln1": (B, T, C),
-        }
-    return shapes
-
-
-# These have no leading dimension for the layer. All others are indexed [l] first.
-NOT_PER_LAYER = {
-    "wte", "wpe", "lnfw", "lnfb",
-    "encoded", "lnf", "lnf_mean", "lnf_rstd", "logits", "losses",
-    "dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1",
-}  # fmt: skip
+# checkpoints and the coverage of the tests follow from the two tables param_shapes and act_shapes.
 
 
 def count(shapes):
@@ -906,274 +610,229 @@ def count(shapes):
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-class Views(dict):
-    """Named views of a flat array. Their numbers may be changed, the views themselves may not."""
-
-    def __setitem__(self, name, value):
-        same = value is self.get(name)  # as in views[name] *= 2, which ends with this assignment
-        require(same, f"[{name!r}] is a part of the blob: write [{name!r}][...] = value")
-
-    def update(self, values):  # that of dict does not go through __setitem__
-        for name, value in values.items():
-            self[name] = value
+def places(shapes):
+    """Where the tensors of a table lie in a flat array: {name: slice}."""
+    slices = {}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.prod(shape)
+        slices[name] = slice(start, stop)
+        start = stop
+    return slices
 
 
 def carve(flat, shapes):
     """Cut a flat array into named views, in the table's order: {"wte": (V, C) view, ...}."""
-    views = {}
-    start = 0
-    for name, shape in shapes.items():
-        stop = start + math.prod(shape)
-        views[name] = flat[start:stop].reshape(shape)
-        start = stop
-    return Views(views)  # dict() fills itself without calling __setitem__
+    return {name: flat[place].reshape(shapes[name]) for name, place in places(shapes).items()}
 
 
-def of_layer(view, l):
-    """Layer l's part of a view (L, ...). A view (1, ...) is shared by all layers."""
-    return view[l] if len(view) > 1 else view[0]
+LOGITS_ROWS = 256  # the classifier takes this many tokens at a time, or more: see room_for_logits
 
 
-def layer(views, l, index=...):
-    """The views of layer l as attributes: layer(params, 3).qkvw is params["qkvw"][3].
-
-    index   for activations (B, T, ...): which b and t to take; the default, `...`, takes all
-    """
-    found = SimpleNamespace()
-    for name, view in views.items():
-        if name not in NOT_PER_LAYER:
-            setattr(found, name, of_layer(view, l)[index])
-    return found
-
-
-def init_weights(params, seed):
-    """Fill the parameters of a new model, as llm.c and Hugging Face do (Radford et al., 2019).
-
-    Weights are normal with a standard deviation of 0.02. The two projections into the residual
-    stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights of
-    layernorm are 1. Biases are 0, as they are in a new blob. The random numbers come from NumPy's
-    generator; llm.c and PyTorch draw others from the same seed.
-    """
-    rng = np.random.default_rng(seed)
-    L = len(params["qkvw"])
-
-    for name, view in params.items():
-        is_bias = name.endswith("b")
-        if name in ("ln1w", "ln2w", "lnfw"):
-            view[...] = 1
-        elif not is_bias:
-            rng.standard_normal(out=view.reshape(-1), dtype=view.dtype)
-            into_residual = name in ("attprojw", "fcprojw")
-            view *= 0.02 / math.sqrt(2 * L) if into_residual else 0.02
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. The model forward: a line or two for each layer
-#
-# forward() also takes the first steps back, from the losses to the output of the last layernorm,
-# while the logits are at hand: see classifier.
-#
-# What the header calls x is not overwritten in place. So it has a name at each place: encoded at
-# first, residual2 after the first half of a layer, and residual3 after the second.
-#
-# Where the time of a step goes (124M, B = 4, T = 64, two cores of an AMD EPYC with AVX2): of 1903
-# ms, the matrix products take 1486, AdamW 203, GELU 74, attention 57, layernorm 50, all else 33.
-
-
-class GPT2:
+class Model:
     """A GPT-2, and the memory of its parameters, gradients, moments and activations.
 
     config                        GPT2Config
     batch_size, sequence_length   B and T of its batches
     seed                          of fresh weights; None leaves them 0, for the caller to fill
-    recompute                     0, 1 or 2: see SHARED_BY_LAYERS
+    recompute                     0, 1 or 2: see shared_by_layers
     training                      False: a model that generates and validates, without gradients
     dtype                         float32; the tests also use float64
 
-    params, grads, m, v, acts are dicts of named views of the array `blob`; section 4 draws it. flat
-    is its first part, four rows (with training=False one row, of parameters). An activation of
-    shape (1, ...) in place of (L, ...) is shared by the layers, and holds that of the layer that
-    was computed last; recompute=0 shares none. acts["logits"] is room for the logits of some
-    tokens at a time: see classifier.
+    params, grads, m, v, acts are dicts of named views of the array `blob`, which is drawn above.
+    flat is its first part, four rows (with training=False one row, of parameters).
 
     One step is forward(), backward(), update(). Several micro-batches make one step if forward()
-    and backward() are called for each of them before update(). `stage` says how far the step is:
-
-        "no gradients"    forward() is next
-        "first forward"   that of the first micro-batch is done, backward() is next
-        "gradients"       grads hold those of all micro-batches so far. update() is next, or
-                          forward() of another micro-batch
-        "later forward"   that of a later micro-batch is done, backward() is next
-
-    `interrupted` names a call that was left with its work half done, otherwise it is None. If it is
-    set, zero_grad() makes it possible to go on. If it is update(), some parameters have taken the
-    step and others have not, and only a checkpoint has them as they were.
+    and backward() are called for each of them before update(). `micro_batch` says how many of them
+    the gradients hold: 0 after update(), one more after each backward(). Gradients are written only
+    in backward() and, at the end of forward(), in the classifier.
     """
 
-    # For each call: the stages in which it is allowed, and the stage to which each of them leads.
-    # forward() takes two of these steps: as another forward pass and, if train is True, as
-    # forward().
-    NEXT_STAGE = {
-        # Any pass through the layers, also for validation or generation, overwrites the activations
-        # that a waiting backward() needs. If a first forward waits, it is dropped: the next one
-        # will overwrite its part of dwte. A later forward has added its part to a sum, which can't
-        # be undone. So while that one waits, another pass is refused.
-        "another forward pass": {
-            "no gradients": "no gradients",
-            "first forward": "no gradients",
-            "gradients": "gradients",
-        },
-        "forward()": {"no gradients": "first forward", "gradients": "later forward"},
-        "backward()": {"first forward": "gradients", "later forward": "gradients"},
-        "grad_norm()": {"gradients": "gradients"},
-        "update()": {"gradients": "no gradients"},
-    }
+    CLASSIFIER = "wte"  # the classifier's matrix, which stands first among the parameters
 
-    def __init__(
-        self,
-        config,
-        batch_size=4,
-        sequence_length=64,
-        seed=1337,
-        recompute=1,
-        training=True,
-        dtype=np.float32,
-    ):
-        B, T = batch_size, sequence_length
-        require(B > 0, f"batch size {B}: expected at least 1")
-        require(
-            0 < T <= config.max_seq_len,
-            f"sequence length {T}: expected 1 to {config.max_seq_len}, the model's context",
-        )
-        require(
-            recompute in SHARED_BY_LAYERS,
-            f"recompute is {recompute!r}, expected one of {list(SHARED_BY_LAYERS)}",
-        )
-        single_or_double = np.dtype(dtype) in (np.float32, np.float64)
-        require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
+    # The two tables. What stands in layer_params and layer_acts, every layer has.
+
+    @staticmethod
+    def layer_params(config):
+        """The parameters of a layer, in llm.c's order. A matmul's weight has the shape (OC, C).
+
+        The names that end in w are weights, those that end in b biases. ln1 and ln2 are the layer's
+        two layernorms; attproj is the matmul after attention; fc and fcproj are those around GELU.
+        """
+        C = config.channels
+        return {
+            "ln1w": (C,),
+            "ln1b": (C,),
+            "qkvw": (3 * C, C),
+            "qkvb": (3 * C,),
+            "attprojw": (C, C),
+            "attprojb": (C,),
+            "ln2w": (C,),
+            "ln2b": (C,),
+            "fcw": (4 * C, C),
+            "fcb": (4 * C,),
+            "fcprojw": (C, 4 * C),
+            "fcprojb": (C,),
+        }
+
+    @classmethod
+    def param_shapes(cls, config):
+        """The parameters of the whole model."""
+        V, L, C = config.vocab_size, config.num_layers, config.channels
+        one_layer = cls.layer_params(config)
+        return {
+            "wte": (V, C),  # token embeddings; the classifier uses the same matrix
+            "wpe": (config.max_seq_len, C),  # position embeddings
+            **{name: (L, *shape) for name, shape in one_layer.items()},
+            "lnfw": (C,),  # the last layernorm
+            "lnfb": (C,),
+        }
+
+    @staticmethod
+    def layer_acts(config, B, T):
+        """The activations of a layer, in the order in which they are computed."""
+        C, NH = config.channels, config.num_heads
+        return {
+            "ln1": (B, T, C),
+            "ln1_mean": (B, T),
+            "ln1_rstd": (B, T),
+            "qkv": (B, T, 3 * C),  # queries, keys, values
+            "att_lse": (B, T, NH),  # what attention's backward needs to compute the softmax again
+            "atty": (B, T, C),  # the output of attention
+            "attproj": (B, T, C),
+            "residual2": (B, T, C),
+            "ln2": (B, T, C),
+            "ln2_mean": (B, T),
+            "ln2_rstd": (B, T),
+            "fch": (B, T, 4 * C),  # the output of fc
+            "fch_gelu": (B, T, 4 * C),
+            "fcproj": (B, T, C),
+            "residual3": (B, T, C),  # the output of the layer
+        }
+
+    @staticmethod
+    def shared_by_layers(names, recompute, training):
+        """Those of a layer's activations that are not kept: all layers have one memory for them.
+
+        What backward needs can be kept, or computed again (Chen et al., 2016). recompute=0 keeps
+        everything; use it to compare another implementation with this one. 1 computes layernorm and
+        GELU again, which takes 1 to 2 % of a step; the outputs of attproj and fcproj are not needed
+        again. 2 keeps a layer's output and computes the next layer again from it. Without a
+        backward pass, only the keys and values of earlier tokens are needed again.
+        """
+        if not training:
+            return [name for name in names if name != "qkv"]
+        if recompute == 2:
+            return [name for name in names if name != "residual3"]
+        if recompute == 1:
+            return ["ln1", "attproj", "ln2", "fch_gelu", "fcproj"]
+        return []
+
+    @staticmethod
+    def work_shapes(config, B, T):
+        """The backward pass's work space, which all layers share."""
+        C = config.channels
+        return {
+            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
+            "dlnf": (B, T, C),  # written by the classifier
+            "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
+            "dln2": (B, T, C),
+            "datty": (B, T, C),
+            "dqkv": (B, T, 3 * C),
+            "dln1": (B, T, C),
+        }
+
+    @classmethod
+    def act_shapes(cls, config, B, T, recompute=1, training=True):
+        """All activations, then the work space. What the layers share has the shape (1, ...)."""
+        V, L, C = config.vocab_size, config.num_layers, config.channels
+        one_layer = cls.layer_acts(config, B, T)
+        shared = cls.shared_by_layers(list(one_layer), recompute, training)
+        shapes = {
+            "encoded": (B, T, C),
+            **{name: (1 if name in shared else L, *one_layer[name]) for name in one_layer},
+            "lnf": (B, T, C),  # the output of the last layernorm
+            "lnf_mean": (B, T),
+            "lnf_rstd": (B, T),
+            "logits": (1, min(B * T, LOGITS_ROWS), V),  # of some tokens, or see room_for_logits
+            "losses": (B, T),
+        }
+        if training:
+            shapes |= cls.work_shapes(config, B, T)
+        return shapes
+
+    def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1,
+                 training=True, dtype=np.float32):  # fmt: skip
         self.config = config
-        self.batch_size = B
-        self.sequence_length = T
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
         self.recompute = recompute
         self.training = training
 
-        self.stage = "no gradients"
-        self.interrupted = None
-        self.inputs = None  # of the last forward pass; encoder_backward needs them
+        self.micro_batch = 0  # how many of them the gradients hold
         self.updates = 0  # how many updates there have been
+        self.inputs = None  # of the last training forward pass; encoder_backward needs them
 
-        rows = 4 if training else 1  # without training there are parameters only
-        acts = act_shapes(config, B, T, recompute, training)
-        self.blob = np.zeros(rows * count(param_shapes(config)) + count(acts), dtype)
+        self.param_table = self.param_shapes(config)
+        self.act_table = self.act_shapes(config, batch_size, sequence_length, recompute, training)
+        self.rows = 4 if training else 1  # without training there are parameters only
+        self.blob = np.zeros(self.rows * count(self.param_table) + count(self.act_table), dtype)
         self.cut_blob()
         if seed is not None:
-            init_weights(self.params, seed)
+            self.init_weights(seed)
 
     def cut_blob(self):
         """Make all views of the blob: first the rows of `flat`, then the activations."""
-        shapes = param_shapes(self.config)
-        acts = act_shapes(
-            self.config, self.batch_size, self.sequence_length, self.recompute, self.training
-        )
-        rows = 4 if self.training else 1
-        num_params = count(shapes)
-        self.flat = self.blob[: rows * num_params].reshape(rows, num_params)
-        self.params = carve(self.flat[0], shapes)
-        self.grads = carve(self.flat[1], shapes) if self.training else Views()
-        self.m = carve(self.flat[2], shapes) if self.training else Views()
-        self.v = carve(self.flat[3], shapes) if self.training else Views()
-        self.acts = carve(self.blob[rows * num_params :], acts)
+        end = self.rows * count(self.param_table)
+        self.flat = self.blob[:end].reshape(self.rows, -1)
+        self.params = carve(self.flat[0], self.param_table)
+        self.grads = carve(self.flat[1], self.param_table) if self.training else {}
+        self.m = carve(self.flat[2], self.param_table) if self.training else {}
+        self.v = carve(self.flat[3], self.param_table) if self.training else {}
+        self.acts = carve(self.blob[end:], self.act_table)
 
-        self.keys_owner = None  # the generator whose keys are in acts["qkv"]: see generate_tokens
-        self.reader = None  # a second model with the same params: see continuation_losses
+    def init_weights(self, seed):
+        """Fill the parameters of a new model, as llm.c and Hugging Face do (Radford et al., 2019).
 
-    def __getstate__(self):
-        """For copy and pickle: all but what cut_blob makes. Copied views would not be parts of the
-        copied blob.
+        Weights are normal with a standard deviation of 0.02. The two projections into the residual
+        stream have 0.02 / sqrt(2L), because 2L such outputs are added up there. The weights of
+        layernorm are 1. Biases are 0, as they are in a new blob. The random numbers come from
+        NumPy's generator; llm.c and PyTorch draw others from the same seed.
         """
-        left_out = {"flat", "params", "grads", "m", "v", "acts", "keys_owner", "reader"}
-        return {name: value for name, value in vars(self).items() if name not in left_out}
+        rng = np.random.default_rng(seed)
+        into_residual = 0.02 / math.sqrt(2 * self.config.num_layers)
 
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self.cut_blob()
+        for name, view in self.params.items():
+            is_bias = name.endswith("b")
+            if name in ("ln1w", "ln2w", "lnfw"):
+                view[...] = 1
+            elif not is_bias:
+                rng.standard_normal(out=view.reshape(-1), dtype=view.dtype)
+                view *= into_residual if name in ("attprojw", "fcprojw") else 0.02
 
-    # What one does with a model besides training it. Sections 8 and 10 do the work.
+    def params_of(self, views, l):
+        """Layer l's part of the parameters, or of their gradients, as attributes."""
+        names = self.layer_params(self.config)
+        return SimpleNamespace(**{name: views[name][l] for name in names})
 
-    @classmethod
-    def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1, training=True):
-        """A model with weights from outside.
+    def acts_of(self, l, B, n, start=0):
+        """Layer l's activations as attributes: those of B sequences and n tokens.
 
-        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; a
-        .safetensors file; or an llm.c .bin file. Errors: InputError, OSError.
+        The first token is at position `start`. Attention looks back, so qkv begins at position 0.
         """
-        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
-
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
-        save_huggingface(folder, self.config, self.params)
-
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
-        """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
-
-        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
-        last ones.
-
-        temperature   0 always takes the likeliest token
-        top_k         above 0, choose among the k likeliest
-        rng           a NumPy Generator, or a seed; None gives a different text each time
-        """
-        tokens = self.check_tokens(tokens, "prompt", ndim=1)
-        require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
-        rng = np.random.default_rng(rng)
-        return generate_tokens(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
-
-    def token_losses(self, context, continuations):
-        """How unlikely each token of some continuations is: a list of arrays (n,), in nats.
-
-        context         a list of at least one token id
-        continuations   lists of token ids; each one by itself follows the context
-
-        Context and continuation may have max_seq_len + 1 tokens together. Any model can do this,
-        at any stage of a step, whatever its batch size and sequence length.
-        """
-        context = self.check_tokens(context, "context", ndim=1)
-        continuations = [self.check_tokens(c, "continuation", ndim=1) for c in continuations]
-        return continuation_losses(self, context, continuations)
-
-    def check_tokens(self, tokens, what, ndim=2):
-        """tokens as an int64 array, or InputError if one of them is not in the vocabulary."""
-        tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
-        V = self.config.vocab_size
-        require(
-            tokens.size > 0 and tokens.dtype.kind in "iu" and tokens.ndim == ndim,
-            f"{what}: expected integers in {ndim} dimensions, found {tokens.shape} of "
-            f"{tokens.dtype}",
-        )
-        lowest, highest = tokens.min(), tokens.max()
-        require(
-            0 <= lowest and highest < V,
-            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
-        )
-        return tokens.astype(np.int64, "C", copy=False)
-
-    def advance(self, call):
-        """Go to the stage that a call leads to. InputError if it can't be made now."""
-        require(
-            self.interrupted is None,
-            f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
-        )
-        allowed = self.NEXT_STAGE[call]
-        require(
-            self.stage in allowed,
-            f"{call} can't follow here: the stage is {self.stage!r}, expected "
-            f"{' or '.join(map(repr, allowed))}: a step is forward(), backward(), update(), and "
-            "zero_grad() begins it anew",
-        )
-        self.stage = allowed[self.stage]
+        a = SimpleNamespace()
+        for name in self.layer_acts(self.config, B, n):
+            view = self.acts[name]  # (L, ...), or (1, ...) if the layers share it
+            of_layer = view[l] if len(view) > 1 else view[0]
+            stop = start + n if name == "qkv" else n
+            setattr(a, name, of_layer[:B, :stop])
+        return a
 
     # ----------------------------------------------------------------------------------------------
-    # The forward pass
+    # 5. The model forward: a line or two for each layer
+    #
+    # What the header calls x is not overwritten in place. So it has a name at each place: encoded
+    # at first, residual2 after the first half of a layer, and residual3 after the second.
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """The mean cross-entropy, in nats, of predicting targets from inputs: a float.
@@ -1184,50 +843,38 @@ class GPT2:
         grad_scale   the gradients will be those of loss * grad_scale. Pass 1/k if k
                      micro-batches make one step
 
-        The logits of the batch are not kept; they are acts["lnf"] @ params["wte"].T, (B, T, V).
+        In training, it also takes the first steps back, from the losses to the output of the last
+        layernorm, while the logits are at hand: see classifier. The logits of the batch are not
+        kept; they are acts["lnf"] @ params["wte"].T, (B, T, V).
         """
-        inputs = self.check_tokens(inputs, "inputs")
-        targets = self.check_tokens(targets, "targets")
-        expected = self.acts["losses"].shape  # B and T, which __init__ has fixed
-        require(
-            inputs.shape == targets.shape == expected,
-            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
-        )
-        require(
-            self.training or not train,
-            "a model made with training=False has no gradients: use forward(..., train=False)",
-        )
-
-        lnf = self.forward_tokens(inputs)
+        weight, dweight = self.params[self.CLASSIFIER], self.grads.get(self.CLASSIFIER)
         losses = self.acts["losses"]
+        lnf = self.forward_tokens(inputs)
         if not train:
-            self.classifier(losses, lnf, targets)
-            return float(losses.mean())
-
-        add = self.stage == "gradients"  # then this is a later micro-batch
-        self.advance("forward()")
-        self.interrupted = "forward()"  # until the classifier has written its gradients
-        self.classifier(losses, lnf, targets, dloss=grad_scale / targets.size, add=add)
-        self.inputs = inputs.copy()  # the caller may reuse its array
-        self.interrupted = None
+            self.classifier(losses, lnf, targets, weight)
+        else:
+            self.inputs = inputs
+            self.classifier(losses, lnf, targets, weight, dweight, grad_scale / targets.size)
         return float(losses.mean())
 
     def forward_tokens(self, tokens, start=0):
         """All layers up to lnf for tokens (B, n) at the positions start to start + n.
 
         In training and validation the tokens are a whole batch, and start is 0. In generation B is
-        1, and acts["qkv"] holds the keys and values of the positions before start already, so that
-        only the n new positions are computed. Returns lnf (B, n, C).
+        1, and acts["qkv"] may hold the keys and values of the positions before start already, so
+        that only the n new positions are computed. Returns lnf (B, n, C).
         """
-        self.advance("another forward pass")
-        self.keys_owner = None
         B, n = tokens.shape
         params, acts = self.params, self.acts
 
         residual = acts["encoded"][:B, :n]
         encoder_forward(residual, tokens, params["wte"], params["wpe"][start : start + n])
+
         for l in range(self.config.num_layers):
-            residual = self.forward_layer(l, residual, start)
+            p = self.params_of(params, l)
+            a = self.acts_of(l, B, n, start)
+            self.forward_layer(p, a, residual)
+            residual = a.residual3  # with training=False, the same memory in every layer
 
         lnf = acts["lnf"][:B, :n]
         mean = acts["lnf_mean"][:B, :n]
@@ -1235,258 +882,195 @@ class GPT2:
         layernorm_forward(lnf, mean, rstd, residual, params["lnfw"], params["lnfb"])
         return lnf
 
-    def forward_layer(self, l, residual, start=0):
-        """Layer l: its output residual3 (B, n, C) from its input, residual (B, n, C)."""
-        p, a = self.forward_up_to_gelu(l, residual, start)
+    def forward_layer(self, p, a, residual, whole=True):
+        """One layer, with parameters p and activations a, from its input, residual (B, n, C).
 
-        # residual3 = residual2 + fcproj(gelu(fc(layernorm(residual2)))), (B, n, C)
-        matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
-        residual_forward(a.residual3, a.residual2, a.fcproj)
-        return a.residual3  # with training=False, the same memory in every layer
-
-    def forward_up_to_gelu(self, l, residual, start=0):
-        """All of layer l that its backward pass reads: all but fcproj and the last addition.
-
-        Returns the layer's parameters and its activations for these tokens: see layer().
+        whole   False: all that the layer's backward pass reads, which is all but the last lines
         """
-        B, n, _ = residual.shape
-        p = layer(self.params, l)
-        a = layer(self.acts, l, np.s_[:B, :n])  # in training, all of them
+        NH = self.config.num_heads
+        n = residual.shape[1]
+        new_qkv = a.qkv[:, -n:]  # all of it, except in generation
 
-        # Attention looks back to position 0. So row t of qkv belongs to position t, while row 0 of
-        # all other activations belongs to the first of the n tokens, at position `start`.
-        qkv_so_far = of_layer(self.acts["qkv"], l)[:B, : start + n]
-        new_qkv = qkv_so_far[:, start:]
-
-        # residual2 = residual + attproj(attention(qkv(layernorm(residual)))), (B, n, C)
+        # residual2 = residual + attproj(attention(qkv(layernorm(residual))))
         layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
         matmul_forward(new_qkv, a.ln1, p.qkvw, p.qkvb)
-        attention_forward(a.atty, a.att_lse, qkv_so_far, self.config.num_heads)
+        attention_forward(a.atty, a.att_lse, a.qkv, NH)
         matmul_forward(a.attproj, a.atty, p.attprojw, p.attprojb)
         residual_forward(a.residual2, residual, a.attproj)
 
-        # gelu(fc(layernorm(residual2))), (B, n, 4C)
+        # residual3 = residual2 + fcproj(gelu(fc(layernorm(residual2))))
         layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
         matmul_forward(a.fch, a.ln2, p.fcw, p.fcb)
         gelu_forward(a.fch_gelu, a.fch)
-        return p, a
+        if whole:
+            matmul_forward(a.fcproj, a.fch_gelu, p.fcprojw, p.fcprojb)
+            residual_forward(a.residual3, a.residual2, a.fcproj)
 
-    def classifier(self, losses, lnf, targets, dloss=None, add=False):
+    def classifier(self, losses, lnf, targets, weight, dweight=None, dloss=None):
         """Write losses (B, n), those of predicting targets (B, n) from lnf (B, n, C).
+
+        weight (V, C) is the classifier's matrix. If dweight, its gradient, and dloss, the weight of
+        one token's loss, are given, acts["dlnf"] and dweight are written, too.
 
         The logits (B, n, V) would be one of the largest arrays. Each token's logits only serve its
         own loss, so we take some tokens at a time, a piece, all the way: logits, probabilities,
-        losses, and, if dloss is given, gradients. This is why the classifier's backward pass runs
-        here, and not in backward(): the logits of these tokens are gone when the next ones come. It
-        leaves dlnf, and its part of dwte; of several pieces, the first one follows `add` and the
-        others add. dloss is the weight of one token's loss.
+        losses and gradients. This is why the classifier's backward pass runs here, and not in
+        backward(): the logits of these tokens are gone when the next ones come. Of several pieces,
+        the first one follows rule 3, and the others add to dweight.
         """
-        wte = self.params["wte"]
-        lnf = as_one_sequence(lnf)
-        losses = as_one_sequence(losses)
-        targets = as_one_sequence(targets)
+        lnf = rows_of(lnf)[np.newaxis]  # (1, B*n, C), so that a piece may be any run of tokens
+        losses = rows_of(losses)[np.newaxis]
+        targets = rows_of(targets)[np.newaxis]
 
-        gradients_are_unused = dloss is not None and not add
-        room = self.room_for_logits() if gradients_are_unused else self.acts["logits"]
-        num_tokens = targets.size
+        add = self.micro_batch > 0
+        gradients_are_unused = dweight is not None and not add
+        room = self.room_for_logits(weight) if gradients_are_unused else self.acts["logits"]
         tokens_per_piece = room.shape[1]
 
-        for start in range(0, num_tokens, tokens_per_piece):
-            stop = min(start + tokens_per_piece, num_tokens)
+        for start in range(0, targets.size, tokens_per_piece):
+            stop = min(start + tokens_per_piece, targets.size)
             piece = np.s_[:, start:stop]
 
             logits = room[:, : stop - start]
-            matmul_forward(logits, lnf[piece], wte)
+            matmul_forward(logits, lnf[piece], weight)
             crossentropy_softmax_forward(losses[piece], logits, targets[piece])
 
-            if dloss is not None:
-                dwte = self.grads["wte"]
-                dlnf = as_one_sequence(self.acts["dlnf"])
+            if dweight is not None:
+                dlnf = rows_of(self.acts["dlnf"])[np.newaxis]
                 dlogits = logits  # in the same memory, which holds the probabilities now
                 crossentropy_softmax_backward(dlogits, targets[piece], dloss)
                 add_piece = add or start > 0
-                matmul_backward(dlnf[piece], dwte, None, dlogits, lnf[piece], wte, add_piece)
+                matmul_backward(dlnf[piece], dweight, None, dlogits, lnf[piece], weight, add_piece)
 
-    def room_for_logits(self):
+    def room_for_logits(self, weight):
         """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
 
-        In the forward pass of the first micro-batch that is so for all gradients but dwte, because
-        backward will overwrite them. For 124M there is room for 1708 tokens, where acts["logits"]
-        has 256, and larger pieces make the products faster, by 4 % of a step at B*T = 1024. Later
-        micro-batches and validation must leave the gradients alone, and use acts["logits"].
+        In the forward pass of the first micro-batch, backward will overwrite all gradients but that
+        of the classifier's matrix, weight (V, C). For 124M there is room for 1708 tokens, where
+        acts["logits"] has 256, and larger pieces make the products faster, by 4 % of a step at
+        B*T = 1024. Later micro-batches and validation must leave the gradients alone.
         """
-        V, C = self.params["wte"].shape
-        free = self.flat[1, V * C :]  # all gradients but dwte, which stands first
+        V = len(weight)
+        free = self.flat[1, weight.size :]  # the classifier's matrix stands first
         tokens = min(self.acts["losses"].size, len(free) // V)
         if tokens < self.acts["logits"].shape[1]:  # a small model with a large vocabulary
             return self.acts["logits"]
         return free[: tokens * V].reshape(1, tokens, V)
 
+    def next_logits(self, tokens):
+        """The logits (V,) of what comes after a list of at most T tokens: see generate."""
+        logits = self.acts["logits"][:, :1]
+        lnf = self.forward_tokens(np.array([tokens]))
+        matmul_forward(logits, lnf[:, -1:], self.params[self.CLASSIFIER])
+        return logits[0, 0]
+
     # ----------------------------------------------------------------------------------------------
     # 6. The model backward: section 5 in reverse order
 
     def backward(self):
-        """Fill grads with the gradients of the last forward pass.
+        """Fill grads with the gradients of the last training forward pass.
 
-        The first micro-batch since an update or zero_grad overwrites them, later ones add. The
-        classifier has left dlnf and its part of dwte.
+        The first micro-batch of a step overwrites them, later ones add. The classifier has left
+        dlnf and its part of dwte.
         """
-        add = self.stage == "later forward"
-        self.advance("backward()")
-        self.interrupted = "backward()"  # until all gradients are complete
-
         params, grads, acts = self.params, self.grads, self.acts
-        L, NH = self.config.num_layers, self.config.num_heads
-        dresidual, dlnf, dfch = acts["dresidual"], acts["dlnf"], acts["dfch"]
-        dln2, datty, dqkv, dln1 = acts["dln2"], acts["datty"], acts["dqkv"], acts["dln1"]
+        B, T = self.inputs.shape
+        add = self.micro_batch > 0
+        w = SimpleNamespace(**{name: acts[name] for name in self.work_shapes(self.config, B, T)})
 
-        dresidual[...] = 0
+        w.dresidual[...] = 0
         layernorm_backward(
-            dresidual, grads["lnfw"], grads["lnfb"],
-            dlnf, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"], add,
+            w.dresidual, grads["lnfw"], grads["lnfb"],
+            w.dlnf, acts["residual3"][-1], acts["lnf_mean"], acts["lnf_rstd"], params["lnfw"], add,
         )  # fmt: skip
 
-        for l in reversed(range(L)):
-            p, g, a = layer(params, l), layer(grads, l), layer(acts, l)
+        for l in reversed(range(self.config.num_layers)):
+            p = self.params_of(params, l)
+            g = self.params_of(grads, l)
+            a = self.acts_of(l, B, T)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            self.recompute_layer(l, residual)
+            if l < self.config.num_layers - 1:  # else, the shared memory still holds this layer's
+                self.compute_again(p, a, residual)
+            self.backward_layer(p, g, a, w, residual, add)
 
-            # residual3 = residual2 + fcproj. dresidual is the gradient of fcproj, and one part of
-            # that of residual2. layernorm_backward adds the other part.
-            matmul_backward(dfch, g.fcprojw, g.fcprojb, dresidual, a.fch_gelu, p.fcprojw, add)
-            gelu_backward(dfch, dfch, a.fch)  # from dfch_gelu to dfch, in place
-            matmul_backward(dln2, g.fcw, g.fcb, dfch, a.ln2, p.fcw, add)
-            layernorm_backward(
-                dresidual, g.ln2w, g.ln2b, dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
-            )
+        encoder_backward(grads["wte"], grads["wpe"], w.dresidual, self.inputs, add)
+        self.micro_batch += 1
 
-            # residual2 = residual + attproj, likewise.
-            matmul_backward(datty, g.attprojw, g.attprojb, dresidual, a.atty, p.attprojw, add)
-            attention_backward(dqkv, datty, a.atty, a.att_lse, a.qkv, NH)
-            matmul_backward(dln1, g.qkvw, g.qkvb, dqkv, a.ln1, p.qkvw, add)
-            layernorm_backward(
-                dresidual, g.ln1w, g.ln1b, dln1, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, add
-            )
+    def backward_layer(self, p, g, a, w, residual, add):
+        """One layer: write its gradients g, and take w.dresidual from its output to its input.
 
-        encoder_backward(grads["wte"], grads["wpe"], dresidual, self.inputs, add)
-        self.interrupted = None
-
-    def recompute_layer(self, l, residual):
-        """Compute again what forward did not keep of layer l: see SHARED_BY_LAYERS.
-
-        residual (B, T, C) is the layer's input. Means and rstds are computed again, too.
+        p, g, a    the layer's parameters, their gradients, and its activations
+        w          the work space: see work_shapes
+        residual   (B, T, C), the layer's input
         """
-        last = self.config.num_layers - 1
-        if l == last:
-            return  # the shared memory still holds what forward computed last
+        # residual3 = residual2 + fcproj. dresidual is the gradient of fcproj, and one part of that
+        # of residual2. layernorm_backward adds the other part.
+        matmul_backward(w.dfch, g.fcprojw, g.fcprojb, w.dresidual, a.fch_gelu, p.fcprojw, add)
+        gelu_backward(w.dfch, w.dfch, a.fch)  # from dfch_gelu to dfch, in place
+        matmul_backward(w.dln2, g.fcw, g.fcb, w.dfch, a.ln2, p.fcw, add)
+        layernorm_backward(
+            w.dresidual, g.ln2w, g.ln2b, w.dln2, a.residual2, a.ln2_mean, a.ln2_rstd, p.ln2w, add
+        )
 
+        # residual2 = residual + attproj, likewise.
+        NH = self.config.num_heads
+        matmul_backward(w.datty, g.attprojw, g.attprojb, w.dresidual, a.atty, p.attprojw, add)
+        attention_backward(w.dqkv, w.datty, a.atty, a.att_lse, a.qkv, NH)
+        matmul_backward(w.dln1, g.qkvw, g.qkvb, w.dqkv, a.ln1, p.qkvw, add)
+        layernorm_backward(
+            w.dresidual, g.ln1w, g.ln1b, w.dln1, residual, a.ln1_mean, a.ln1_rstd, p.ln1w, add
+        )
+
+    def compute_again(self, p, a, residual):
+        """Compute what forward did not keep of a layer, from its input: see shared_by_layers."""
         if self.recompute == 1:
-            p = layer(self.params, l)
-            a = layer(self.acts, l)
             layernorm_forward(a.ln1, a.ln1_mean, a.ln1_rstd, residual, p.ln1w, p.ln1b)
             layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)
             gelu_forward(a.fch_gelu, a.fch)
 
         if self.recompute == 2:
-            self.forward_up_to_gelu(l, residual)
-
-    def zero_grad(self):
-        """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
-        self.stage = "no gradients"
-        self.interrupted = None
+            self.forward_layer(p, a, residual, whole=False)
 
     # ----------------------------------------------------------------------------------------------
     # 7. AdamW
 
-    def grad_norm(self, part=np.s_[:]):
-        """The Euclidean norm of all gradients as one vector, or of a part of this vector: a float.
+    def grad_norm(self):
+        """The Euclidean norm of all gradients as one vector: a float."""
+        return math.sqrt(sum_of_squares(self.flat[1]))
 
-        It may be called between backward() and update(). The squares are added up in the model's
-        dtype within a chunk of ADAMW_CHUNK elements, and as Python's floats over the chunks.
-        """
-        self.advance("grad_norm()")
-        grads = self.flat[1, part]
-
-        def squares(i):
-            chunk = grads[i * ADAMW_CHUNK : (i + 1) * ADAMW_CHUNK]
-            return float(np.dot(chunk, chunk))
-
-        return math.sqrt(sum(parallel(squares, math.ceil(len(grads) / ADAMW_CHUNK))))
-
-    def update(
-        self,
-        learning_rate,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.0,
-        step=None,
-        grad_scale=1.0,
-        part=np.s_[:],
-    ):
+    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
+               grad_scale=1.0):  # fmt: skip
         """One step of AdamW on all parameters.
 
-        weight_decay   applies to matrices and embeddings, not to biases and layernorms
+        weight_decay   applies to matrices and embeddings: see is_decayed
         step           the number of this update, from 1; the model counts by itself if it is None
         grad_scale     what the gradients are multiplied by first, less than 1 if they are clipped
-        part           the slice of the flat vector of parameters that is updated: all of it, unless
-                       several processes share the work
         """
         step = self.updates + 1 if step is None else step
-        require(step >= 1, f"update(step={step}): steps are counted from 1")
-        self.advance("update()")
-        self.interrupted = "update()"  # until all parameters have changed
-
         p, g, m, v = self.flat
-        chunks = adamw_chunks(self.params, part)
 
-        def update_chunk(i):
-            name, chunk = chunks[i]
-            decay = learning_rate * weight_decay if is_decayed(name) else 0.0
+        for name, place in places(self.param_table).items():
+            decay = learning_rate * weight_decay if self.is_decayed(name) else 0.0
             adamw(
-                p[chunk], g[chunk], m[chunk], v[chunk],
+                p[place], g[place], m[place], v[place],
                 decay, learning_rate, beta1, beta2, eps, step, grad_scale,
             )  # fmt: skip
 
-        parallel(update_chunk, len(chunks))
-        self.keys_owner = None  # the keys and values are those of the old parameters
         self.updates = step
-        self.interrupted = None
+        self.micro_batch = 0  # the next one overwrites the gradients, so nothing is cleared
+
+    @staticmethod
+    def is_decayed(name):
+        """Whether weight decay applies to a parameter: to matrices and embeddings, as is usual.
+
+        A layernorm's scale has its best value near 1, not near 0, and biases are few and small.
+        """
+        return not name.startswith("ln") and not name.endswith("b")
 
 
-# --------------------------------------------------------------------------------------------------
-# 7. AdamW, continued: what update() does with the parameters, chunk by chunk
-
-ADAMW_CHUNK = 1 << 17  # elements; with chunks half as large, an update takes a tenth longer
-
-
-def adamw_chunks(params, part):
-    """AdamW's work, cut into pieces: a list of (name, slice of the flat vector of parameters).
-
-    A chunk never crosses the border of a tensor, nor of `part`, the slice that is to be updated.
-    """
-    num_params = sum(view.size for view in params.values())
-    part_start, part_stop, _ = part.indices(num_params)
-
-    chunks = []
-    tensor_start = 0
-    for name, view in params.items():
-        tensor_stop = tensor_start + view.size
-        start = max(tensor_start, part_start)
-        stop = min(tensor_stop, part_stop)
-        for i in range(start, stop, ADAMW_CHUNK):
-            chunk = slice(i, min(i + ADAMW_CHUNK, stop))
-            chunks.append((name, chunk))
-        tensor_start = tensor_stop
-    return chunks
-
-
-def is_decayed(name):
-    """Whether weight decay applies to a parameter: to matrices and embeddings, as is usual.
-
-    A layernorm's scale has its best value near 1, not near 0, and biases are few and small.
-    """
-    return not name.startswith("ln") and not name.endswith("b")
+def sum_of_squares(x):
+    """The sum of the squares of an array's numbers: a float."""
+    return float(np.vdot(x, x))
 
 
 def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
@@ -1498,9 +1082,9 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
         v = beta2 * v + (1 - beta2) * g^2            the running mean of its square
         p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
 
-    The quotient is near 1 or -1 while the gradient is steady, and near 0 where its sign varies.
-    So a parameter usually moves by no more than learning_rate, however large its gradients are. eps
-    keeps the quotient finite where v is 0.
+    The quotient says how well the recent gradients agree: it is 1 or -1 if they are all alike, and
+    near 0 where their signs vary. So a parameter usually moves by no more than learning_rate,
+    however large its gradients are. eps keeps the quotient finite where v is 0.
 
     m is a weighted sum of all gradients so far. Since it starts at 0, its weights do not add up to
     1 but to c1 = 1 - beta1^step, so it is divided by c1; likewise v by c2 = 1 - beta2^step.
@@ -1543,7 +1127,8 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
 class DataLoader:
     """Batches of consecutive tokens, shard after shard, over and over.
 
-    shards        a list of arrays of token ids, or of whatever has a length and gives slices
+    shards        a list of arrays of token ids, or of whatever has a length and gives slices. Each
+                  has at least B*T + 1 tokens
     shuffle_seed  None: the windows of a shard in the order of the text. A number: in an order that
                   is drawn anew for each epoch
 
@@ -1556,34 +1141,25 @@ class DataLoader:
         self.B, self.T = B, T
         self.shuffle_seed = shuffle_seed
         self.shards = shards
-        shortest = min(len(shard) for shard in shards)
-        require(
-            shortest >= B * T + 1,
-            f"a shard has {shortest} tokens, a batch needs B*T + 1 = {B * T + 1}",
-        )
         self.seek([0, 0, 0])
 
     def seek(self, position):
         """Go to a position, for instance to that of a checkpoint."""
         self.position = list(position)
         shard, _, epoch = position
-        self.first, self.order = self.windows(shard, epoch)
-
-    def windows(self, shard, epoch):
-        """(first, order) of a shard: where its first window begins; the windows' numbers, in the
-        order in which they are taken.
-        """
         num_tokens, B, T = len(self.shards[shard]), self.B, self.T
         if self.shuffle_seed is None:
-            return 0, np.arange((num_tokens - 1) // T)
+            self.first = 0  # where the first window of the shard begins
+            self.order = np.arange((num_tokens - 1) // T)  # the windows, in the order of their use
+            return
 
         # Each epoch cuts the shard at other places: the first window begins at one of its first T
         # tokens, but not so late that less than a batch is left. The order depends on the seed, the
         # shard and its length, epoch, B and T alone, so a run that is resumed at a position finds
         # the same windows.
         rng = np.random.default_rng([self.shuffle_seed, shard, epoch])
-        first = int(rng.integers(min(T, num_tokens - B * T)))
-        return first, rng.permutation((num_tokens - 1 - first) // T)
+        self.first = int(rng.integers(min(T, num_tokens - B * T)))
+        self.order = rng.permutation((num_tokens - 1 - self.first) // T)
 
     def next_batch(self):
         """inputs, targets (B, T), int64. The targets are the inputs, one token further."""
@@ -1652,79 +1228,20 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
     return loss, norm
 
 
-def generate_tokens(model, tokens, max_new_tokens, temperature, top_k, rng):
-    """GPT2.generate, whose arguments are described there.
+def generate(model, tokens, max_new_tokens, temperature, top_k, rng):
+    """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
 
-    After the prompt, each new token takes the computation of one position, because the keys and
-    values of those before it are kept in acts["qkv"]. When there are more than sequence_length
-    tokens, the newer half of them begins a new window. (They can't just move up by one, because a
-    token at another position has other keys and values.)
-
-    Another forward pass overwrites the keys, and an update makes them those of old parameters; so
-    the model remembers whose keys it has, in keys_owner. And in a model for training with
-    recompute=2, all layers share one qkv. In all these cases the whole window is computed again.
+    The model sees a window of at most T tokens. When there are more, the newer half of them becomes
+    the new window. temperature, top_k and rng, a NumPy Generator: see sample.
     """
     T = model.sequence_length
-    keeps_keys = len(model.acts["qkv"]) == model.config.num_layers
-    owner = object()  # stands for this generator
-    window = tokens[-T:]
-    done = 0  # how many tokens of the window have their keys and values in acts["qkv"]
-
+    window = list(tokens[-T:])
     for _ in range(max_new_tokens):
         if len(window) > T:
             window = window[-max(1, T // 2) :]
-            done = 0
-        if model.keys_owner is not owner or not keeps_keys:
-            done = 0
-
-        lnf = model.forward_tokens(np.array([window[done:]]), start=done)
-        model.keys_owner = owner
-        done = len(window)
-
-        logits = model.acts["logits"][:, :1]
-        matmul_forward(logits, lnf[:, -1:], model.params["wte"])
-        window.append(sample(logits[0, 0], temperature, top_k, rng))
-        yield window[-1]
-
-
-def continuation_losses(model, context, continuations):
-    """GPT2.token_losses, whose arguments are described there.
-
-    A second model computes them. It has the parameters of the first, no gradients, and room for one
-    sequence of max_seq_len tokens, which may be more than the first one has. The activations of the
-    first, and a generator's keys in them, are left alone.
-
-    The first continuation is read together with the context, whose keys and values then stay in the
-    reader's acts["qkv"]. Each later one is read together with the last token of the context alone,
-    and takes the place of the continuation before it.
-    """
-    longest = len(context) + max(map(len, continuations), default=0)
-    most = model.config.max_seq_len + 1  # nothing is predicted from the last token
-    require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
-
-    if model.reader is None:
-        model.reader = GPT2(
-            model.config, 1, model.config.max_seq_len, None, training=False, dtype=model.blob.dtype
-        )
-        model.reader.params = model.params  # its own were never written to, and so take no memory
-    reader = model.reader
-
-    start = 0
-    # An empty part comes first, here and in targets, in case there are no continuations at all.
-    lnfs = [np.empty((1, 0, model.config.channels), model.blob.dtype)]
-    for tokens in continuations:
-        inputs = np.concatenate([context, tokens])[start:-1]
-        lnf = reader.forward_tokens(inputs[None, :], start)
-        lnfs.append(lnf[:, -len(tokens) :].copy())
-        start = len(context) - 1  # the last token of the context predicts the first one behind it
-
-    # The classifier reads its large matrix once for up to 256 tokens, whichever they belong to.
-    lnf = np.concatenate(lnfs, axis=1)
-    targets = np.concatenate([context[:0], *continuations])[None, :]
-    losses = np.empty(targets.shape, lnf.dtype)
-    reader.classifier(losses, lnf, targets)
-    ends = np.cumsum([len(tokens) for tokens in continuations])
-    return np.split(losses[0], ends)[:-1]  # the last part is what comes after the last end: nothing
+        token = sample(model.next_logits(window), temperature, top_k, rng)
+        window.append(token)
+        yield token
 
 
 def sample(logits, temperature, top_k, rng):
@@ -1746,28 +1263,26 @@ def sample(logits, temperature, top_k, rng):
     return int(min(token, len(logits) - 1))  # if a logit is NaN, no token ends behind the pin
 
 
-# All of it together: this trains a small GPT, by bytes, on this file.
-#
-#     config = GPT2Config(max_seq_len=64, vocab_size=256, num_layers=2, num_heads=4, channels=128)
-#     model = GPT2(config, batch_size=16, sequence_length=64)
-#     loader = DataLoader([np.fromfile("train_gpt2.py", np.uint8)], 16, 64, shuffle_seed=1337)
-#     for step in range(1000):
-#         rate = learning_rate_at(step, 1000, 4e-3, warmup_iters=100, final_frac=0.05)
-#         loss, norm = train_step(model, loader, 1, rate, weight_decay=0.1, grad_clip=1.0)
-#         print(step, loss)
-#     print(bytes(model.generate(b"def ", 300, temperature=0.6)).decode(errors="replace"))
+def demo(path=__file__, steps=1000):
+    """All of it together: train a small GPT on the bytes of a file, this one, and let it write."""
+    config = GPT2Config(max_seq_len=64, vocab_size=256, num_layers=2, num_heads=4, channels=128)
+    model = Model(config, batch_size=16, sequence_length=64)
+    loader = DataLoader([np.fromfile(path, np.uint8)], 16, 64, shuffle_seed=1337)
+    for step in range(steps):
+        rate = learning_rate_at(step, steps, 4e-3, warmup_iters=100, final_frac=0.05)
+        loss, norm = train_step(model, loader, 1, rate, weight_decay=0.1, grad_clip=1.0)
+        print(f"step {step + 1}/{steps}: train loss {loss:.4f} (norm {norm:.4f})")
+    written = generate(model, list(b"def "), 300, 0.6, 0, np.random.default_rng(1337))
+    print("def " + bytes(written).decode(errors="replace"))
 
 
 # --------------------------------------------------------------------------------------------------
 # Here the algorithm ends, and you may stop reading. What follows makes a tool of it.
 # --------------------------------------------------------------------------------------------------
-# 9. Threads, and the limits of the machine
+# 9. A model for the hand: the same calls, checked, and what one does besides training
 #
-# NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
-# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
-# its own threads would compete with ours for the cores.
-#
-# From here on the file deals with files, processes and command lines, and imports what they need.
+# From here on the file deals with its caller, with files, processes and command lines, and imports
+# what they need.
 
 import argparse
 import codecs
@@ -1775,7 +1290,10 @@ import collections
 import contextlib
 import ctypes
 import difflib
+import functools
 import glob
+import inspect
+import itertools
 import json
 import os
 import queue
@@ -1791,8 +1309,304 @@ import time
 import traceback
 import warnings
 import zlib
+from dataclasses import asdict
 from typing import NamedTuple
 
+
+class InputError(ValueError):
+    """Input that can't be used. The message is one line: what was found, and what to do."""
+
+
+def require(condition, message):
+    """Raise InputError(message) unless the condition holds."""
+    if not condition:
+        raise InputError(message)
+
+
+class Views(dict):
+    """Named views of a flat array. Their numbers may be changed, the views themselves may not."""
+
+    def __setitem__(self, name, value):
+        same = value is self.get(name)  # as in views[name] *= 2, which ends with this assignment
+        require(name in self, f"{name!r} is none of {', '.join(self)}")
+        require(same, f"[{name!r}] is a part of the blob: write [{name!r}][...] = value")
+
+    def update(self, values):  # that of dict does not go through __setitem__
+        for name, value in values.items():
+            self[name] = value
+
+    def __repr__(self):
+        return "\n".join(f"{name:10} {view.shape}" for name, view in self.items())
+
+
+# The stages in which a pass through the layers is allowed.
+FREE = ("no gradients", "first forward", "gradients")
+
+
+class GPT2(Model):
+    """A GPT-2 that checks what it is given, and in which order it is called.
+
+    The arguments are those of Model. So are forward, backward, grad_norm and update; a call that
+    can't be made now is an InputError and changes nothing. `stage` says how far a step is:
+
+        "no gradients"    forward() is next
+        "first forward"   that of the first micro-batch is done, backward() is next
+        "gradients"       grads hold those of all micro-batches so far. update() is next, or
+                          forward() of another micro-batch
+        "later forward"   that of a later micro-batch is done, backward() is next
+
+    `interrupted` names a call that was left with its work half done, otherwise it is None. If it is
+    set, zero_grad() makes it possible to go on. If it is update(), some parameters have taken the
+    step and others have not, and only a checkpoint has them as they were.
+
+    Several threads may use one model: one passes through the layers at a time, the others wait.
+    """
+
+    def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1,
+                 training=True, dtype=np.float32):  # fmt: skip
+        self.check_config(config)
+        T = sequence_length
+        require(batch_size > 0, f"batch size {batch_size}: expected at least 1")
+        require(
+            0 < T <= config.max_seq_len,
+            f"sequence length {T}: expected 1 to {config.max_seq_len}, the model's context",
+        )
+        require(recompute in (0, 1, 2), f"recompute is {recompute!r}, expected 0, 1 or 2")
+        single_or_double = np.dtype(dtype) in (np.float32, np.float64)
+        require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
+
+        self.waiting = False  # whether a forward pass waits for its backward()
+        self.interrupted = None
+        super().__init__(config, batch_size, T, seed, recompute, training, dtype)
+
+    @staticmethod
+    def check_config(config):
+        """InputError unless there can be a model of this shape."""
+        for name, value in asdict(config).items():
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            require(whole and value > 0, f"{name} is {value!r}, expected a positive integer")
+        C, NH = config.channels, config.num_heads
+        require(C % NH == 0, f"{C} channels can't be shared by {NH} heads")
+
+    def cut_blob(self):
+        super().cut_blob()
+        for name in ("params", "grads", "m", "v", "acts"):
+            setattr(self, name, Views(getattr(self, name)))
+        self.keys = []  # the tokens whose keys and values are in acts["qkv"]
+        self.reader = None  # a second model with the same params: see token_losses
+        self.lock = threading.RLock()
+
+    def __getstate__(self):
+        """For copy and pickle: all but what cut_blob makes. Copied views would not be parts of the
+        copied blob.
+        """
+        made = {"flat", "params", "grads", "m", "v", "acts", "keys", "reader", "lock"}
+        return {name: value for name, value in vars(self).items() if name not in made}
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.cut_blob()
+
+    def __repr__(self):
+        sizes = ", ".join(f"{name}={value}" for name, value in asdict(self.config).items())
+        return f"{type(self).__name__} of {count(self.param_table):,} parameters: {sizes}"
+
+    @classmethod
+    def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1, training=True):
+        """A model with weights from outside.
+
+        source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; or a
+        .safetensors file. Errors: InputError, OSError.
+        """
+        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
+        save_huggingface(folder, self.config, self.params)
+
+    # One training step
+
+    @property
+    def stage(self):
+        """How far the step is: see above."""
+        if self.waiting:
+            return "later forward" if self.micro_batch else "first forward"
+        return "gradients" if self.micro_batch else "no gradients"
+
+    @contextlib.contextmanager
+    def whole(self, call, *stages, spoils=True):
+        """What stands in this block is done by one thread at a time, in one of these stages only.
+
+        If it spoils something when it is left half done, `interrupted` will name the call.
+        """
+        with self.lock:
+            require(
+                self.interrupted is None,
+                f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
+            )
+            require(
+                self.stage in stages,
+                f"{call} can't follow here: the stage is {self.stage!r}, expected "
+                f"{' or '.join(map(repr, stages))}: a step is forward(), backward(), update(), and "
+                "zero_grad() begins it anew",
+            )
+            self.interrupted = call if spoils else None
+            yield
+            self.interrupted = None
+
+    def forward(self, inputs, targets, train=True, grad_scale=1.0):
+        """Model.forward. inputs and targets may be anything that makes (B, T) integers."""
+        inputs = self.check_tokens(inputs, "inputs")
+        targets = self.check_tokens(targets, "targets")
+        expected = self.acts["losses"].shape  # B and T, which __init__ has fixed
+        require(
+            inputs.shape == targets.shape == expected,
+            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
+        )
+        require(
+            self.training or not train,
+            "a model made with training=False has no gradients: use forward(..., train=False)",
+        )
+        with self.whole("forward()", *FREE, spoils=train):
+            loss = super().forward(inputs.copy(), targets, train, grad_scale)
+            self.waiting = train
+        return loss
+
+    def forward_tokens(self, tokens, start=0):
+        # A pass overwrites the activations that a waiting backward() needs. If that is of the first
+        # micro-batch, it is dropped: the next forward() will overwrite its part of dwte. That of a
+        # later one has been added to a sum already, which is why FREE does not have its stage.
+        self.waiting = False
+        self.keys = []
+        return super().forward_tokens(tokens, start)
+
+    def backward(self):
+        """Model.backward."""
+        with self.whole("backward()", "first forward", "later forward"):
+            super().backward()
+            self.waiting = False
+
+    def grad_norm(self):
+        """Model.grad_norm. It may be called between backward() and update()."""
+        with self.whole("grad_norm()", "gradients", spoils=False):
+            return super().grad_norm()
+
+    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
+               grad_scale=1.0):  # fmt: skip
+        """Model.update."""
+        require(step is None or step >= 1, f"update(step={step}): steps are counted from 1")
+        with self.whole("update()", "gradients"):
+            self.keys = []  # they are those of the old parameters
+            super().update(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
+
+    def zero_grad(self):
+        """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
+        self.micro_batch = 0
+        self.waiting = False
+        self.interrupted = None
+
+    # Reading and writing
+
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
+        """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
+
+        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
+        last ones.
+
+        temperature   0 always takes the likeliest token
+        top_k         above 0, choose among the k likeliest
+        rng           a NumPy Generator, or a seed; None gives a different text each time
+        """
+        tokens = self.check_tokens(tokens, "prompt", ndim=1)
+        require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
+        rng = np.random.default_rng(rng)
+        self.keys = []  # the parameters may have been changed in place
+        return generate(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
+
+    def next_logits(self, tokens):
+        """Model.next_logits."""
+        with self.whole("generate()", *FREE, spoils=False):
+            logits = self.acts["logits"][:, :1]
+            matmul_forward(logits, self.read(tokens), self.params[self.CLASSIFIER])
+            return logits[0, 0].copy()  # another thread may be next
+
+    def read(self, tokens, wanted=1):
+        """lnf (1, wanted, C) of the last tokens of a list.
+
+        The keys and values of the tokens before them are kept in acts["qkv"], and `keys` are these
+        tokens. So where a list begins like the one before it, that part is not computed again, and
+        a new token takes the computation of one position. (With recompute=2, all layers of a model
+        for training share one qkv, and the whole list is computed each time.)
+        """
+        start = 0
+        if len(self.acts["qkv"]) == self.config.num_layers:
+            same = len(os.path.commonprefix([self.keys, tokens]))
+            start = min(same, len(tokens) - wanted)
+        lnf = self.forward_tokens(np.array([tokens[start:]]), start)
+        self.keys = list(tokens)
+        return lnf[:, -wanted:]
+
+    def token_losses(self, context, continuations):
+        """How unlikely each token of some continuations is: a list of arrays (n,), in nats.
+
+        context         a list of at least one token id
+        continuations   lists of token ids; each one by itself follows the context
+
+        Context and continuation may have max_seq_len + 1 tokens together. Any model can do this,
+        at any stage of a step, whatever its batch size and sequence length: a second model, the
+        reader, has the same parameters, no gradients, and room for one sequence of max_seq_len
+        tokens. The context is computed once, since all continuations begin like the first.
+        """
+        context = self.check_tokens(context, "context", ndim=1).tolist()
+        texts = [self.check_tokens(c, "continuation", ndim=1).tolist() for c in continuations]
+        longest = len(context) + max(map(len, texts), default=0)
+        most = self.config.max_seq_len + 1  # nothing is predicted from the last token
+        require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
+        if not texts:
+            return []
+
+        with self.lock:
+            if self.reader is None:
+                T, dtype = self.config.max_seq_len, self.blob.dtype
+                self.reader = type(self)(self.config, 1, T, None, training=False, dtype=dtype)
+                self.reader.params = self.params  # its own were never written: they take no memory
+            reader = self.reader
+            reader.keys = []
+            lnfs = [reader.read((context + text)[:-1], len(text)).copy() for text in texts]
+
+            # The classifier reads its matrix once for up to 256 tokens, whichever text has them.
+            targets = np.concatenate(texts)[np.newaxis]
+            losses = np.empty(targets.shape, self.blob.dtype)
+            lnf = np.concatenate(lnfs, axis=1)
+            reader.classifier(losses, lnf, targets, self.params[self.CLASSIFIER])
+        ends = np.cumsum([len(text) for text in texts])
+        return np.split(losses[0], ends[:-1])
+
+    def check_tokens(self, tokens, what, ndim=2):
+        """tokens as an int64 array, or InputError if one of them is not in the vocabulary."""
+        require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
+        tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
+        V = self.config.vocab_size
+        require(
+            tokens.size > 0 and tokens.dtype.kind in "iu" and tokens.ndim == ndim,
+            f"{what}: expected integers in {ndim} dimensions, found {tokens.shape} of "
+            f"{tokens.dtype}",
+        )
+        lowest, highest = tokens.min(), tokens.max()
+        require(
+            0 <= lowest and highest < V,
+            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
+        )
+        return tokens.astype(np.int64, "C", copy=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Threads, and the limits of the machine
+#
+# NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
+# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
+# its own threads would compete with ours for the cores.
+#
 
 def cgroups(controller, root="/"):
     """The folders of the control groups of this process, from its own up to the outermost.
@@ -2027,6 +1841,169 @@ def parallel(task, n):
     for error in filter(None, errors):
         raise error
     return results
+
+
+# Blocks. NumPy makes one pass over memory for each operation, which is slow where arrays are larger
+# than a core's cache. So the functions of section 2 are run block by block, on several cores.
+
+BLOCK_BYTES = 1 << 20  # of a block's widest array: with smaller ones, threads wait for the lock
+
+
+def blocks(n, nbytes, block_bytes):
+    """n things of nbytes each, cut into blocks of about block_bytes: a list of slices.
+
+    If they take more than half a block in all, the number of blocks is even (unless n is smaller),
+    so that two cores get equal shares.
+    """
+    number = math.ceil(n * nbytes / block_bytes)
+    if n * nbytes > block_bytes / 2:
+        number += number % 2
+    return cut(n, number)
+
+
+def cut(n, number):
+    """n things, cut into `number` slices of nearly the same length; into n if that is less."""
+    number = min(n, number)
+    ends = [n * i // number for i in range(number + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
+
+
+def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
+    """The same layer, run by blocks of rows, which the cores share.
+
+    arrays   the names of the arguments that have an entry for each token, (B, T, ...), or of flat
+             ones. The layer gets a block of them as (1, rows, ...)
+    sums     the names of those that follow `add`. Each block has its own, and these are added up in
+             the order of the blocks, as are the numbers that a layer returns
+    """
+    names = list(inspect.signature(layer).parameters)
+    of_rows = [names.index(name) for name in arrays.split()]
+    of_sums = [names.index(name) for name in sums.split()]
+
+    @functools.wraps(layer)
+    def run(*args):
+        rows = [rows_of(args[i]) for i in of_rows]
+        slices = blocks(len(rows[0]), max(array[0].nbytes for array in rows), block_bytes)
+        if len(slices) == 1:
+            return layer(*args)
+
+        def block(number):
+            own = list(args)
+            for i, array in zip(of_rows, rows, strict=True):
+                own[i] = array[np.newaxis, slices[number]]
+            for i in of_sums:
+                own[i] = np.empty_like(args[i])
+            if of_sums:
+                own[names.index("add")] = False
+            result = layer(*own)
+            return [own[i] for i in of_sums] if of_sums else result
+
+        results = parallel(block, len(slices))
+        if of_sums:
+            for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
+                accumulate(args[i], sum(parts[1:], parts[0]), args[names.index("add")])
+        elif results[0] is not None:
+            return sum(results)
+
+    return run
+
+
+def by_heads(layer, thirds):
+    """The same layer, run by blocks of heads, which do not depend on each other.
+
+    A block is some sequences with all of their heads or, if that is too much, some heads of one
+    sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head.
+
+    Of an argument (B, T, C) the layer gets a block (sequences, T, heads, hs). thirds are the names
+    of those (B, T, 3C), which have queries, keys and values: (sequences, T, 3, heads, hs). lse is
+    (B, T, NH), and a block of it (sequences, T, heads).
+    """
+    names = list(inspect.signature(layer).parameters)[:-1]  # without NH, the last
+
+    @functools.wraps(layer)
+    def run(*args):
+        NH = args[-1]
+        views = {}
+        for name, array in zip(names, args, strict=False):
+            B, T = array.shape[:2]
+            parts = (3, NH, -1) if name in thirds.split() else (NH, -1)
+            views[name] = array.reshape(B, T, *parts, copy=False)
+
+        n = views["out"].shape[1]
+        nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
+        pieces = []
+        for sequences in blocks(B, NH * nbytes, BLOCK_BYTES):
+            alone = sequences.stop - sequences.start == 1
+            for heads in blocks(NH, nbytes, BLOCK_BYTES) if alone else [slice(0, NH)]:
+                pieces.append((sequences, heads))
+
+        def piece(number):
+            sequences, heads = pieces[number]
+            own = {name: view[sequences, ..., heads, :] for name, view in views.items()}
+            own["lse"] = own["lse"][..., 0]
+            layer(*own.values(), heads.stop - heads.start)
+
+        parallel(piece, len(pieces))
+
+    return run
+
+
+def by_blocks(products):
+    """The same products, each cut into blocks: into some rows of out, or columns if it has more.
+
+    All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
+    other cores have begun. BLAS could use threads of its own instead. But a BLAS thread waits by
+    asking again and again whether the others are done, and keeps its core busy meanwhile: if
+    another program has the core of one of them, a step takes five times as long.
+    """
+
+    @functools.wraps(products)
+    def run(*jobs):
+        if len(jobs) == 1 and len(jobs[0][0]) == 1:
+            # One token: in generation, nearly always. Most of its products take some 0.1 ms. To
+            # start our threads would cost about as much as they save; BLAS's own start sooner. For
+            # 124M on two cores of an AMD EPYC: 80 tokens a second instead of 60.
+            return products(*jobs)
+        pieces = [piece for job in jobs for piece in product_blocks(*job)]
+        parallel(lambda i: products(pieces[i]), len(pieces))
+
+    return run
+
+
+def product_blocks(out, a, b, add, bias):
+    """A job of `products`, cut into blocks: a list of jobs."""
+    # Fewer than 2^21 multiplications, some 30 microseconds, are not divided. Up to 2^27, some 2
+    # milliseconds, there are two blocks, then four. For each block BLAS reads the whole of a or b,
+    # so more blocks mean more to read: four would cost a small model 3 % of a step on two cores,
+    # and eight a large one 5 %.
+    multiplications = out.size * len(b)
+    number = 1 if multiplications < 2**21 else 2 if multiplications < 2**27 else 4
+    if add:
+        # A block of a @ b should still be in the cache when it is added. This matters more than the
+        # limit of 4, so there are as many blocks as that takes.
+        number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
+
+    m, n = out.shape
+    if m >= n:
+        return [(out[rows], a[rows], b, add, bias) for rows in cut(m, number)]
+    pieces = []
+    for columns in cut(n, number):
+        own_bias = None if bias is None else bias[columns]
+        pieces.append((out[:, columns], a, b[:, columns], add, own_bias))
+    return pieces
+
+
+layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
+layernorm_backward = by_rows(layernorm_backward, "dinp dout inp mean rstd", "dweight dbias")
+products = by_blocks(products)
+attention_forward = by_heads(attention_forward, "qkv")
+attention_backward = by_heads(attention_backward, "dqkv qkv")
+gelu_forward = by_rows(gelu_forward, "out inp")
+gelu_backward = by_rows(gelu_backward, "dinp dout inp")
+crossentropy_softmax_forward = by_rows(crossentropy_softmax_forward, "losses logits targets")
+crossentropy_softmax_backward = by_rows(crossentropy_softmax_backward, "probs targets")
+sum_of_squares = by_rows(sum_of_squares, "x", block_bytes=BLOCK_BYTES // 2)
+adamw = by_rows(adamw, "p g m v", block_bytes=BLOCK_BYTES // 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2463,13 +2440,14 @@ def open_weights(path):
         with project_file():
             from extras import llmc
 
-            sizes, found = llmc.open_model(path, lambda sizes: param_shapes(GPT2Config(**sizes)))
+            shapes_of = lambda sizes: GPT2.param_shapes(GPT2Config(**sizes))
+            sizes, found = llmc.open_model(path, shapes_of)
         tensors = {(name, None): StoredTensor(path, *where) for name, where in found.items()}
         return GPT2Config(**sizes), tensors
 
     tensors, metadata = read_parts(path)
     config = find_config(path, tensors, metadata)
-    return config, find_tensors(path, tensors, param_shapes(config))
+    return config, find_tensors(path, tensors, GPT2.param_shapes(config))
 
 
 def read_weights(params, tensors):
@@ -2483,7 +2461,7 @@ def tensors_of(shapes):
     """(name, l, shape, Hugging Face's name) of every tensor that a file holds, in order."""
     tensors = []
     for name, shape in shapes.items():
-        if name in NOT_PER_LAYER:
+        if '{}' not in HF_NAMES.get(name, ''):
             tensors.append((name, None, shape, HF_NAMES[name]))
             continue
         for l in range(shape[0]):
@@ -2651,7 +2629,7 @@ def save_huggingface(folder, config, params, metadata=()):
         **ends,
     }
     vocabulary = "GPT-2's" if is_gpt2s(V) else "the bytes" if V == 256 else f"one of {V} tokens"
-    parameters = count(param_shapes(config))
+    parameters = count(GPT2.param_shapes(config))
     folder = os.fspath(folder)
     card = MODEL_CARD.format(
         parameters=parameters, vocabulary=vocabulary, folder=folder, quoted=shlex.quote(folder)
@@ -2877,7 +2855,7 @@ SMALL = 20_000_000  # parameters: where waking threads takes a large part of a s
 
 def name_processes(run):
     """Print that several processes may be faster, if the model is small and mpi4py is there."""
-    small = count(param_shapes(run.model.config)) < SMALL
+    small = count(GPT2.param_shapes(run.model.config)) < SMALL
     shared = run.args.batch_size % THREADS == 0
     with contextlib.suppress(ImportError):
         if small and shared and THREADS > 1 and run.world.size == 1:
@@ -3071,7 +3049,7 @@ def first_not_finite(model):
         found = []
         outside = -1  # stands for what comes before the layers, and L for what comes after them
         for number, (name, view) in enumerate(views.items()):
-            if name in NOT_PER_LAYER:
+            if '{}' not in HF_NAMES.get(name, ''):
                 parts = {outside: view}
             else:
                 first = L - len(view)  # what the layers share is the last layer's
@@ -3480,7 +3458,7 @@ DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
 RANGES = {  # all other numbers are at least 0
     "batch_size": (1, math.inf),
     "sequence_length": (1, math.inf),
-    "recompute": (0, max(SHARED_BY_LAYERS)),
+    "recompute": (0, 2),
 }
 
 # --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
@@ -3596,8 +3574,8 @@ def settings(named):
 def memory_plan(args, config, size=1):
     """The bytes that a model takes on one of `size` processes, by what they are for: a dict."""
     training = not args.inference_only
-    params = 4 * count(param_shapes(config))
-    acts = act_shapes(config, args.batch_size, args.sequence_length, args.recompute, training)
+    params = 4 * count(GPT2.param_shapes(config))
+    acts = GPT2.act_shapes(config, args.batch_size, args.sequence_length, args.recompute, training)
 
     plan = {"parameters": params}
     if training:
@@ -3623,7 +3601,7 @@ def make_model(args, config, world):
     print_now(f"memory{whose}: {parts}, in all {need / 1e6:.0f} MB")
 
     if need > free:  # not an InputError: a checkpoint that does not fit is not damaged
-        logits = act_shapes(config, B, T)["logits"]
+        logits = GPT2.act_shapes(config, B, T)["logits"]
         per_sequence = (plan["activations"] - 4 * math.prod(logits)) / B
         fitting = int(B - (need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
@@ -3669,7 +3647,7 @@ def begin(named, world):
         if path:
             read_weights(model.params, tensors)
         else:
-            init_weights(model.params, args.seed)
+            model.init_weights(args.seed)
     return args, model
 
 
