@@ -1297,11 +1297,9 @@ import itertools
 import json
 import os
 import queue
-import re
 import shlex
 import shutil
 import signal
-import stat
 import statistics
 import sys
 import threading
@@ -1418,7 +1416,11 @@ class GPT2(Model):
         source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; or a
         .safetensors file. Errors: InputError, OSError.
         """
-        return load_pretrained(cls, source, batch_size, sequence_length, recompute, training)
+        path = find_weights(os.fspath(source))
+        config, tensors = open_weights(path)
+        model = cls(config, batch_size, sequence_length, None, recompute, training)
+        read_weights(model.params, tensors)
+        return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
@@ -2007,9 +2009,42 @@ adamw = by_rows(adamw, "p g m v", block_bytes=BLOCK_BYTES // 2)
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Files
+# 12. Files and weights
 #
 # Whatever is read from outside is checked before it is used.
+
+
+class FetchError(InputError):
+    """Something could not be fetched. cause: what was found, without the advice."""
+
+    def __init__(self, message, cause):
+        super().__init__(message)
+        self.cause = cause
+
+
+def provide(what):
+    """The path, or paths, of what a run needs: see provide in prepro_tinyshakespeare.py.
+
+    FetchError if it can't be had, InputError if what is there can't be used.
+    """
+    try:
+        import prepro_tinyshakespeare as prepro
+    except ImportError:
+        cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
+        raise FetchError(f"{cause}: get it from where this file comes from", cause) from None
+    try:
+        return prepro.provide(what)
+    except prepro.FetchError as error:
+        raise FetchError(str(error), error.cause) from None
+    except prepro.InputError as error:
+        raise InputError(str(error)) from None
+
+
+def in_data(name):
+    """data/NAME here, or beside this file, if there is a data/ only there."""
+    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+    folder = beside if os.path.isdir(beside) and not os.path.isdir("data") else "data"
+    return f"{folder}/{name}"
 
 
 @contextlib.contextmanager
@@ -2035,183 +2070,116 @@ def atomic_write(path):
             os.remove(temporary)
 
 
-def regular_file(path):
-    """InputError if path is a folder, a pipe or a device. Reading a pipe could wait for ever."""
-    try:
-        mode = os.stat(path).st_mode
-    except ValueError as error:  # a name in an index may hold what no file's name can
-        raise InputError(f"{path!a}: expected a file's name: {error}") from None
-    require(stat.S_ISREG(mode), f"{path}: expected a file, found a folder, a pipe or a device")
-
-
-MAX_JSON = 1 << 20  # bytes; the header of GPT-2 XL's weights has 70 KB
-
-
 def read_json(path):
-    """The JSON object in a small file: a dict."""
-    regular_file(path)
+    """The JSON object in a file: a dict."""
     with open(path, "rb") as file:
-        return parse_json(file.read(MAX_JSON), path)
-
-
-def parse_json(data, path):
-    """The JSON object in bytes that were read from path: a dict."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON: {error}") from None
-    found = type(value).__name__
-    require(isinstance(value, dict), f"{path}: expected a JSON object, found {found}")
+        try:
+            value = json.loads(file.read())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: expected JSON: {error}") from None
+    require(isinstance(value, dict), f"{path}: expected a JSON object, found {value!r:.40}")
     return value
 
 
-def are_sizes(value):
-    """Whether value is a short list of integers that can be sizes."""
-    if not isinstance(value, list) or len(value) > 8:
-        return False
-    return all(type(i) is int and 0 <= i < 1 << 48 for i in value)
-
-
-def in_data(name):
-    """data/NAME here, or beside this file, if there is a data/ only there."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    if not os.path.isdir("data") and os.path.isdir(beside):
-        return f"{beside}/{name}"
-    return f"data/{name}"
-
-
-@contextlib.contextmanager
-def project_file():
-    """Import one of the project's other files in here, and call it: its errors become InputError.
-
-    Whoever has copied this file alone does not have them.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"{error.name} is needed here, and does not lie beside {os.path.abspath(__file__)}: "
-            "get it from where this file comes from"
-        ) from error
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def provide(what):
-    """The path of "gpt2", "tiny_shakespeare" or "vocabulary": fetched if it is not in data/."""
-    with project_file():
-        import prepro_tinyshakespeare
-
-        return prepro_tinyshakespeare.provide(what)
-
-
-# llm.c's token file:
+# llm.c's token file, in which llm.c leaves the vocabulary's size and CRC-32 at 0:
 #
-#     256 int32: 20240520, version 1, number of tokens, size of the vocabulary (0: unknown), zeros
+#     256 int32: 20240520, version 1, number of tokens, size of the vocabulary, its CRC-32, zeros
 #     the tokens, uint16
 
 TOKENS = 20240520
+PREPRO = "python prepro_tinyshakespeare.py"
 
 
 class TokenFile:
     """A file of token ids: it has a length, and its slices are uint16 arrays.
 
-    Each slice is read anew. So any number of files may be in use, and one that is cut short while a
-    run goes on is an error. (If it were mapped into memory, the system would end the process.)
+    vocab_size       of its vocabulary: 256 is the bytes, 50257 GPT-2's, 0 unknown
+    vocabulary_crc   the CRC-32 of a vocabulary of one's own, or 0
+
+    The file is mapped into memory when it is opened. So it stays what it is for us when another one
+    takes its name. Windows does not let that happen before close().
     """
 
     def __init__(self, path):
-        regular_file(path)
         self.path = path
-        header = np.fromfile(path, "<i4", 256).tolist()
-        require(
-            len(header) == 256 and header[:2] == [TOKENS, 1],
-            f"{path}: not a token file of version 1: it begins with {header[:2]}, expected "
-            f"{[TOKENS, 1]}: write it with python prepro_tinyshakespeare.py",
-        )
-        self.count, self.vocab_size = header[2:4]
-        found, expected = os.path.getsize(path), 1024 + 2 * self.count
-        require(
-            found == expected and self.count > 0,
-            f"{path}: has {found} bytes, {self.count} tokens make {expected}: write it anew",
-        )
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            header = np.fromfile(file, "<u4", 5).tolist()
+            require(
+                header[:2] == [TOKENS, 1] and size == 1024 + 2 * header[2] > 1024,
+                f"{path}: no whole token file: {size} bytes that begin with {header[:3]}, expected "
+                f"{TOKENS}, 1, the number of tokens: write it with {PREPRO}",
+            )
+            self.vocab_size, self.vocabulary_crc = header[3:]
+            self.tokens = np.asarray(np.memmap(file, "<u2", "r", 1024))
 
     def __len__(self):
-        return self.count
+        return len(self.tokens)
 
     def __getitem__(self, piece):
-        start, stop, _ = piece.indices(self.count)
-        tokens = np.fromfile(self.path, "<u2", stop - start, offset=1024 + 2 * start)
-        require(len(tokens) == stop - start, f"{self.path}: has become shorter")
-        return tokens
+        return self.tokens[piece]
+
+    def close(self):
+        """Give the map up. No tokens are left."""
+        self.tokens = np.empty(0, np.uint16)
 
 
-def open_shards(pattern):
-    """The token files that a path or a pattern names: a list of TokenFile."""
-    names = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-    require(
-        names, f"{pattern}: no such token file: write one with python prepro_tinyshakespeare.py"
-    )
-    return [TokenFile(name) for name in names]
-
-
-PASSAGE = 1000  # bytes
+def open_shards(paths):
+    """The TokenFiles of a path, of a pattern, or of a list of these, by name."""
+    names = set()
+    for path in [paths] if isinstance(paths, str) else paths:
+        found = [path] if os.path.exists(path) else glob.glob(path)
+        require(found, f"{path}: no such token file: write one with {PREPRO}")
+        names.update(found)
+    require(names, "no token file is named")
+    return [TokenFile(name) for name in sorted(names)]
 
 
 def text_at_hand():
-    """(names, training, validation): a text that needs no network, as bytes, uint8 arrays.
+    """(names, training, validation): the bytes of this file and those beside it, uint8 arrays.
 
-    Tiny Shakespeare, if it lies in data/, otherwise this project's main files. Every tenth passage
-    is for validation, so that it has passages of all kinds.
+    Every tenth passage of 1000 bytes is for validation, so that it has passages of all kinds.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
-    paths = [os.path.join(here, name) for name in names]
-    shakespeare = in_data("tiny_shakespeare.txt")
-    if os.path.exists(shakespeare) and os.path.getsize(shakespeare) > 20 * PASSAGE:
-        paths = [shakespeare]
-
-    texts = {path: np.fromfile(path, np.uint8) for path in paths if os.path.exists(path)}
-    text = np.concatenate(list(texts.values()))
-    passages = np.split(text, range(PASSAGE, len(text), PASSAGE))
-    validation = passages[5::10]
+    names = [name for name in names if os.path.exists(os.path.join(here, name))]
+    text = np.concatenate([np.fromfile(os.path.join(here, name), np.uint8) for name in names])
+    passages = np.split(text, range(1000, len(text), 1000))
+    validation = np.concatenate(passages[5::10])
     del passages[5::10]
-    names = ", ".join(map(os.path.basename, texts))
-    return names, np.concatenate(passages), np.concatenate(validation)
+    return ", ".join(names), np.concatenate(passages), validation
+
+
+END_OF_TEXT = b"<|endoftext|>"
 
 
 def tokenizer(vocab_size):
     """How a model reads and writes: an object with
 
-    encode   a function from a text to a list of ids
-    decode   a function from an id to bytes
-    first    the id that begins a new text
+    encode    a function from a text to a list of ids
+    decode    a function from an id to bytes
+    first     the id that begins a new text
+    lengths   how many bytes of a text each id stands for: a list
 
-    InputError if it needs GPT-2's vocabulary, and that can't be had.
+    InputError if the vocabulary is not known, FetchError if GPT-2's can't be fetched.
     """
     if vocab_size == 256:
-        return SimpleNamespace(
-            encode=lambda text: list(text.encode(errors="surrogateescape")),
-            decode=lambda i: bytes([i]),
-            first=ord("\n"),
-        )
-    if not is_gpt2s(vocab_size):
+        vocabulary = [bytes([i]) for i in range(256)]
+        encode = lambda text: list(text.encode(errors="surrogateescape"))
+        first = ord("\n")
+    else:
+        message = f"the model's {vocab_size} tokens are neither bytes nor GPT-2's"
+        require(is_gpt2s(vocab_size), f"{message}: use model.generate with ids")
+        gpt2 = gpt2_encoding()
+        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
+        encode = gpt2.encode_ordinary
+        first = gpt2.eot_token
 
-        def refuse(text):
-            raise InputError(
-                f"the model's {vocab_size} tokens are neither bytes nor GPT-2's, so a prompt can't "
-                "be put into them: use model.generate with ids"
-            )
-
-        return SimpleNamespace(encode=refuse, decode=lambda i: b"%d " % i, first=0)
-
-    gpt2 = gpt2_encoding()
-
-    def decode(i):
-        padding = i >= gpt2.n_vocab
-        return b"" if padding else gpt2.decode_single_token_bytes(i)
-
-    return SimpleNamespace(encode=gpt2.encode_ordinary, decode=decode, first=gpt2.eot_token)
+    shown = [b"\n" if token == END_OF_TEXT else token for token in vocabulary]
+    shown += [b"<%d>" % i for i in range(len(shown), vocab_size)]  # padding
+    lengths = [0 if token == END_OF_TEXT else len(token) for token in vocabulary]
+    lengths += [0] * (vocab_size - len(lengths))
+    return SimpleNamespace(encode=encode, decode=shown.__getitem__, first=first, lengths=lengths)
 
 
 def is_gpt2s(vocab_size):
@@ -2220,18 +2188,16 @@ def is_gpt2s(vocab_size):
 
 
 def gpt2_encoding():
-    """tiktoken's "gpt2". InputError if it is missing."""
+    """tiktoken's "gpt2"."""
     try:
         import tiktoken
-
-        if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-            os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
-        return tiktoken.get_encoding("gpt2")
     except ImportError:
         raise InputError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
-    except InputError:
-        raise
-    except Exception as error:  # whatever it is, it comes from tiktoken's files or its network
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # of its files or of its network, whatever it is
         raise InputError(f"tiktoken can't load GPT-2's vocabulary: {error}") from None
 
 
@@ -2242,77 +2208,68 @@ def gpt2_encoding():
 #     the tensors, one after the other, without holes
 
 
-class StoredTensor(NamedTuple):
-    """Where a tensor lies in a file."""
+class Stored(NamedTuple):
+    """A tensor in a file. array is a view of the file, mapped into memory as long as it is used."""
 
-    path: str
-    offset: int  # in bytes, from the beginning of the file
-    dtype: str  # "F32", "F16", "BF16", ...
-    shape: tuple
-    transposed: bool = False  # Hugging Face keeps four of the matrices as (C, OC)
+    array: np.ndarray
+    dtype: str
 
 
-ITEM_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F16": 2, "BF16": 2, "I16": 2,
-    "F32": 4, "I32": 4, "F64": 8, "I64": 8,
+ARRAY_TYPES = {
+    "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
+    "F32": "<f4", "I32": "<i4", "F64": "<f8", "I64": "<i8",
 }  # fmt: skip
-FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 is the upper half of a float32
+FLOATS = ("F32", "F16", "BF16")  # what parameters may be. bfloat16 is the upper half of a float32
 
 
 def read_safetensors(path):
-    """The header of a .safetensors file, checked: ({name: StoredTensor}, metadata)."""
-    regular_file(path)
-    total = os.path.getsize(path)
+    """({name: Stored}, metadata) of a .safetensors file, in the order in which the tensors lie."""
     with open(path, "rb") as file:
+        total = os.fstat(file.fileno()).st_size
         n = int.from_bytes(file.read(8), "little")
-        plausible = 8 <= total >= n + 8 and n <= MAX_JSON
+        plausible = 8 < total and n <= min(total - 8, 1 << 22)
         require(plausible, f"{path}: not a .safetensors file: {total} bytes, a header of {n}")
-        header = parse_json(file.read(n), path)
-
-    metadata = header.pop("__metadata__", {})
-    require(isinstance(metadata, dict), f"{path}: __metadata__ is not a JSON object")
-    for name, entry in header.items():
-        right = isinstance(entry, dict) and isinstance(entry.get("dtype"), str)
-        right = right and entry["dtype"] in ITEM_BYTES
-        right = right and are_sizes(entry.get("shape")) and are_sizes(entry.get("data_offsets"))
-        require(
-            right,
-            f"{path}: tensor {name!r}: expected dtype, shape and data_offsets, found {entry!r:.99}",
-        )
+        text = file.read(n)
+        data = np.asarray(np.memmap(file, np.uint8, "r"))[8 + n :]
 
     tensors = {}
     end = 0
-    # In the order of their places, each tensor must begin where the one before it ends.
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        begin = end
-        end = begin + math.prod(shape) * ITEM_BYTES[dtype]
-        require(
-            entry["data_offsets"] == [begin, end],
-            f"{path}: tensor {name!r}, {dtype} {list(shape)}, lies at {entry['data_offsets']}, "
-            f"expected {[begin, end]}",
-        )
-        tensors[name] = StoredTensor(path, 8 + n + begin, dtype, shape)
-    described = 8 + n + end
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}  # null is as good as nothing
+        right = isinstance(metadata, dict)
+        # In the order of their places, each tensor must begin where the one before it ends.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape = np.dtype(ARRAY_TYPES[entry["dtype"]]), entry["shape"]
+            begin = end
+            end += math.prod(shape) * dtype.itemsize
+            right &= entry["data_offsets"] == [begin, end] and min(shape, default=0) >= 0
+            array = data[begin:end].view(dtype).reshape(shape)
+            tensors[name] = Stored(array, entry["dtype"])
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+        right = False  # what should be an object, a list or a number is something else
     require(
-        described == total,
-        f"{path}: has {total} bytes, its header describes {described}: fetch it again",
+        right and end == len(data),
+        f"{path}: its header does not describe its {total} bytes: fetch it again, or save it again",
     )
     return tensors, metadata
 
 
 def write_safetensors(path, tensors, metadata, checksum=False):
-    """tensors {name: (shape, pieces)}, written as float32; metadata {str: str}.
+    """tensors {name: array, or (shape, pieces)}, written as float32; metadata {str: str}.
 
-    pieces     arrays that hold the tensor's numbers in order: one array, or what other processes
+    pieces     arrays that hold the tensor's numbers in order, for instance what other processes
                send. One that is a transposed view is copied, one at a time
     checksum   whether a last tensor, "crc32", holds the CRC-32 of all bytes before it
     """
     header = {"__metadata__": metadata}
+    parts = []
     end = 0
-    for name, (shape, _) in tensors.items():
+    for name, tensor in tensors.items():
+        shape, pieces = tensor if isinstance(tensor, tuple) else (tensor.shape, [tensor])
+        parts.append(pieces)
         begin = end
-        end = begin + 4 * math.prod(shape)
+        end += 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
     if checksum:
         header["crc32"] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
@@ -2323,85 +2280,85 @@ def write_safetensors(path, tensors, metadata, checksum=False):
     crc32 = zlib.crc32(text)
     with atomic_write(path) as file:
         file.write(text)
-        for _, pieces in tensors.values():
-            for piece in pieces:
-                piece = np.ascontiguousarray(piece, "<f4")
-                file.write(piece)
-                crc32 = zlib.crc32(piece, crc32) if checksum else 0
+        for piece in itertools.chain.from_iterable(parts):
+            piece = np.ascontiguousarray(piece, "<f4")
+            file.write(piece)
+            crc32 = zlib.crc32(piece, crc32) if checksum else 0
         if checksum:
             file.write(crc32.to_bytes(4, "little"))
 
 
-def read_tensor(out, stored, what):
-    """Read a StoredTensor into the array out, some rows at a time, so that there is no copy."""
-    if stored.transposed:
-        out = out.T
-    rows_per_piece = max(1, (1 << 20) // max(1, math.prod(out.shape[1:])))
-
-    with open(stored.path, "rb") as file:
-        file.seek(stored.offset)
-        for start in range(0, len(out), rows_per_piece):
-            target = out[start : start + rows_per_piece]
-            piece = np.fromfile(file, FLOATS[stored.dtype], target.size)
-            require(piece.size == target.size, f"{stored.path}: ends in the middle of {what}")
-            if stored.dtype == "BF16":
-                piece = (piece.astype("<u4") << 16).view("<f4")
-            finite = np.isfinite(piece).all()
-            require(finite, f"{stored.path}: {what} holds a value that is not finite")
-            target[...] = piece.reshape(target.shape)
+def check_crc32(path):
+    """InputError unless a file ends with the checksum of all bytes before it."""
+    end = os.path.getsize(path) - 4
+    crc32 = 0
+    with open(path, "rb") as file:
+        for start in range(0, end, 1 << 20):
+            crc32 = zlib.crc32(file.read(min(end - start, 1 << 20)), crc32)
+        found = file.read()
+    right = found == crc32.to_bytes(4, "little")
+    require(right, f"{path}: its bytes do not match the checksum at its end")
 
 
 # Hugging Face's GPT-2. A model is read in three steps: find_weights gives its path, open_weights
-# its sizes and where its tensors lie, and read_weights the numbers.
+# its sizes and tensors, and read_weights copies the numbers.
 
-HF_NAMES = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "ln1w": "h.{}.ln_1.weight",
-    "ln1b": "h.{}.ln_1.bias",
-    "qkvw": "h.{}.attn.c_attn.weight",
-    "qkvb": "h.{}.attn.c_attn.bias",
-    "attprojw": "h.{}.attn.c_proj.weight",
-    "attprojb": "h.{}.attn.c_proj.bias",
-    "ln2w": "h.{}.ln_2.weight",
-    "ln2b": "h.{}.ln_2.bias",
-    "fcw": "h.{}.mlp.c_fc.weight",
-    "fcb": "h.{}.mlp.c_fc.bias",
-    "fcprojw": "h.{}.mlp.c_proj.weight",
-    "fcprojb": "h.{}.mlp.c_proj.bias",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
+HF_NAMES = {  # w is .weight there, and b .bias
+    "wte": "wte",
+    "wpe": "wpe",
+    "ln1": "h.{}.ln_1",
+    "qkv": "h.{}.attn.c_attn",
+    "attproj": "h.{}.attn.c_proj",
+    "ln2": "h.{}.ln_2",
+    "fc": "h.{}.mlp.c_fc",
+    "fcproj": "h.{}.mlp.c_proj",
+    "lnf": "ln_f",
 }
-HF_TRANSPOSED = {"qkvw", "attprojw", "fcw", "fcprojw"}
-HF_CONFIG = {  # what config.json may say besides the sizes: the first is what we write
-    "model_type": ["gpt2"],
-    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
-    "layer_norm_epsilon": [LN_EPS],
-    "tie_word_embeddings": [True],
-    "scale_attn_weights": [True],
-    "scale_attn_by_inverse_layer_idx": [False],
-}
-CONVERT = (
-    "To convert a GPT-2 in another format, in Python with transformers: "
-    "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-)
-
-# Layers and channels of OpenAI's models. A fresh model has such sizes, too; its heads have 64.
-OPENAI = {
+OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2": (12, 768),
     "gpt2-medium": (24, 1024),
     "gpt2-large": (36, 1280),
     "gpt2-xl": (48, 1600),
 }
-FRESH = {"d6": (6, 384)} | {f"d{sizes[0]}": sizes for sizes in OPENAI.values()}
+FRESH = {  # context, layers, heads and channels of models that begin with random weights
+    "d2": (64, 2, 4, 128),
+    "d6": (1024, 6, 6, 384),
+    **{f"d{L}": (1024, L, C // 64, C) for L, C in OPENAI.values()},
+}
 
 
-def load_pretrained(cls, source, batch_size, sequence_length, recompute, training):
-    """GPT2.from_pretrained, whose arguments are described there."""
-    config, tensors = open_weights(find_weights(os.fspath(source)))
-    model = cls(config, batch_size, sequence_length, None, recompute, training)
-    read_weights(model.params, tensors)
-    return model
+def huggingface_views(params):
+    """The same memory under Hugging Face's names: {"h.0.ln_1.weight": view, ...}.
+
+    params: {"ln1w": (L, C) array, ...}. The matrices of a layer are (C, OC) there, transposed.
+    """
+    views = {}
+    for name, array in params.items():
+        hf_name = HF_NAMES[name.rstrip("wb")] + (".bias" if name.endswith("b") else ".weight")
+        if "{}" in hf_name:
+            for l, view in enumerate(array):
+                views[hf_name.format(l)] = view.T  # of a vector it is the vector
+        else:
+            views[hf_name] = array
+    return views
+
+
+def huggingface_config(config):
+    """What config.json says of a model."""
+    return {
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.max_seq_len,
+        "n_embd": config.channels,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": 4 * config.channels,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": LN_EPS,
+        "tie_word_embeddings": True,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
 
 
 def find_weights(source):
@@ -2410,18 +2367,16 @@ def find_weights(source):
         refuse_two_meanings(source)
         path = in_data(f"{source}.safetensors")
         return path if os.path.exists(path) else provide(source)
-    names = ", ".join(OPENAI)
-    require(os.path.exists(source), f"{source!r}: no such model: no file, and none of {names}")
+    names = f"{', '.join(OPENAI)} (OpenAI's), bytes, {', '.join(FRESH)} (fresh, for training)"
+    require(os.path.exists(source), f"{source!r}: no such model: no file or folder, nor {names}")
     return source
 
 
 def refuse_two_meanings(name):
     """InputError if the name of a model is here also a folder that holds a model."""
-    require(
-        not holds_a_model(name),
-        f"{name!r} is the name of a model, and here also a folder that holds one: write ./{name} "
-        "for the folder, or rename it",
-    )
+    both = glob.glob(f"{name}/*.safetensors") or glob.glob(f"{name}/best/*.safetensors")
+    message = f"{name!r} is the name of a model, and here also a folder that holds one"
+    require(not both, f"{message}: write ./{name} for the folder, or rename it")
 
 
 def holds_weights(folder):
@@ -2431,59 +2386,66 @@ def holds_weights(folder):
 
 
 def open_weights(path):
-    """(GPT2Config, {(name, l): StoredTensor}) of a model in Hugging Face's format, or in llm.c's.
+    """(GPT2Config, {Hugging Face's name: Stored}) of a folder, a file, or an index of files.
 
-    l is a layer's number, or None for a tensor that is not cut by layers. InputError unless there
-    is exactly what a GPT-2 has.
+    InputError unless there is exactly what a GPT-2 has. The classifier, lm_head.weight, must be
+    wte.weight, or stand in its place.
     """
-    if path.endswith(".bin") and not os.path.isdir(path):
-        with project_file():
-            from extras import llmc
-
-            shapes_of = lambda sizes: GPT2.param_shapes(GPT2Config(**sizes))
-            sizes, found = llmc.open_model(path, shapes_of)
-        tensors = {(name, None): StoredTensor(path, *where) for name, where in found.items()}
-        return GPT2Config(**sizes), tensors
-
     tensors, metadata = read_parts(path)
+    head = tensors.pop("lm_head.weight", None)
+    if head:
+        wte = tensors.setdefault("wte.weight", head)
+        same = wte.dtype == head.dtype and np.array_equal(wte.array, head.array)
+        require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
+
     config = find_config(path, tensors, metadata)
-    return config, find_tensors(path, tensors, GPT2.param_shapes(config))
+    shapes = GPT2.param_shapes(config)
+    params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
+    views = huggingface_views(params)
+    for name, view in views.items():
+        array, dtype = tensors.get(name, (np.empty(0), "none"))
+        require(
+            array.shape == view.shape and dtype in FLOATS,
+            f"{path}: tensor {name!r}: found {array.shape} of {dtype}, expected {view.shape} of "
+            f"{', '.join(FLOATS)}",
+        )
+    extra = sorted(tensors.keys() - views.keys())
+    require(not extra, f"{path}: tensor {extra[:1]} is not part of a GPT-2")
+    return config, tensors
 
 
 def read_weights(params, tensors):
-    """Read what open_weights found into params {name: array}."""
-    for (name, l), stored in tensors.items():
-        out = params[name] if l is None else params[name][l]
-        read_tensor(out, stored, name if l is None else f"{name} of layer {l}")
+    """Copy what open_weights found into params {name: float32 array}. InputError if not finite.
+
+    tensors is empty afterwards, so that no file stays mapped.
+    """
+    for name, out in huggingface_views(params).items():
+        array, dtype = tensors.pop(name)
+        if dtype == "BF16":
+            bits = out.view(np.uint32)
+            bits[...] = array
+            bits <<= 16
+        else:
+            out[...] = array
+        with np.errstate(invalid="ignore"):
+            total = out.sum(dtype=np.float64)  # finite numbers of 32 bits can't overflow it
+        require(np.isfinite(total), f"tensor {name!r} holds a value that is not finite")
 
 
-def tensors_of(shapes):
-    """(name, l, shape, Hugging Face's name) of every tensor that a file holds, in order."""
-    tensors = []
-    for name, shape in shapes.items():
-        if '{}' not in HF_NAMES.get(name, ''):
-            tensors.append((name, None, shape, HF_NAMES[name]))
-            continue
-        for l in range(shape[0]):
-            tensors.append((name, l, shape[1:], HF_NAMES[name].format(l)))
-    return tensors
-
-
-def read_parts(source):
-    """({Hugging Face's name: StoredTensor}, metadata) of a folder, a file, or an index of files."""
-    path = source
-    if os.path.isdir(source):
-        if not holds_weights(source):
-            newest = shlex.join(list_checkpoints(source)[:1])
-            require(not newest, f"{source}: holds a run that was stopped: use --model {newest}")
-            raise InputError(f"{source}: holds no model.safetensors. {CONVERT}")
-        path = os.path.join(source, "model.safetensors")
+def read_parts(path):
+    """({Hugging Face's name: Stored}, metadata) of a folder, a file, or an index of files."""
+    if os.path.isdir(path):
+        checkpoints = glob.glob(os.path.join(glob.escape(path), "checkpoint_*.safetensors"))
+        stopped = f"holds a run that was stopped: use {max(checkpoints, default='')}"
+        require(holds_weights(path) or not checkpoints, f"{path}: {stopped}")
+        path = os.path.join(path, "model.safetensors")
         path = path if os.path.exists(path) else path + ".index.json"
     require(
-        path.endswith((".safetensors", ".json")),
-        f"{path}: expected a folder, a .safetensors file, or llm.c's .bin. {CONVERT}",
+        os.path.exists(path) and path.endswith((".safetensors", ".json")),
+        f"{path}: expected weights in a .safetensors file. To convert llm.c's .bin: python -m "
+        "extras.llmc. To convert another GPT-2, in Python with transformers: "
+        "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
     )
-
     parts = [path]
     if path.endswith(".json"):
         weight_map = read_json(path).get("weight_map")
@@ -2496,12 +2458,6 @@ def read_parts(source):
     for part in parts:
         found, metadata = read_safetensors(part)
         for name, stored in found.items():
-            wrapped = name.startswith(("_orig_mod.", "module."))
-            require(
-                not wrapped,
-                f"{path}: tensor {name!r} comes from a wrapped model: save the state_dict() of "
-                "its .module or ._orig_mod",
-            )
             name = name.removeprefix("transformer.")
             require(name not in tensors, f"{path}: tensor {name!r} is there twice")
             is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
@@ -2511,143 +2467,75 @@ def read_parts(source):
     return tensors, metadata
 
 
-def find_config(source, tensors, metadata):
-    """The GPT2Config that follows from the tensors, and from config.json, which must agree.
+def find_config(path, tensors, metadata):
+    """The GPT2Config that follows from the tensors. config.json beside them must agree with it.
 
     The tensors do not show how many heads there are. That stands in the metadata of the files that
-    we write, or in the config.json beside a file; and OpenAI's own sizes are known.
+    we write, or in config.json; and OpenAI's own sizes are known.
     """
-    wte = tensors.get("wte.weight") or tensors.get("lm_head.weight")
-    wpe = tensors.get("wpe.weight")
-    right = wte and wpe and len(wte.shape) == len(wpe.shape) == 2
-    require(right, f"{source}: expected GPT-2's matrices wte.weight and wpe.weight")
-    V, C = wte.shape
+    try:
+        V, C = tensors["wte.weight"].array.shape
+        max_seq_len, _ = tensors["wpe.weight"].array.shape
+    except (KeyError, ValueError):
+        raise InputError(f"{path}: expected matrices wte.weight and wpe.weight") from None
     L = sum(name.endswith(".ln_1.weight") for name in tensors)
 
-    heads = metadata.get("n_head")
-    heads = int(heads) if re.fullmatch(r"[1-9]\d{0,8}", str(heads), re.ASCII) else None
-    folder = source if os.path.isdir(source) else os.path.dirname(source)
-    path = os.path.join(folder, "config.json")
-    if os.path.isdir(source) or (heads is None and os.path.exists(path)):
-        description = read_json(path)
-        expected = HF_CONFIG | {
-            "vocab_size": [V],
-            "n_positions": [wpe.shape[0]],
-            "n_embd": [C],
-            "n_layer": [L],
-            "n_inner": [4 * C],
-            "n_head": [heads or description.get("n_head")],
-        }
-        for key, values in expected.items():
-            found = description.get(key)
-            right = found is None or found in values
-            require(right, f"{path} says {key} = {found!r}, expected {values[0]!r}")
-        heads = expected["n_head"][0]
-
-    if heads is None and (L, C) in OPENAI.values():
-        heads = C // 64
-    require(
-        type(heads) is int,
-        f'{source}: how many heads? Put a config.json with {{"n_head": NUMBER}} beside it',
-    )
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    beside = os.path.join(folder, "config.json")
+    description = read_json(beside) if os.path.exists(beside) else {}
+    usual = C // 64 if (L, C) in OPENAI.values() else None
     try:
-        return GPT2Config(wpe.shape[0], V, L, heads, C)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from None
+        heads = int(metadata.get("n_head") or description.get("n_head") or usual)
+    except (TypeError, ValueError):
+        message = 'how many heads has it? Put a config.json with {"n_head": NUMBER} beside it'
+        raise InputError(f"{path}: {message}") from None
 
-
-def find_tensors(path, tensors, shapes):
-    """Where all parameters lie: {(name, l): StoredTensor}, of {Hugging Face's name: StoredTensor}.
-
-    The classifier, lm_head.weight, must be wte.weight, or stand in its place.
-    """
-    head = tensors.pop("lm_head.weight", None)
-    if head:
-        wte = tensors.setdefault("wte.weight", head)
-        same = wte == head or np.array_equal(raw_bytes(head), raw_bytes(wte))
-        require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
-
-    found = {}
-    for name, l, shape, hf_name in tensors_of(shapes):
-        transposed = name in HF_TRANSPOSED
-        expected = shape[::-1] if transposed else shape
-        stored = tensors.pop(hf_name, None)
-        require(
-            stored and stored.shape == expected and stored.dtype in FLOATS,
-            f"{path}: tensor {hf_name!r}: expected shape {expected} and one of {list(FLOATS)}, "
-            f"found {(stored.shape, stored.dtype) if stored else 'none'}",
-        )
-        found[name, l] = stored._replace(transposed=transposed)
-
-    extra = next(iter(tensors), "")
-    require(not tensors, f"{path}: tensor {extra!r} is not part of a GPT-2")
-    return found
-
-
-def raw_bytes(stored):
-    """A stored tensor's bytes, mapped into memory."""
-    nbytes = math.prod(stored.shape) * ITEM_BYTES[stored.dtype]
-    return np.memmap(stored.path, np.uint8, "r", stored.offset, nbytes)
-
-
-def huggingface_tensors(params):
-    """The parameters under Hugging Face's names: {name: (shape, [array])}."""
-    tensors = {}
-    for name, l, _, hf_name in tensors_of({name: view.shape for name, view in params.items()}):
-        view = params[name] if l is None else params[name][l]
-        view = view.T if name in HF_TRANSPOSED else view
-        tensors[f"transformer.{hf_name}"] = (view.shape, [view])
-    return tensors
+    config = GPT2Config(max_seq_len, V, L, heads, C)
+    GPT2.check_config(config)
+    if description.get("activation_function") == "gelu_pytorch_tanh":
+        del description["activation_function"]  # transformers' other name of the same function
+    for key, expected in huggingface_config(config).items():
+        found = description.get(key)
+        right = found is None or found == expected
+        require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
+    return config
 
 
 MODEL_CARD = """\
 A GPT-2 of {parameters:,} parameters. Its vocabulary is {vocabulary}. To continue a text with it:
 
-    python train_gpt2.py --model {quoted} --inference_only 1 --prompt "To be, or"
+    python train_gpt2.py --model FOLDER --inference_only 1 --prompt "To be, or"
 
 There is no tokenizer in this folder, so transformers.pipeline can't read a prompt. Use
-GPT2LMHeadModel.from_pretrained({folder!r}).generate(ids) with ids from tiktoken or of bytes.
+GPT2LMHeadModel.from_pretrained(FOLDER).generate(ids) with ids of this vocabulary.
 """
 
 
-def save_huggingface(folder, config, params, metadata=()):
+def save_huggingface(folder, config, params, metadata=None):
     """GPT2.save_pretrained: config.json, generation_config.json, README.md, model.safetensors.
 
     metadata   more for the last of them, {name: text}
     """
     V = config.vocab_size
-    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), 50256 if is_gpt2s(V) else None)
-    description = {
-        "architectures": ["GPT2LMHeadModel"],
-        "dtype": "float32",
-        "vocab_size": V,
-        "n_positions": config.max_seq_len,
-        "n_embd": config.channels,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        **{key: values[0] for key, values in HF_CONFIG.items()},
-        **ends,
-    }
-    vocabulary = "GPT-2's" if is_gpt2s(V) else "the bytes" if V == 256 else f"one of {V} tokens"
+    end = 50256 if is_gpt2s(V) else None
+    ends = {"bos_token_id": end, "eos_token_id": end}
+    more = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     parameters = count(GPT2.param_shapes(config))
-    folder = os.fspath(folder)
-    card = MODEL_CARD.format(
-        parameters=parameters, vocabulary=vocabulary, folder=folder, quoted=shlex.quote(folder)
-    )
+    vocabulary = "GPT-2's" if end else "the bytes" if V == 256 else f"one of {V} tokens"
     texts = {
-        "config.json": json.dumps(description, indent=2),
+        "config.json": json.dumps(huggingface_config(config) | ends | more, indent=2),
         "generation_config.json": json.dumps(ends, indent=2),
-        "README.md": card,
+        "README.md": MODEL_CARD.format(parameters=parameters, vocabulary=vocabulary),
     }
     os.makedirs(folder, exist_ok=True)
     for name, text in texts.items():
         path = os.path.join(folder, name)
         if name != "README.md" or not os.path.exists(path):
             with atomic_write(path) as file:
-                file.write(text.encode(errors="surrogateescape"))
-    path = os.path.join(folder, "model.safetensors")
-    metadata = {"format": "pt", "n_head": str(config.num_heads), **dict(metadata)}
-    write_safetensors(path, huggingface_tensors(params), metadata)
+                file.write(text.encode())
+    tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
+    metadata = {"format": "pt", "n_head": str(config.num_heads), **(metadata or {})}
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2945,6 +2833,23 @@ def keep_best(run, loss, tokens):
         print_now(f"can't keep the best weights: {error}")
 
 
+@contextlib.contextmanager
+def project_file():
+    """Import one of the project's other files in here, and call it: its errors become InputError.
+
+    Whoever has copied this file alone does not have them.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is needed here, and does not lie beside {os.path.abspath(__file__)}: "
+            "get it from where this file comes from"
+        ) from error
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def score_hellaswag(run):
     """Print the model's score on HellaSwag, if that is asked for and not in main.log already."""
     stopped = run.world.stopped
@@ -3238,7 +3143,8 @@ def save_checkpoint(run):
             os.makedirs(folder, exist_ok=True)
             for half in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.tmp")):
                 os.remove(half)  # a killed run has left it
-            tensors = huggingface_tensors(model.params) | moments
+            views = huggingface_views(model.params)
+            tensors = {f"transformer.{name}": view for name, view in views.items()} | moments
             write_safetensors(newest, tensors, metadata, checksum=True)
     finally:
         for _, pieces in moments.values():
@@ -3255,20 +3161,11 @@ def save_checkpoint(run):
 
 def read_state(path):
     """(state, {name: StoredTensor}) of a checkpoint. InputError unless all is as it was written."""
+    check_crc32(path)
     tensors, metadata = read_safetensors(path)
-    stored = tensors.get("crc32")
-    require(stored and stored.shape == (4,), f"{path}: not a checkpoint, it has no checksum")
-
-    crc32 = 0
-    with open(path, "rb") as file:
-        for start in range(0, stored.offset, 1 << 20):
-            crc32 = zlib.crc32(file.read(min(1 << 20, stored.offset - start)), crc32)
-        found = int.from_bytes(file.read(4), "little")
-    require(crc32 == found, f"{path}: its data does not match its checksum")
-
-    state = parse_json(str(metadata.get("state")).encode(errors="surrogatepass"), path)
+    state = json.loads(metadata["state"])
     right = all(type(state.get(name)) is kind for name, kind in STATE.items())
-    right = right and are_sizes([state["step"], *state["position"]]) and len(state["position"]) == 3
+    right = right and len(state["position"]) == 3
     right = right and state["settings"].keys() <= DEFAULTS.keys()
     right = right and not state["settings"].get("inference_only")
     require(right, f"{path}: its state is not as expected")
@@ -3288,11 +3185,8 @@ def load_checkpoint(path, named, world):
     with Progress(f"reading {path}"):
         read_weights(model.params, parameters)
         for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
-            stored = tensors.get(name)
-            right = stored and (stored.dtype, stored.shape) == ("F32", row.shape)
-            require(right, f"{path}: {name} is not as expected")
             own = world.part(len(row))  # a slice: other processes may have the rest
-            read_tensor(row[own], stored._replace(offset=stored.offset + 4 * own.start), name)
+            row[own] = tensors[name].array[own]
     model.updates = state["step"]
     return args, model, state
 
@@ -3331,12 +3225,11 @@ def old_entries(folder, step):
         alone = os.path.exists(other)  # it would be begun anew, without the lines that it has
         require(not alone, f"{folder} has main.log, but no main.jsonl: put it back, or move both")
         return []
-    regular_file(path)
     entries = []
     with open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(InputError):
-                entry = parse_json(line, path)
+            with contextlib.suppress(ValueError):
+                entry = json.loads(line)
                 numbers = all(type(x) in (int, float) and abs(x) < 1e300 for x in entry.values())
                 if numbers and type(entry.get("step")) is int and entry["step"] <= step:
                     entries.append(entry)
@@ -3630,8 +3523,8 @@ def begin(named, world):
     if args.model == "bytes":
         config = BYTES_CONFIG
     elif args.model in FRESH:
-        L, C = FRESH[args.model]
-        config = GPT2Config(1024, 50257, L, C // 64, C)
+        max_seq_len, L, NH, C = FRESH[args.model]
+        config = GPT2Config(max_seq_len, 50257, L, NH, C)
     else:
         config, tensors = open_weights(path)
 
