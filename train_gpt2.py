@@ -1286,10 +1286,8 @@ def demo(path=__file__, steps=1000):
 
 import argparse
 import codecs
-import collections
 import contextlib
 import ctypes
-import difflib
 import functools
 import glob
 import inspect
@@ -1298,16 +1296,15 @@ import json
 import os
 import queue
 import shlex
-import shutil
 import signal
-import statistics
+import subprocess
 import sys
 import threading
 import time
-import traceback
 import warnings
 import zlib
-from dataclasses import asdict
+from dataclasses import asdict, field
+from datetime import timedelta
 from typing import NamedTuple
 
 
@@ -1500,6 +1497,16 @@ class GPT2(Model):
         with self.whole("update()", "gradients"):
             self.keys = []  # they are those of the old parameters
             super().update(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
+
+    def batch_losses(self, inputs, targets):
+        """The loss of each token, (B, T), in nats."""
+        self.forward(inputs, targets, train=False)
+        return self.acts["losses"]
+
+    @property
+    def moments(self):
+        """AdamW's m and v, (2, parameters): what a checkpoint has besides the parameters."""
+        return self.flat[2:]
 
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
@@ -2321,6 +2328,7 @@ OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2-xl": (48, 1600),
 }
 FRESH = {  # context, layers, heads and channels of models that begin with random weights
+    "bytes": (64, 2, 4, 128),
     "d2": (64, 2, 4, 128),
     "d6": (1024, 6, 6, 384),
     **{f"d{L}": (1024, L, C // 64, C) for L, C in OPENAI.values()},
@@ -2367,7 +2375,7 @@ def find_weights(source):
         refuse_two_meanings(source)
         path = in_data(f"{source}.safetensors")
         return path if os.path.exists(path) else provide(source)
-    names = f"{', '.join(OPENAI)} (OpenAI's), bytes, {', '.join(FRESH)} (fresh, for training)"
+    names = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
     require(os.path.exists(source), f"{source!r}: no such model: no file or folder, nor {names}")
     return source
 
@@ -2461,7 +2469,7 @@ def read_parts(path):
             name = name.removeprefix("transformer.")
             require(name not in tensors, f"{path}: tensor {name!r} is there twice")
             is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
-            is_state = "state" in metadata and name in ("m", "v", "crc32")  # of a checkpoint
+            is_state = "state" in metadata and name in ("moments", "crc32")  # of a checkpoint
             if not is_mask and not is_state:
                 tensors[name] = stored
     return tensors, metadata
@@ -2539,7 +2547,7 @@ def save_huggingface(folder, config, params, metadata=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. The training loop
+# 10. The training loop
 
 
 @dataclass
@@ -2547,98 +2555,45 @@ class Run:
     """A run of the training loop: the model, its data, and how far it is."""
 
     args: SimpleNamespace  # the value of every flag
-    world: object  # one_process(), or the Processes of extras/processes.py
-    model: object  # a GPT2, or one that several processes share
-    loader: object
-    val_loader: object  # of one passage at a time; None without validation
-    data: dict  # the checksums of the data, see open_data
-    tokenizer: object  # None if there can't be samples
-    examples: list  # of HellaSwag, if they are asked for
-    log: object  # a Log
+    model: GPT2
+    loader: object  # a DataLoader; None if nothing is to be trained
+    validation: list  # shards
+    data: dict  # what they are: see check_shards
+    tokenizer: object  # None if the vocabulary can't be had
+    folder: str = ""  # where all is written; nowhere if empty
+    lock: object = None  # an open file that keeps the folder to this run
     step: int = 0  # updates done
-    saved: dict = None  # the state in the newest checkpoint
-
-    def state(self):
-        """What a checkpoint has besides the model. The flag --resume says nothing of the run."""
-        settings = {name: value for name, value in vars(self.args).items() if name != "resume"}
-        return {
-            "step": self.step,
-            "position": list(self.loader.position),
-            "data": self.data,
-            "settings": settings,
-        }
+    saved: int = -1  # at the newest checkpoint
+    entries: list = field(default_factory=list)  # of main.jsonl
+    written: int = 0  # how many of them it has; 0: it is to be begun anew
+    signals: list = field(default_factory=list)  # that have asked the run to stop
+    missing: dict = field(default_factory=dict)  # what could not be written, and why
+    began: tuple = ()  # the step and the time of the first update of this process
+    shown: float = 0.0  # when the last line was printed
 
 
 def train(run):
-    """Evaluate, save, update and log. Returns False if a signal came before all was done."""
-    args, stopped = run.args, run.world.stopped
-    micro_batches = count_micro_batches(args, run.world.size)
-    first_step, began, clock = run.step, time.perf_counter(), Clock(args)
+    """Save, evaluate, sample, update, until all is done: returns True, or False after a signal.
 
+    A checkpoint is written before the evaluation of its step. So whoever resumes evaluates again.
+    """
+    args = run.args
     while True:
-        last = run.step >= args.num_iterations
-        if is_due(run.step, args.val_loss_every, last):
-            with clock.timing("validation"):
-                validate(run)
-                score_hellaswag(run)
-        if run.step > 0 and is_due(run.step, args.sample_every, last):
-            with clock.timing("sample"):
-                sample_aloud(run)
-        run.log.write()
+        done = run.step >= args.num_iterations
+        stop = bool(run.signals)  # asked once, because a signal may come at any moment
+        if done or stop or run.step > 0 and is_due(run.step, args.checkpoint_every):
+            save_checkpoint(run)
+        if stop:
+            return False
 
-        stop = bool(stopped)  # asked once, because a signal may come at any moment
-        if last or stop or run.step > 0 and is_due(run.step, args.checkpoint_every):
-            with clock.timing("checkpoint"):
-                save(run)
-        if last or stop:
-            break
-        update_until_due(run, clock, micro_batches, first_step)
-
-    complete = not stop
-    finish(run, complete, run.step - first_step, time.perf_counter() - began)
-    return complete
-
-
-def update_until_due(run, clock, micro_batches, first_step):
-    """Make updates until there is something to print or to do, and print how the last one went."""
-    args, stopped = run.args, run.world.stopped
-    pauses = lines_every(args), args.val_loss_every, args.sample_every, args.checkpoint_every
-
-    with Progress("") as progress:
-        while True:
-            left = clock.left(run.step, evaluated=True)
-            progress.what = f"step {run.step + 1}/{args.num_iterations}{left}"
-            learning_rate = learning_rate_at(
-                run.step, args.num_iterations, args.learning_rate,
-                args.warmup_iters, args.learning_rate_decay_frac,
-            )  # fmt: skip
-            with clock.timing("update"):
-                loss, norm = train_step(
-                    run.model, run.loader, micro_batches,
-                    learning_rate, args.weight_decay, args.grad_clip,
-                )  # fmt: skip
-            run.step += 1
-            seconds = clock.seconds["update"][-1]
-            run.log.add(
-                run.step, train_loss=loss, norm=norm, lr=learning_rate,
-                ms=seconds * 1e3, tokens_per_second=args.total_batch_size / seconds,
-            )  # fmt: skip
-
-            ends = run.step in (first_step + 1, args.num_iterations) or stopped
-            if ends or any(is_due(run.step, every) for every in pauses):
-                break
-            run.log.write()
-
-    print_now(
-        f"step {run.step}/{args.num_iterations}: train loss {loss:.6f} (norm {norm:.4f}, "
-        f"lr {learning_rate:.1e}, {seconds * 1e3:.0f} ms{clock.left(run.step)})"
-    )
-
-
-def lines_every(args):
-    """Updates between two printed lines: --log_every, or 1, 2, 5, 10, ... for 40 to 100 lines."""
-    numbers = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    return args.log_every or next(n for n in numbers if args.num_iterations <= 100 * n)
+        if is_due(run.step, args.val_loss_every, done):
+            validate(run)
+        if is_due(run.step, args.sample_every, done) and run.loader:
+            print_sample(run, args.max_new_tokens if done else min(args.max_new_tokens, SHORT))
+        if done:
+            return True
+        if not run.signals:
+            update(run)
 
 
 def is_due(step, every, last=False):
@@ -2646,154 +2601,135 @@ def is_due(step, every, last=False):
     return every > 0 and (last or step % every == 0)
 
 
-def count_micro_batches(args, size):
-    """How many batches each of `size` processes takes for one update.
+def update(run):
+    """One update, its entry in the log and, now and then, a line."""
+    args, loader = run.args, run.loader
+    started = time.perf_counter()
+    run.began = run.began or (run.step, started)
 
-    --total_batch_size counts the tokens of all. InputError if they can't share it out.
-    """
-    tokens = args.batch_size * args.sequence_length * size
-    what = "B*T" if size == 1 else f"B*T * {size} processes"
-    require(
-        args.total_batch_size > 0 and args.total_batch_size % tokens == 0,
-        f"--total_batch_size {args.total_batch_size} is not a multiple of {what} = {tokens}: try "
-        f"{max(1, args.total_batch_size // tokens) * tokens}",
-    )
-    return args.total_batch_size // tokens
+    tokens = args.total_batch_size or loader.B * loader.T
+    rate = scheduled_rate(args, run.step)
+    micro_batches = tokens // (loader.B * loader.T)
+    try:
+        loss, norm = train_step(
+            run.model, loader, micro_batches, rate, args.weight_decay, args.grad_clip
+        )
+    except FloatingPointError as error:
+        raise InputError(
+            f"update {run.step + 1}: {error}: try a smaller --learning_rate, or --grad_clip 1"
+        ) from None
+    run.step += 1
+
+    now = time.perf_counter()
+    seconds = now - started
+    log(
+        run, train_loss=loss, norm=norm, lr=rate,
+        ms=seconds * 1e3, tokens_per_second=tokens / seconds,
+    )  # fmt: skip
+
+    last = args.num_iterations
+    first, then = run.began
+    if run.step in (first + 1, last) or is_due(run.step, lines_every(args)) or now > run.shown + 10:
+        run.shown = now
+        seconds_left = round((now - then) / (run.step - first) * (last - run.step))
+        left = f", {timedelta(seconds=seconds_left)} left" if run.step < last else ""
+        print_now(
+            f"step {run.step}/{last}: train loss {loss:.6f} (norm {norm:.4f}, lr {rate:.1e}, "
+            f"{seconds * 1e3:.0f} ms{left})"
+        )
 
 
-class Clock:
-    """How long the parts of a run have taken, and so how long the rest of it will take."""
+def scheduled_rate(args, step):
+    """The learning rate of the update after `step` of them."""
+    return learning_rate_at(
+        step, args.num_iterations, args.learning_rate,
+        args.warmup_iters, args.learning_rate_decay_frac,
+    )  # fmt: skip
 
-    def __init__(self, args):
-        self.last_step = args.num_iterations
-        self.every = {
-            "update": 1,
-            "validation": args.val_loss_every,
-            "sample": args.sample_every,
-            "checkpoint": args.checkpoint_every,
-        }
-        self.seconds = {part: collections.deque(maxlen=25) for part in self.every}
 
-    @contextlib.contextmanager
-    def timing(self, part):
-        """Time a part of the run."""
-        started = time.perf_counter()
-        yield
-        self.seconds[part].append(time.perf_counter() - started)
-
-    def left(self, step, evaluated=False):
-        """What to add to a line: ", 0:59 left", or "" before the first update."""
-        if not self.seconds["update"]:
-            return ""
-        minutes, seconds = divmod(round(self.seconds_left(step, evaluated)), 60)
-        hours, minutes = divmod(minutes, 60)
-        time_left = f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-        return f", {time_left} left"
-
-    def seconds_left(self, step, evaluated=False):
-        """The time from when the update of this number is done to the end of the run.
-
-        evaluated   whether all else that is due at this step is done as well
-
-        A part takes the median of its last times. One that has not come yet counts as nothing.
-        """
-        left, last = 0.0, self.last_step
-        for part, every in self.every.items():
-            if self.seconds[part]:
-                done = step if evaluated or part == "update" else step - 1
-                number = last // every - done // every if every else 0
-                number += 1 if every == 0 or last % every else 0  # each comes once more at the end
-                left += number * statistics.median(self.seconds[part])
-        return left
+def lines_every(args):
+    """Updates between two printed lines: --log_every, or 1, 2, 5, 10, ... for 8 to 20 lines."""
+    numbers = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    return args.log_every or next(n for n in numbers if args.num_iterations <= 20 * n)
 
 
 def describe(run):
     """Print what the run is, and what is normal for it."""
-    args = run.args
-    updates, tokens = args.num_iterations, args.total_batch_size
-    epochs = updates * tokens / sum(n for n, _ in run.data["training"])
-    print_now(f"run: {updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs")
-
-    fresh = args.model in (*FRESH, "bytes")
-    V = run.model.config.vocab_size
-    if fresh and run.step == 0:
-        print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
-    if run.val_loader:
-        passages, T = val_passages(run), args.sequence_length
-        print_now(f"a validation reads {passages:,} passages of {T:,} tokens")
-        found = read_best(args.output_dir) if args.output_dir else None
-        if found and found.val_tokens != passages * T:
-            best = best_folder(args.output_dir)
-            print_now(
-                f"{best} rests on {found.val_tokens:,} tokens and stays as it is: move it away to "
-                "have the best of this run there"
-            )
-    if epochs > 10 and run.val_loader and not args.overfit_single_batch:
-        best = "the best weights are kept in " + best_folder(args.output_dir)
-        kept = best if args.output_dir else "--output_dir would keep the best weights"
-        print_now(f"it may learn so small a text by heart; {kept}")
-    if args.warmup_iters > updates:
+    args, V, T = run.args, run.model.config.vocab_size, run.args.sequence_length
+    where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder to keep it"
+    print_now(f"{THREADS} threads; what it learns is kept {where}")
+    if run.loader:
+        tokens = args.total_batch_size or run.loader.B * T
+        epochs = args.num_iterations * tokens / sum(n for n, _ in run.data["training"])
+        print_now(f"{args.num_iterations:,} updates of {tokens:,} tokens, {epochs:.3g} epochs")
+        if epochs > 10 and not args.overfit_single_batch:
+            print_now("it may learn so small a text by heart: the least val loss is what counts")
+    if args.warmup_iters > args.num_iterations > 0:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
-
-    name_processes(run)
-
-
-SMALL = 20_000_000  # parameters: where waking threads takes a large part of a step
+    if run.step == 0 and args.model in FRESH:
+        print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
 
 
-def name_processes(run):
-    """Print that several processes may be faster, if the model is small and mpi4py is there."""
-    small = count(GPT2.param_shapes(run.model.config)) < SMALL
-    shared = run.args.batch_size % THREADS == 0
-    with contextlib.suppress(ImportError):
-        if small and shared and THREADS > 1 and run.world.size == 1:
-            import mpi4py  # noqa: F401
+def passages(shards, T):
+    """The passages of T tokens that shards have, one after the other, and what is left at the end.
 
-            print_now(
-                f"so small a model may be faster as {THREADS} processes: mpiexec -n {THREADS} "
-                f"python train_gpt2.py ... --batch_size {run.args.batch_size // THREADS}"
-            )
-
-
-VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
-
-
-def val_passages(run):
-    """How many passages of T tokens a validation reads: by default the same for any B."""
-    B, T = run.args.batch_size, run.args.sequence_length
-    if run.args.val_max_steps:
-        return run.args.val_max_steps * B * run.world.size
-    wanted = max(5, VAL_TOKENS.get(run.model.config.vocab_size, 1280) // T)
-    return min(wanted, sum((n - 1) // T for n, _ in run.data["validation"]))
+    Each is tokens (T + 1,) and how many of its T predictions count. A shorter one is filled up with
+    zeros at the end, which nothing before them can see.
+    """
+    for shard in shards:
+        for start in range(0, len(shard) - 1, T):
+            tokens = np.asarray(shard[start : start + T + 1], np.int64)
+            yield np.pad(tokens, (0, T + 1 - len(tokens))), len(tokens) - 1
 
 
 def validate(run):
-    """Print the mean loss of the first passages of the validation data."""
-    model, world = run.model, run.world
-    B, T = model.acts["losses"].shape
-    passages = val_passages(run)
-    steps = math.ceil(passages / (B * world.size))
-    run.val_loader.seek([0, 0, 0])
-    total = 0.0
-    with Progress("validating") as progress:
-        for i in range(steps):
-            if world.stopped:
-                return
-            rows = [run.val_loader.next_batch() for _ in range(B)]  # a passage each
-            inputs, targets = map(np.concatenate, zip(*rows, strict=True))
-            model.forward(inputs, targets, train=False)
-            numbers = (i * B + np.arange(B)) * world.size + world.rank  # processes take turns
-            wanted = model.acts["losses"][numbers < passages]
-            total += float(wanted.sum(dtype=np.float64))
-            progress.done = (i + 1) / steps
+    """Print the mean loss of the first passages of the validation data, or of all of them.
 
-    loss = sum(world.gathered(total, "the validation loss")) / (passages * T)
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the validation loss is {loss}")
-    print_now(f"val loss {loss:.6f}")
-    run.log.add(run.step, val_loss=loss, val_tokens=passages * T)
-    if run.args.output_dir and run.step > 0 and world.rank == 0:
-        keep_best(run, loss, passages * T)
+    Each passage counts once, whatever the batch size. The last batch is filled up with its rows.
+    """
+    args, model = run.args, run.model
+    B = run.loader.B if run.loader else args.batch_size
+    T = args.sequence_length
+    wanted = max(5, VAL_TOKENS.get(model.config.vocab_size, 1280) // T)
+    if args.val_max_steps:
+        wanted = args.val_max_steps * B
+    elif not run.loader:
+        wanted = None  # a text that is evaluated is read whole
+
+    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [])
+    nats, tokens, nbytes = 0.0, 0, 0
+    rows = itertools.islice(passages(run.validation, T), wanted)
+    while batch := list(itertools.islice(rows, B)):
+        if run.signals:
+            return
+        windows = np.stack([window for window, _ in batch])
+        filled = np.resize(windows, (B, T + 1))
+        losses = model.batch_losses(filled[:, :-1], filled[:, 1:])
+        for row, (window, n) in enumerate(batch):
+            nats += float(losses[row, :n].sum(dtype=np.float64))
+            tokens += n
+            if run.tokenizer:
+                nbytes += int(lengths[window[1 : n + 1]].sum())
+
+    loss = nats / tokens
+    require(math.isfinite(loss), f"the validation loss is {loss}: try a smaller --learning_rate")
+    values = {"val_loss": loss, "val_tokens": tokens}
+    if nbytes:
+        values["bits_per_byte"] = nats / math.log(2) / nbytes
+    bits = f" ({values['bits_per_byte']:.2f} bits per byte)" if nbytes else ""
+    print_now(f"val loss {loss:.6f}{bits}")
+    log(run, **values)
+    if run.folder and run.step > 0 and best_so_far(run)[1] == run.step:
+        with kept(run, "the best weights"):
+            run.model.save_pretrained(best_folder(run.folder))
+
+
+def best_so_far(run):
+    """(loss, step) of the best validation, of those that rest on as many tokens as the last one."""
+    validations = [entry for entry in run.entries if "val_loss" in entry]
+    tokens = validations[-1]["val_tokens"] if validations else 0
+    same = [e for e in validations if e["step"] > 0 and e["val_tokens"] == tokens]
+    return min(((e["val_loss"], e["step"]) for e in same), default=(math.inf, 0))
 
 
 def best_folder(output_dir):
@@ -2801,263 +2737,131 @@ def best_folder(output_dir):
     return os.path.join(output_dir, "best")
 
 
-class Best(NamedTuple):
-    """What the best weights of a run are: the metadata of DIR/best/model.safetensors."""
-
-    step: int
-    val_loss: float
-    val_tokens: int  # on which val_loss rests
+SHORT = 64  # tokens of the samples before the last one
 
 
-def read_best(output_dir):
-    """The Best in a folder, or None."""
-    path = os.path.join(best_folder(output_dir), "model.safetensors")
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        _, metadata = read_safetensors(path)
-        best = Best(*[kind(metadata[name]) for name, kind in Best.__annotations__.items()])
-        return best if math.isfinite(best.val_loss) else None
-    return None
-
-
-def keep_best(run, loss, tokens):
-    """Write the weights to DIR/best, if their validation loss is less than that of those there."""
-    found = read_best(run.args.output_dir)
-    if found and (found.val_tokens != tokens or found.val_loss <= loss):
-        return  # losses on other tokens can't be compared
-    metadata = {name: str(value) for name, value in Best(run.step, loss, tokens)._asdict().items()}
-    folder = best_folder(run.args.output_dir)
-    try:
-        with Progress(f"saving to {folder}"):
-            save_huggingface(folder, run.model.config, run.model.params, metadata)
-    except OSError as error:
-        print_now(f"can't keep the best weights: {error}")
-
-
-@contextlib.contextmanager
-def project_file():
-    """Import one of the project's other files in here, and call it: its errors become InputError.
-
-    Whoever has copied this file alone does not have them.
-    """
-    try:
-        yield
-    except ImportError as error:
-        raise InputError(
-            f"{error.name} is needed here, and does not lie beside {os.path.abspath(__file__)}: "
-            "get it from where this file comes from"
-        ) from error
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def score_hellaswag(run):
-    """Print the model's score on HellaSwag, if that is asked for and not in main.log already."""
-    stopped = run.world.stopped
-    if not run.examples or stopped or run.log.has(run.step, "eval"):
-        return
-    with project_file(), Progress("hellaswag") as progress:
-        from extras import hellaswag
-
-        score, line = hellaswag.score(run.model, run.examples, stopped, progress)
-    print_now(line)
-    if score is not None:
-        run.log.add(run.step, eval=score)
-
-
-def sample_aloud(run):
-    """Print a sample, if the model's tokens are known and no signal has come."""
-    if run.tokenizer and not run.world.stopped:
+def print_sample(run, length):
+    """Print a sample of so many tokens, if the vocabulary is there."""
+    if run.tokenizer and not run.signals:
         print_now("--- sample")
-        print_sample(run.args, run.model, run.tokenizer, run.step, run.world.stopped, print_now)
+        for text in sample_text(run.args, run.model, run.tokenizer, length, run.step):
+            print_now(text, end="")
+            if run.signals:
+                break
+        print_now("")
 
 
-def print_sample(args, model, tokens, step, stopped, show):
-    """Show a sample as it comes. Its random numbers depend on the seed and the step alone."""
+def sample_text(args, model, tokens, length, step=0):
+    """A sample, as an iterator over pieces of text. Its random numbers follow from seed and step.
+
+    What would move a terminal's cursor or ring its bell is shown as an escape such as \\x1b.
+    """
     rng = np.random.default_rng([args.seed, step])
     utf8 = codecs.getincrementaldecoder("utf-8")("replace")
     prompt = tokens.encode(args.prompt) if args.prompt else [tokens.first]
 
-    show(args.prompt, end="")
-    for token in model.generate(prompt, args.max_new_tokens, args.temperature, args.top_k, rng):
-        show(utf8.decode(tokens.decode(token)), end="")
-        if stopped:
-            break
-    show(utf8.decode(b"", final=True))
+    yield args.prompt
+    for token in model.generate(prompt, length, args.temperature, args.top_k, rng):
+        text = utf8.decode(tokens.decode(token))  # half a character waits for its other half
+        marks = [c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text]
+        yield "".join(marks)
 
 
-def save(run):
-    """Write a checkpoint, unless the newest one is the same.
-
-    One that can't be written does not end the run: the next one may find room on the disk.
-    """
-    folder, state = run.args.output_dir, run.state()
-    if not folder or state == run.saved:
+def log(run, **values):
+    """Append an entry to main.jsonl. If that can't be done, it is written whole the next time."""
+    run.entries.append({"step": run.step} | values)
+    if not run.folder:
         return
-    try:
-        with Progress(f"saving to {folder}"):
-            save_checkpoint(run)
-        run.saved = state
-    except OSError as error:
-        newest = f"that of step {run.saved['step']}" if run.saved else "none"
-        print_now(f"can't save step {run.step}: {error}; the last checkpoint is {newest}")
+    path = os.path.join(run.folder, "main.jsonl")
+    new = "".join(json.dumps(entry) + "\n" for entry in run.entries[run.written :])
+    anew = run.written == 0
+    run.written = 0
+    with kept(run, "the log"):
+        with atomic_write(path) if anew else open(path, "ab") as file:
+            file.write(new.encode())
+        run.written = len(run.entries)
 
 
-def finish(run, complete, updates, seconds):
-    """Leave the weights of a complete run in --output_dir, and print the last line.
+def entries_until(folder, step):
+    """The entries of main.jsonl that a run has when it resumes at a step."""
+    entries = []
+    with contextlib.suppress(FileNotFoundError):
+        with open(os.path.join(folder, "main.jsonl"), encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with contextlib.suppress(ValueError):  # half a line, which a killed run left
+                    entry = json.loads(line)
+                    again = entry["step"] == step and "val_loss" in entry
+                    if entry["step"] <= step and not again:
+                        entries.append(entry)
+    return entries
 
-    InputError if something could not be saved.
+
+@contextlib.contextmanager
+def kept(run, what):
+    """Write something in this block. What can't be written ends no run, but is said, once.
+
+    It stays in run.missing until it has been written after all.
     """
-    args, folder = run.args, run.args.output_dir
-    missing = []
-    if folder and run.saved != run.state():
-        missing.append("a checkpoint of the last step")
-    if folder and complete and run.world.rank == 0:
-        try:
-            save_huggingface(folder, run.model.config, run.model.params)
-        except OSError as error:
-            missing.append(f"the weights ({error})")
-    if not run.log.write():
-        missing.append("the last lines of main.log")
+    try:
+        yield
+        run.missing.pop(what, None)
+    except OSError as error:
+        if what not in run.missing:
+            print_now(f"can't write {what}: {error}; the run goes on")
+        run.missing[what] = error
 
-    losses = {"train": run.log.values("train_loss"), "val": run.log.values("val_loss")}
-    for name, values in losses.items():
-        if values:
-            print_now(f"{name:5} loss {values[0]:7.4f} {sparkline(values)} {values[-1]:.4f}")
-    best = read_best(folder) if folder else None
-    if best:
-        print_now(
-            f"best val loss {best.val_loss:.4f} at update {best.step} of {args.num_iterations}, "
-            f"on {best.val_tokens:,} tokens, in {best_folder(folder)}"
-        )
+
+def finish(run, complete):
+    """Leave the weights of a complete run in its folder, and print the last lines.
+
+    InputError if something could not be written.
+    """
+    args, folder = run.args, run.folder
+    if folder and complete and run.loader:
+        with kept(run, "the weights"):
+            run.model.save_pretrained(folder)
+
+    losses = {}
+    for kind in ("train", "val"):
+        losses[kind] = [e[f"{kind}_loss"] for e in run.entries if f"{kind}_loss" in e]
+        if len(losses[kind]) > 1:
+            first, last = losses[kind][0], losses[kind][-1]
+            print_now(f"{kind:5} loss {first:7.4f} {sparkline(losses[kind])} {last:.4f}")
+    if not run.loader and losses["val"]:
+        print_now(f"perplexity {math.exp(min(losses['val'][-1], 700)):.2f}")
+        return
+
+    best, step = best_so_far(run)
+    if step and folder and "the best weights" not in run.missing:
+        print_now(f"best val loss {best:.4f} at update {step}, in {best_folder(folder)}")
 
     summary = [f"{run.step} updates"]
     if losses["train"]:
         summary.append(f"train loss {losses['train'][0]:.4f} -> {losses['train'][-1]:.4f}")
-    tokens_per_second = updates * args.total_batch_size / seconds
-    summary += [f"{seconds:.1f} s", f"{tokens_per_second:.0f} tok/s"]
-    go_on = f"go on with {shlex.join(['--output_dir', folder, '--resume', '1'])}"
+    if run.began:
+        seconds = time.perf_counter() - run.began[1]
+        number = (run.step - run.began[0]) * (args.total_batch_size or run.loader.B * run.loader.T)
+        summary += [f"{seconds:.1f} s", f"{number / seconds:.0f} tok/s"]
+    go_on = f"go on with {quoted('--output_dir', folder, '--resume', '1')}"
     if not folder:
         summary.append("nothing is kept without --output_dir")
-    elif not missing:
+    elif not run.missing:
         summary.append(f"saved in {folder}" if complete else go_on)
     print_now(("" if complete else "stopped: ") + ", ".join(summary))
 
-    remedy = go_on if run.saved else "begin again with another --output_dir"
-    require(not missing, f"{folder} lacks {' and '.join(missing)}: make room, then {remedy}")
-
-
-def first_not_finite(model):
-    """The first tensor that holds NaN or infinity, in the order in which they are computed."""
-    L = model.config.num_layers
-    acts = {name: view for name, view in model.acts.items() if not name.startswith("d")}
-    for views, first_of in ((model.params, min), (acts, min), (model.grads, max)):
-        found = []
-        outside = -1  # stands for what comes before the layers, and L for what comes after them
-        for number, (name, view) in enumerate(views.items()):
-            if '{}' not in HF_NAMES.get(name, ''):
-                parts = {outside: view}
-            else:
-                first = L - len(view)  # what the layers share is the last layer's
-                parts = {first + i: part for i, part in enumerate(view)}
-                outside = L
-            bad = [l for l, part in parts.items() if not np.isfinite(part).all()]
-            found += [(l, number, name) for l in bad]
-        if found:
-            l, _, name = first_of(found)  # backward comes to the last layer first
-            return f"{name} of layer {l}" if 0 <= l < L else name
-    return None
-
-
-class FirstBatch:
-    """A loader that gives the first batch of another one again and again."""
-
-    position = (0, 0, 0)
-
-    def __init__(self, loader):
-        self.batch = loader.next_batch()
-
-    def next_batch(self):
-        return self.batch
-
-
-class Log:
-    """What is known of each step, in two files: main.jsonl, and main.log in llm.c's format.
-
-    An entry is a dict of numbers: a step, and what was added to it until it was written. The files
-    are begun anew with the entries of the run so far, and then appended to. What can't be written
-    now is written with the next entry. Without a folder there are entries and no files.
-    """
-
-    def __init__(self, folder, entries=()):
-        self.entries = list(entries)
-        self.written = {}  # how many of them are in each file
-        for name in ("main.log", "main.jsonl") if folder else ():
-            path = os.path.join(folder, name)
-            with atomic_write(path) as file:
-                file.write(log_lines(path, self.entries))
-            self.written[path] = len(self.entries)
-
-    def add(self, step, **values):
-        """Add values to a step's entry, unless they are there: whoever resumes evaluates again."""
-        new = {name: value for name, value in values.items() if not self.has(step, name)}
-        in_files = max(self.written.values(), default=0)
-        if len(self.entries) > in_files and self.entries[-1]["step"] == step:
-            self.entries[-1] |= new
-        elif new:
-            self.entries.append({"step": step} | new)
-
-    def has(self, step, name):
-        """Whether there is such a value of the newest step, which has at most two entries."""
-        return any(entry["step"] == step and name in entry for entry in self.entries[-2:])
-
-    def values(self, name):
-        """The values of this name, of all entries that have one."""
-        return [entry[name] for entry in self.entries if name in entry]
-
-    def write(self):
-        """Append what the files lack. Returns False if that can't be done now."""
-        return all([self.append(path) for path in self.written])
-
-    def append(self, path):
-        """Append what one of the files lacks, likewise."""
-        with contextlib.suppress(OSError):
-            if not os.path.exists(path):  # somebody has moved it, or its folder, away
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                self.written[path] = 0
-            with open(path, "ab", buffering=0) as file:
-                end, text = file.tell(), log_lines(path, self.entries[self.written[path] :])
-                if file.write(text) == len(text):
-                    self.written[path] = len(self.entries)
-                else:
-                    file.truncate(end)  # no half lines
-        return self.written[path] == len(self.entries)
-
-
-def log_lines(path, entries):
-    """The lines of entries, as bytes: JSON for main.jsonl, and s:STEP KIND:VALUE for main.log.
-
-    The kinds are trl for a training loss, tel for a validation loss, eval for HellaSwag's acc_norm.
-    """
-    lines = []
-    for entry in entries:
-        if path.endswith(".jsonl"):
-            lines.append(json.dumps(entry))
-            continue
-        for name, kind in (("train_loss", "trl"), ("val_loss", "tel"), ("eval", "eval")):
-            if name in entry:
-                lines.append(f"s:{entry['step']} {kind}:{entry[name]:.4f}")
-    return "".join(f"{line}\n" for line in lines).encode()
+    remedy = go_on if list_checkpoints(folder) else "begin again with another --output_dir"
+    require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
 
 
 def sparkline(values, width=50):
     """A row of characters whose heights follow the values."""
-    encoding = getattr(sys.stdout, "encoding", "") or ""
-    blocks = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    heights = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
 
     groups = np.array_split(values, min(width, len(values)))
     means = np.array([group.mean() for group in groups])
-    heights = (means - means.min()) / max(np.ptp(means), 1e-9)
-    return "".join(blocks[round(height * 7)] for height in heights.tolist())
+    levels = (means - means.min()) / max(np.ptp(means), 1e-9)
+    return "".join(heights[round(level * 7)] for level in levels.tolist())
 
 
 def print_now(text, end="\n", to="stdout"):
@@ -3069,766 +2873,577 @@ def print_now(text, end="\n", to="stdout"):
             stream.flush()
 
 
-class Progress:
-    """A line on the terminal that says what takes so long. It appears after two seconds.
-
-    with Progress("validating") as progress: progress.done = 0.5
-    """
-
-    def __init__(self, what):
-        self.what = what
-        self.done = None  # a fraction, where it is known
-
-    def __enter__(self):
-        self.started = time.monotonic()
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.show, daemon=True)
-        if sys.stderr and sys.stderr.isatty():
-            self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.ended.set()
-        if self.thread.is_alive():
-            self.thread.join()
-
-    def show(self):
-        """Write the line anew each second, and erase it in the end."""
-        while not self.ended.wait(1.0):
-            seconds = time.monotonic() - self.started
-            if seconds > 2:
-                done = self.done
-                estimate = f", {seconds / done - seconds:.0f} s left" if done else ""
-                line = f"{self.what}: {seconds:.0f} s{estimate}"
-                width = shutil.get_terminal_size().columns - 1  # a wrapped line can't be erased
-                print_now(f"\r\033[K{line[-width:]}", end="", to="stderr")
-        if time.monotonic() - self.started > 2:
-            print_now("\r\033[K", end="", to="stderr")
+def quoted(*words):
+    """Words of a command, quoted for the shell of this system."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Checkpoints
+# 11. Checkpoints
 #
 # A checkpoint is one file, DIR/checkpoint_STEP.safetensors. It holds the parameters under Hugging
-# Face's names; "m" and "v", each one row laid out like the parameters; in the metadata the number
-# of heads and, as JSON, the state of the run; and at the end a checksum of everything before it. It
-# is written under another name and then renamed, and the last two are kept. The state is that
-# before the evaluation of its step: whoever resumes the run evaluates again.
+# Face's names; AdamW's "moments" m and v, each laid out like the parameters; in the metadata, as
+# JSON, the state of the run; and at the end a checksum of everything before it. What the checksum
+# vouches for is trusted. The last two checkpoints are kept.
 
-# The fields of Run.state.
-STATE = {"step": int, "position": list, "data": dict, "settings": dict}
+CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning of anything in it
 
 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
-    if not folder:
-        return []
-    pattern = os.path.join(glob.escape(folder), f"checkpoint_{'[0-9]' * 8}.safetensors")
+    pattern = os.path.join(glob.escape(folder or "\0"), f"checkpoint_{'[0-9]' * 8}.safetensors")
     return sorted(glob.glob(pattern), reverse=True)
 
 
 def save_checkpoint(run):
-    """Write DIR/checkpoint_STEP.safetensors, and delete all before it but one.
+    """Write DIR/checkpoint_STEP.safetensors, unless it is there, and delete all before it but one.
 
-    Of several processes the first one writes, and the others send it their parts of m and v. They
-    do so even if it can't write them: it takes what is left of them all the same.
+    One that can't be written ends no run: the next one may find room on the disk.
     """
-    model, world, folder, state = run.model, run.world, run.args.output_dir, run.state()
-    metadata = {"n_head": str(model.config.num_heads), "state": json.dumps(state)}
-    rows = {"m": model.flat[2], "v": model.flat[3]}
-    moments = {name: (row.shape, world.pieces(row)) for name, row in rows.items()}
-    newest = os.path.join(folder, f"checkpoint_{state['step']:08d}.safetensors")
-    try:
-        if world.rank == 0:
-            os.makedirs(folder, exist_ok=True)
-            for half in glob.glob(os.path.join(glob.escape(folder), "checkpoint_*.tmp")):
-                os.remove(half)  # a killed run has left it
-            views = huggingface_views(model.params)
-            tensors = {f"transformer.{name}": view for name, view in views.items()} | moments
-            write_safetensors(newest, tensors, metadata, checksum=True)
-    finally:
-        for _, pieces in moments.values():
-            for _ in pieces:
-                pass
-
-    if world.rank == 0:
-        # There may be damaged ones of later steps. They do not count.
-        until_now = [path for path in list_checkpoints(folder) if path <= newest]
-        for old in until_now[2:]:
-            with contextlib.suppress(OSError):
-                os.remove(old)
-
-
-def read_state(path):
-    """(state, {name: StoredTensor}) of a checkpoint. InputError unless all is as it was written."""
-    check_crc32(path)
-    tensors, metadata = read_safetensors(path)
-    state = json.loads(metadata["state"])
-    right = all(type(state.get(name)) is kind for name, kind in STATE.items())
-    right = right and len(state["position"]) == 3
-    right = right and state["settings"].keys() <= DEFAULTS.keys()
-    right = right and not state["settings"].get("inference_only")
-    require(right, f"{path}: its state is not as expected")
-    words = [f"--{name}={value}" for name, value in state["settings"].items()]
-    state["settings"] = parse_flags(words)
-    return state, tensors
+    model, folder = run.model, run.folder
+    if not folder or not run.loader or run.saved == run.step:
+        return
+    state = {
+        "step": run.step,
+        "position": list(run.loader.position),
+        "data": run.data,
+        "settings": vars(run.args),
+        "threads": THREADS,
+    }
+    metadata = {
+        "checkpoint": CHECKPOINT,
+        "state": json.dumps(state),
+        "n_head": str(model.config.num_heads),
+    }
+    tensors = huggingface_views(model.params) | {"moments": (model.moments.shape, model.moments)}
+    path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
+    with kept(run, "a checkpoint"):
+        write_safetensors(path, tensors, metadata, checksum=True)
+        run.saved = run.step
+        until_now = [other for other in list_checkpoints(folder) if other <= path]
+        for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
+            os.remove(old)
 
 
-def load_checkpoint(path, named, world):
-    """(args, model, state) of a checkpoint, with the flags in `named` that may change."""
-    state, tensors = read_state(path)
-    changed = {name: value for name, value in named.items() if name in FLAGS_THAT_MAY_CHANGE}
-    args = SimpleNamespace(**DEFAULTS | state["settings"] | changed)
+def newest_checkpoint(folder):
+    """(path, state) of the newest whole checkpoint in a folder; ("", None) if there is no file.
 
-    config, parameters = open_weights(path)
-    model = make_model(args, config, world)
-    with Progress(f"reading {path}"):
-        read_weights(model.params, parameters)
-        for name, row in (("m", model.flat[2]), ("v", model.flat[3])):
-            own = world.part(len(row))  # a slice: other processes may have the rest
-            row[own] = tensors[name].array[own]
-    model.updates = state["step"]
-    return args, model, state
-
-
-def resume(named, world):
-    """load_checkpoint of the newest whole checkpoint in --output_dir. None if there is none."""
-    folder = named["output_dir"]
+    InputError if none is whole, or if one has another format.
+    """
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            args, model, state = load_checkpoint(path, named, world)
+            check_crc32(path)
+            _, metadata = read_safetensors(path)
         except (InputError, OSError) as error:
             print_now(f"{path} is damaged: {error}: taking the one before it")
             continue
-        refuse_changed_flags(args, named)
-        print_now(f"resuming from {path}")
-        return args, model, state
-
+        found = metadata.get("checkpoint")
+        require(
+            found == CHECKPOINT,
+            f"{path}: a checkpoint of another version ({found!r}, expected {CHECKPOINT!r}): resume "
+            f"it with the program that wrote it, or train from it with {quoted('--model', path)}",
+        )
+        return path, json.loads(metadata["state"])
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
-    require(
-        not holds_weights(folder),
-        f"{folder} holds weights, but no checkpoint to resume from: fine-tune from them with "
-        f"--model {shlex.quote(folder)} and another --output_dir",
-    )
-    others = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "*", "checkpoint_*"))
-    close = difflib.get_close_matches(folder, sorted(set(map(os.path.dirname, others))))
-    meant = f": did you mean {shlex.quote(close[0])}?" if close else ""
-    print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins{meant}")
-    return None
-
-
-def old_entries(folder, step):
-    """The entries of main.jsonl up to a step. Half a line, which a killed run left, is left out."""
-    path, other = os.path.join(folder, "main.jsonl"), os.path.join(folder, "main.log")
-    if not os.path.exists(path):
-        alone = os.path.exists(other)  # it would be begun anew, without the lines that it has
-        require(not alone, f"{folder} has main.log, but no main.jsonl: put it back, or move both")
-        return []
-    entries = []
-    with open(path, "rb") as file:
-        for line in file:
-            with contextlib.suppress(ValueError):
-                entry = json.loads(line)
-                numbers = all(type(x) in (int, float) and abs(x) < 1e300 for x in entry.values())
-                if numbers and type(entry.get("step")) is int and entry["step"] <= step:
-                    entries.append(entry)
-    lost = step - len({entry["step"] for entry in entries if "train_loss" in entry})
-    if lost:
-        print_now(f"{path} lacks {lost} of {step} updates, and the logs go on without them")
-    return entries
-
-
-def refuse_changed_flags(args, named):
-    """InputError if a flag is named that a resumed run can't change."""
-    clashes = []
-    for name, value in named.items():
-        before = getattr(args, name)
-        if value != before:
-            clashes.append(f"--{name} {value!r} (it was {before!r})")
-    require(
-        not clashes,
-        f"the run in {args.output_dir} can't go on with {', '.join(clashes)}: leave that out, or "
-        "start another",
-    )
+    return "", None
 
 
 def refuse_used_folder(folder):
     """InputError if a folder holds a run, which a new run would overwrite."""
-    log = os.path.join(folder, "main.log")
-    used = holds_a_model(folder) or os.path.exists(log) and os.path.getsize(log) > 0
+    names = ["main.jsonl", "model.safetensors", "model.safetensors.index.json", "best"]
+    used = any(os.path.exists(os.path.join(folder, name)) for name in names)
     require(
-        not used,
+        not used and not list_checkpoints(folder),
         f"{folder} holds a run: go on with --resume 1, or choose another --output_dir",
     )
 
 
-def holds_a_model(folder):
-    """Whether a folder holds weights, or checkpoints of a run, or its best weights."""
-    weights = holds_weights(folder) or holds_weights(best_folder(folder))
-    return weights or bool(list_checkpoints(folder))
+def lock_folder(folder):
+    """Keep a folder to this process, as long as the file that is returned is open.
 
-
-@contextlib.contextmanager
-def folder_locked(folder):
-    """Keep a folder to this process. If it was made for it and stays empty, it is removed again."""
-    was_there = os.path.isdir(folder)
+    InputError if another process has it.
+    """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, ".lock")
-    try:
-        with open(path, "ab") as handle:
-            take_lock(handle, folder)
-            yield
-    finally:
-        if not was_there and os.listdir(folder) == [".lock"]:
-            with contextlib.suppress(OSError):
-                os.remove(path)
-                os.rmdir(folder)
-
-
-def take_lock(handle, folder):
-    """Lock an open file until it is closed. InputError if another process has locked it."""
+    file = open(os.path.join(folder, ".lock"), "ab")
     try:
         if os.name == "nt":
             import msvcrt
 
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
+        file.close()
         raise InputError(
             f"{folder}: another run is writing there: choose another --output_dir"
         ) from None
     except OSError:
         pass  # this file system has no locks
+    return file
 
 
-# 13. The command line
+# --------------------------------------------------------------------------------------------------
+# 14. The command line
 
-# name: (default, meaning). The defaults are those of llm.c's CPU trainer.
-FLAGS_OF_A_RUN = {
-    "model": (
-        "gpt2",
-        "gpt2[-medium, -large, -xl]; d6, d12, d24, d36, d48 or bytes: fresh weights; or a folder, "
-        ".safetensors or .bin",
-    ),
-    "batch_size": (4, "B, sequences per batch"),
-    "sequence_length": (64, "T, tokens per sequence (only generating: the whole context)"),
-    "total_batch_size": (0, "tokens per update of all processes; 0: B*T times their number"),
-    "learning_rate": (1e-4, "its peak"),
-    "warmup_iters": (0, "updates over which it rises to the peak"),
-    "learning_rate_decay_frac": (1.0, "fraction of the peak to which a cosine takes it in the end"),
-    "weight_decay": (0.0, "AdamW's, on matrices and embeddings"),
-    "grad_clip": (0.0, "largest norm of the gradient; 0: any"),
-    "shuffle": (0, "1: the passages of the text in a new order each epoch (fresh weights: 1)"),
-    "inference_only": (0, "1: continue --prompt, and train nothing"),
-    "overfit_single_batch": (0, "1: train on the first batch again and again"),
-    "recompute": (1, "0: store all; 1: compute layernorm and GELU again in backward; 2: layers"),
-    "seed": (1337, "of fresh weights, of the order of passages and of samples"),
+# What a kind of model has in place of the usual defaults.
+FROM_SCRATCH = {
+    "learning_rate_decay_frac": 0.05,
+    "weight_decay": 0.1,
+    "grad_clip": 1.0,
+    "shuffle": 1,
 }
-FLAGS_THAT_MAY_CHANGE = {
-    "input_bin": ("data/tiny_shakespeare_train.bin", "training tokens: a path or a glob pattern"),
-    "input_val_bin": ("data/tiny_shakespeare_val.bin", "validation tokens, likewise"),
-    "output_dir": ("", "where weights, log and checkpoints go; nowhere if empty"),
-    "num_iterations": (40, "updates"),
-    "val_loss_every": (10, "updates between validations; 0: none"),
-    "val_max_steps": (0, "batches per validation; 0: 1,280 tokens (30,720 bytes), for any B"),
-    "hellaswag_eval": (0, "1: score the model on HellaSwag after every validation"),
-    "hellaswag_limit": (0, "use the first so many examples of HellaSwag; 0: all 10042"),
-    "sample_every": (20, "updates between samples; 0: none"),
-    "log_every": (0, "updates between printed lines; 0: so that there are 40 to 100 of them"),
-    "checkpoint_every": (0, "updates between checkpoints; 0: only at the end, or when stopped"),
-    "resume": (0, "1: go on from the newest whole checkpoint in --output_dir"),
-    "prompt": ("", "text to continue; if empty, a new text begins"),
-    "max_new_tokens": (64, "length of a sample, in tokens"),
-    "top_k": (0, "sample among the k likeliest; 0: among all"),
-    "temperature": (1.0, "of samples: below 1 more cautious, above 1 wilder, 0 the likeliest"),
-}
-FLAGS = FLAGS_OF_A_RUN | FLAGS_THAT_MAY_CHANGE
-DEFAULTS = {name: default for name, (default, _) in FLAGS.items()}
-RANGES = {  # all other numbers are at least 0
-    "batch_size": (1, math.inf),
-    "sequence_length": (1, math.inf),
-    "recompute": (0, 2),
-}
-
-# --model bytes: what trains where nothing can be fetched. Its vocabulary is the 256 bytes.
-BYTES_CONFIG = GPT2Config(64, 256, 2, 4, 128)
-BYTES_DEFAULTS = {
-    "model": "bytes",
-    "input_bin": "",
-    "input_val_bin": "",
+SMALL = FROM_SCRATCH | {
     "batch_size": 16,
     "num_iterations": 1400,
     "learning_rate": 4e-3,
     "warmup_iters": 100,
-    "learning_rate_decay_frac": 0.05,
     "recompute": 0,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "shuffle": 1,
     "val_loss_every": 350,
-    "sample_every": 1400,
+    "sample_every": 350,
     "max_new_tokens": 400,
     "temperature": 0.6,
 }
+MEDIUM = FROM_SCRATCH | {
+    "batch_size": 8,
+    "num_iterations": 1000,
+    "learning_rate": 1e-3,
+    "warmup_iters": 100,
+    "val_loss_every": 100,
+    "sample_every": 100,
+}
+PRESETS = {name: SMALL if name in ("bytes", "d2") else MEDIUM for name in FRESH}
+VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
 
-EXAMPLES = """
+# The flags with which a run may go on that have other values than before.
+MAY_CHANGE = {
+    "input_bin", "input_val_bin", "output_dir", "num_iterations", "val_loss_every",
+    "val_max_steps", "sample_every", "log_every", "checkpoint_every", "resume", "prompt",
+    "max_new_tokens", "top_k", "temperature",
+}  # fmt: skip
+
+EXAMPLES = """\
+examples:
 
     python train_gpt2.py
         fine-tunes GPT-2 124M on Shakespeare
 
-    python train_gpt2.py --model d6 --num_iterations 200 --learning_rate 1e-3 --output_dir data/d6
+    python train_gpt2.py --model d6 --output_dir data/d6
         trains a small model from scratch and keeps it
 
     python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"
         lets a model continue a text
 
-Environment: OPENBLAS_NUM_THREADS is the number of threads, by default that of the cores
+    python train_gpt2.py --model data/d6 --num_iterations 0 --input_val_bin data/my_val.bin
+        how well a model predicts a text
+
+OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
 """
 
 
-class UsageError(InputError):
-    """Flags that make no sense."""
+def parse_args(argv, settings=None):
+    """The value of every flag. Leaves with one line and exit code 2 if one makes no sense.
 
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises its errors. A checkpoint's flags come to it as well."""
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
-
-
-def flag_type(name):
-    """A function from the text of a flag to its value."""
-    kind = type(DEFAULTS[name])
-    low, high = RANGES.get(name, (0, math.inf))
-    expected = {int: "a whole number", float: "a number", str: "a text"}[kind]
-    expected += f" of at least {low}" if high == math.inf else f" from {low} to {high}"
-
-    def convert(text):
-        try:
-            value = kind(text)
-            right = kind is str or low <= value <= high and value < 1 << 63
-        except ValueError:
-            right = False
-        if not right:
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
-        return value
-
-    return convert
-
-
-def parse_flags(argv):
-    """The flags that argv names: {flag: value}. UsageError if they make no sense."""
-    parser = Parser(usage=EXAMPLES, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups = {"what a run is": FLAGS_OF_A_RUN, "what may change later": FLAGS_THAT_MAY_CHANGE}
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for name, (default, meaning) in flags.items():
-            text = f"{meaning} (default: {default!r})".replace("%", "%%")
-            group.add_argument(f"--{name}", type=flag_type(name), metavar="X", help=text)
-
-    for argument in argv:
-        if argument.endswith("=--"):  # argparse takes the value -- for the end of the flags
-            parser.error(f"{argument}: the value can't be --")
-    return vars(parser.parse_args(argv))
-
-
-def check_flags(named):
-    """InputError if two flags do not go together, or the prompt is empty."""
-    require(
-        named.get("prompt") != "",
-        "--prompt is empty: give it some text, or leave the flag out",
-    )
-    for name in ("checkpoint_every", "resume"):
-        alone = named.get(name) and not named.get("output_dir")
-        require(not alone, f"--{name} needs --output_dir")
-    both = named.get("hellaswag_eval") and named.get("inference_only")
-    require(
-        not both,
-        "--hellaswag_eval scores a model while it trains; without training: python -m "
-        "extras.hellaswag --model ...",
-    )
-
-
-def settings(named):
-    """The value of every flag, from those that were typed: `named`, {flag: value}.
-
-    What was not typed has the default of this kind of model.
+    settings   those of the run that is resumed: they take the place of the defaults
     """
-    model = named.get("model", DEFAULTS["model"])
-    of_its_kind = BYTES_DEFAULTS if model == "bytes" else {"shuffle": int(model in FRESH)}
-    return SimpleNamespace(**DEFAULTS | of_its_kind | named)
+    parser = argparse.ArgumentParser(
+        usage="python train_gpt2.py [--FLAG VALUE ...]",
+        epilog=EXAMPLES,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def error(message):
+        print_now(f"error: {message} (--help lists all flags)", to="stderr")
+        sys.exit(2)
+
+    def flag(name, default, meaning, **more):
+        meaning = f"{meaning} (default: {default!r})".replace("%", "%%")
+        kind = type(default)
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar="X", help=meaning, **more
+        )
+
+    parser.error = error
+    flag("model", "", "gpt2[-medium, -large, -xl]; a folder or .safetensors; or fresh weights: "
+         "d6, d12, d24, d36, d48 with GPT-2's tokens, d2 with those of the data, bytes. "
+         "If empty, gpt2, or d2 where that can't be fetched")  # fmt: skip
+    flag("input_bin", "", "training tokens: paths or a pattern; if empty, Shakespeare", nargs="+")
+    flag("input_val_bin", "", "validation tokens, likewise", nargs="+")
+    flag("output_dir", "", "where weights, log and checkpoints go; nowhere if empty")
+    flag("resume", 0, "1: go on from the newest whole checkpoint in --output_dir")
+    flag("num_iterations", 40, "updates; 0: only validate, all of the text")
+    flag("batch_size", 4, "B, sequences per batch")
+    flag("sequence_length", 64, "T, tokens per sequence (only generating: the whole context)")
+    flag("total_batch_size", 0, "tokens per update; 0: B*T, times the number of processes")
+    flag("learning_rate", 1e-4, "its peak")
+    flag("warmup_iters", 0, "updates over which it rises to the peak")
+    flag("learning_rate_decay_frac", 1.0, "fraction of the peak to which a cosine takes it")
+    flag("weight_decay", 0.0, "AdamW's, on matrices and embeddings")
+    flag("grad_clip", 0.0, "largest norm of the gradient; 0: any")
+    flag("shuffle", 0, "1: the passages of the text in a new order each epoch")
+    flag("overfit_single_batch", 0, "1: train on the first batch again and again")
+    flag("recompute", 1, "0: keep all; 1: compute layernorm and GELU again in backward; 2: layers")
+    flag("seed", 1337, "of fresh weights, of the order of passages and of samples")
+    flag("val_loss_every", 10, "updates between validations; 0: none")
+    flag("val_max_steps", 0, "batches per validation; 0: 1,280 tokens (30,720 bytes), for any B")
+    flag("sample_every", 20, "updates between samples; 0: none")
+    flag("log_every", 0, "updates between printed lines; 0: so that there are 8 to 20 of them")
+    flag("checkpoint_every", 0, "updates between checkpoints; 0: at the end, or when stopped")
+    flag("inference_only", 0, "1: continue --prompt, and train nothing")
+    flag("prompt", "", "text to continue; if empty, a new text begins")
+    flag("max_new_tokens", 64, "length of a sample, in tokens")
+    flag("top_k", 0, "sample among the k likeliest; 0: among all")
+    flag("temperature", 1.0, "of samples: below 1 more cautious, above 1 wilder, 0 the likeliest")
+
+    args = parser.parse_args(argv)
+    parser.set_defaults(**PRESETS.get(args.model, {}) | (settings or {}))
+    args = parser.parse_args(argv)
+
+    for name, value in vars(args).items():
+        if not isinstance(value, (str, list)) and not 0 <= value < 1 << 62:
+            parser.error(f"--{name} {value}: expected a number of at least 0")
+        if isinstance(value, str) and name != "prompt":
+            setattr(args, name, os.path.expanduser(value))
+    for name in ("checkpoint_every", "resume"):
+        if getattr(args, name) and not args.output_dir:
+            parser.error(f"--{name} needs --output_dir")
+    return args
 
 
-def memory_plan(args, config, size=1):
-    """The bytes that a model takes on one of `size` processes, by what they are for: a dict."""
-    training = not args.inference_only
-    params = 4 * count(GPT2.param_shapes(config))
-    acts = GPT2.act_shapes(config, args.batch_size, args.sequence_length, args.recompute, training)
+def find(args, checkpoint=""):
+    """What a run needs, fetched if need be: the model's config, its tensors, and the shards.
 
-    plan = {"parameters": params}
-    if training:
-        plan["gradients"] = params
-        plan["moments"] = 2 * params // size
-    plan["activations"] = 4 * count(acts)
-    return plan
+    checkpoint   the path of the one that the run is resumed from, in place of the model's name.
+    tensors are None if the weights are to be drawn.
+    """
+    name = args.model or "gpt2"
+    found = SimpleNamespace(config=None, tensors=None, training=[], validation=[])
+    local = checkpoint or ("" if name in (*OPENAI, *FRESH) else name)
+    if local:  # an error before anything is fetched
+        found.config, found.tensors = open_weights(find_weights(local))
+
+    if not args.inference_only:
+        find_data(args, name, found)
+    if local:
+        return found
+    if name in OPENAI:
+        found.config, found.tensors = open_weights(find_weights(name))
+        return found
+    require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
+    V = 256 if name == "bytes" else (found.training + found.validation)[0].vocab_size
+    found.config = GPT2Config(FRESH[name][0], V or 50257, *FRESH[name][1:])
+    return found
 
 
-def make_model(args, config, world):
+def find_data(args, name, found):
+    """Open the shards that a run needs: those that the command names, or those of its model."""
+    V = found.config.vocab_size if found.config else None
+    if args.input_bin or args.input_val_bin:
+        require(
+            args.input_val_bin or not args.val_loss_every,
+            "--input_bin without its --input_val_bin: name it, or --val_loss_every 0",
+        )
+        require(
+            args.input_bin or args.num_iterations == 0,
+            "--input_val_bin without its --input_bin: name that too, or --num_iterations 0",
+        )
+        paths = args.input_bin, args.input_val_bin
+    elif V == 256 or name == "bytes":
+        names, *texts = text_at_hand()
+        print_now(f"the text is that of {names}, byte by byte")
+        found.training, found.validation = [[text] for text in texts]
+        return
+    elif name == "d2" or V and not is_gpt2s(V):
+        paths = provide("embedded")
+    else:
+        paths = in_data("tiny_shakespeare_train.bin"), in_data("tiny_shakespeare_val.bin")
+        if not all(map(os.path.exists, paths)):
+            paths = provide("tiny_shakespeare")
+
+    if paths[0] and args.num_iterations:
+        found.training = open_shards(paths[0])
+    if paths[1] and (args.val_loss_every or not args.num_iterations):
+        found.validation = open_shards(paths[1])
+
+
+def check_shards(shards, what, found, B, T):
+    """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
+    V = found.config.vocab_size
+    kinds = {0: "unknown", 256: "bytes", 50257: "GPT-2's"}
+    facts = []
+    for shard in shards:
+        name, theirs = getattr(shard, "path", "the text"), getattr(shard, "vocab_size", 256)
+        crc32, highest = 0, 0
+        for start in range(0, len(shard), 1 << 20):
+            piece = np.ascontiguousarray(shard[start : start + (1 << 20)])
+            crc32 = zlib.crc32(piece, crc32)
+            highest = max(highest, int(piece.max()))
+        fits = theirs in (0, V) or theirs == 50257 and is_gpt2s(V)
+        require(
+            fits and highest < V,
+            f"{name}: its tokens are {kinds.get(theirs, f'of {theirs}')}, up to {highest}, and "
+            f"those of the model are {kinds.get(V, f'of {V}')}: write its text anew with python "
+            "prepro_tinyshakespeare.py --input my.txt" + (" --bytes 1" if V == 256 else ""),
+        )
+        facts.append([len(shard), crc32])
+    print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
+    return facts
+
+
+def build(args, found, make=GPT2):
     """Print the memory plan, and make the model. MemoryError if the machine has too little."""
-    B, T, most = args.batch_size, args.sequence_length, config.max_seq_len
-    fits = T <= most
-    require(fits, f"the model's context is {most}: use --sequence_length {most} or less")
-    plan = memory_plan(args, config, world.size)
-    need = sum(plan.values())
-    free = available_memory() / world.local_size
+    config, B, T = found.config, args.batch_size, args.sequence_length
+    require(
+        T <= config.max_seq_len,
+        f"the model's context is {config.max_seq_len}: use --sequence_length {config.max_seq_len} "
+        "or less",
+    )
+    training = bool(found.training)
+    params = 4 * count(make.param_shapes(config))
 
+    def activations(B):
+        return 4 * count(make.act_shapes(config, B, T, args.recompute, training))
+
+    plan = {"parameters": params, "activations": activations(B)}
+    if training:
+        plan |= {"gradients": params, "moments": 2 * params}
+    need, free = sum(plan.values()), available_memory()
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
-    print_now(f"model: {plan['parameters'] // 4:,} parameters: {sizes}")
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
-    whose = f" in each of {world.size} processes" if world.size > 1 else ""
-    print_now(f"memory{whose}: {parts}, in all {need / 1e6:.0f} MB")
+    print_now(f"model: {params // 4:,} parameters: {sizes}")
+    print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
 
-    if need > free:  # not an InputError: a checkpoint that does not fit is not damaged
-        logits = GPT2.act_shapes(config, B, T)["logits"]
-        per_sequence = (plan["activations"] - 4 * math.prod(logits)) / B
+    if need > free:
+        per_sequence = (activations(2 * B) - activations(B)) / B
         fitting = int(B - (need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
         raise MemoryError(
             f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: try {remedy}"
         )
-    return GPT2(config, B, T, None, args.recompute, training=not args.inference_only)
+    seed = None if found.tensors else args.seed
+    model = make(config, B, T, seed, args.recompute, training)
+    if found.tensors:
+        read_weights(model.params, found.tensors)
+    return model
 
 
-def begin(named, world):
-    """(args, model) of a new run."""
-    args = settings(named)
-    if args.model in (*FRESH, *OPENAI, "bytes"):
-        refuse_two_meanings(args.model)
-    try:
-        path = fetch(args, named)
-    except (InputError, OSError) as error:
-        if {"model", "input_bin", "input_val_bin", "inference_only", "resume"} & named.keys():
-            raise  # what was asked for by name is not replaced by something else
-        cause = getattr(error.__cause__, "cause", error)  # without prepro's advice
-        print_now(f"{cause}\n--> so a small GPT will learn from scratch, by bytes")
-        if os.path.exists(in_data("tiny_shakespeare_train.bin")):
-            print_now("    (the tokens of GPT-2 are here: --model d6 would learn them)")
-        args, path = settings(named | {"model": "bytes"}), None
+def open_run(argv, make=GPT2, first=True):
+    """The Run that these flags describe: a new one, or one that is resumed.
 
-    if args.model == "bytes":
-        config = BYTES_CONFIG
-    elif args.model in FRESH:
-        max_seq_len, L, NH, C = FRESH[args.model]
-        config = GPT2Config(max_seq_len, 50257, L, NH, C)
-    else:
-        config, tensors = open_weights(path)
-
-    if args.inference_only:
-        args.batch_size = 1
-        args.sequence_length = named.get("sequence_length", config.max_seq_len)
-    if args.total_batch_size == 0:
-        args.total_batch_size = args.batch_size * args.sequence_length * world.size
-    count_micro_batches(args, world.size)  # an error if there is no such number
-
-    model = make_model(args, config, world)
-    with Progress(f"reading {path}" if path else "drawing weights"):
-        if path:
-            read_weights(model.params, tensors)
-        else:
-            model.init_weights(args.seed)
-    return args, model
-
-
-def fetch(args, named):
-    """Fetch a run's tokens and weights, if need be. Returns the path of the weights, or None."""
-    path = None
-    if args.model not in (*FRESH, *OPENAI, "bytes"):
-        path = find_weights(args.model)  # an error if it is not there, before anything is fetched
-
-    data_named = {"input_bin", "input_val_bin"} & named.keys()
-    if data_named == {"input_bin"} and args.val_loss_every:
-        raise InputError("--input_bin without its --input_val_bin: name it, or --val_loss_every 0")
-    if data_named == {"input_val_bin"}:
-        raise InputError("--input_val_bin without its --input_bin: name that too")
-    of_bytes = path and open_weights(path)[0].vocab_size == 256
-    if of_bytes and not data_named:
-        args.input_bin = args.input_val_bin = ""  # the text at hand, as for --model bytes
-    elif not args.inference_only and args.model != "bytes" and not data_named:
-        paths = [in_data(f"tiny_shakespeare_{name}.bin") for name in ("train", "val")]
-        there = all(map(os.path.exists, paths))
-        args.input_bin, args.input_val_bin = paths if there else provide("tiny_shakespeare")
-
-    return find_weights(args.model) if args.model in OPENAI else path
-
-
-def open_data(args, config, world, state):
-    """(loader, val_loader, data) of a run, where data are the checksums of all shards.
-
-    InputError if the data is not what it was when the run began.
+    make    the class of the model
+    first   False: another process writes to the folder
     """
-    sources = {"training": args.input_bin, "validation": args.input_val_bin}
-    wanted = ["training", "validation"] if args.val_loss_every else ["training"]
-    if config.vocab_size == 256 and not args.input_bin:
-        names, *texts = text_at_hand()
-        sources = {"training": names, "validation": names}
-        shards = {what: [text] for what, text in zip(wanted, texts, strict=False)}
-    else:
-        shards = {what: open_shards(sources[what]) for what in wanted}
+    args = parse_args(argv)
+    checkpoint, state, lock = "", None, None
+    if args.output_dir and first and (os.path.isdir(args.output_dir) or not args.resume):
+        lock = lock_folder(args.output_dir)
+    if args.resume:
+        checkpoint, state = newest_checkpoint(args.output_dir)
+        args = resumed_args(argv, args, state)
+    elif args.output_dir:
+        refuse_used_folder(args.output_dir)
 
-    data = dict(state["data"])
-    for what, files in shards.items():
-        with Progress(f"checking the {what} tokens"):
-            found = [check_shard(shard, args, config) for shard in files]
-        require(
-            data.get(what, found) == found,
-            f"the {what} data has changed since this run began: put it back, or start another run",
-        )
-        data[what] = found
-        print_now(f"{what} data: {sources[what]}, {sum(n for n, _ in found):,} tokens")
+    try:
+        found = find(args, checkpoint)
+    except FetchError as error:
+        if args.model or args.input_bin or args.input_val_bin or args.resume:
+            raise  # what was asked for by name is not replaced by something else
+        print_now(f"{error.cause}\n--> so a small GPT will learn from scratch")
+        args, found = small_run(argv)
+        lock = lock or (lock_folder(args.output_dir) if args.output_dir else None)
 
     B, T = args.batch_size, args.sequence_length
-    loader = DataLoader(shards["training"], B, T, args.seed if args.shuffle else None)
-    shard, offset, _ = state["position"]
-    right = shard < len(loader.shards) and offset + B * T < len(loader.shards[shard])
-    require(right, f"the run stopped at {state['position']}, which is not in the training data")
-    loader.seek(state["position"])
-    loader = world.share_loader(loader)
+    data = {
+        what: check_shards(shards, what, found, B, T)
+        for what, shards in (("training", found.training), ("validation", found.validation))
+        if shards
+    }
+    if state:
+        for what, facts in data.items():
+            require(
+                state["data"].get(what, facts) == facts,
+                f"the {what} data has changed since this run began: put it back, or start another",
+            )
+    loader = make_loader(args, found.training)
+    model = build(args, found, make)
+    tokens = open_tokenizer(args, model)
+    folder = args.output_dir if first else ""
+    run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
+    if state:
+        stored, _ = read_safetensors(checkpoint)
+        model.moments[...] = stored["moments"].array
+        model.updates = run.step = run.saved = state["step"]
+        loader.seek(state["position"])
+        run.entries = entries_until(run.folder, run.step)
+        print_now(f"resuming from {checkpoint}")
+    describe(run)
+    return run
+
+
+def small_run(argv):
+    """(args, what find gives) of a small GPT that learns from scratch what lies at hand."""
+    for name in ("d2", "bytes"):
+        args = parse_args([*argv, "--model", name])
+        try:
+            found = find(args)
+            break
+        except InputError as error:
+            if name == "bytes":
+                raise
+            print_now(f"{error}\n--> so it will learn bytes")
+    first = in_data("first")
+    if not args.output_dir and not os.path.exists(first):
+        args.output_dir = first
+    return args, found
+
+
+def resumed_args(argv, args, state):
+    """The flags of a run that goes on. InputError if one has changed that may not."""
+    folder = args.output_dir
+    if state is None:
+        message = f"{folder} holds no run to resume: to begin one there, name its --model"
+        require(args.model, message)
+        print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins")
+        return args
+
+    before = state["settings"]
+    args = parse_args(argv, before)
+    clashes = [
+        f"--{name} {value!r} (it was {before[name]!r})"
+        for name, value in vars(args).items()
+        if name not in MAY_CHANGE and value != before[name]
+    ]
+    require(
+        not clashes,
+        f"the run in {folder} can't go on with {', '.join(clashes)}: leave that out, or start "
+        "another",
+    )
+    step = state["step"]
+    require(
+        args.num_iterations >= step,
+        f"the run in {folder} has done {step} updates: use --num_iterations {step} or more",
+    )
+    if step < args.num_iterations != before["num_iterations"]:
+        then = scheduled_rate(SimpleNamespace(**before), min(step, before["num_iterations"] - 1))
+        now = scheduled_rate(args, step)
+        if then != now:
+            print_now(f"note: the learning rate was {then:.2e} and goes on with {now:.2e}")
+    if state["threads"] != THREADS:
+        print_now(f"note: with {THREADS} threads in place of {state['threads']}, last bits differ")
+    return args
+
+
+def make_loader(args, shards):
+    """The DataLoader of a run; None if nothing is trained. Shards that fill no batch are left out.
+    """
+    if not shards:
+        return None
+    B, T = args.batch_size, args.sequence_length
+    long = [shard for shard in shards if len(shard) > B * T]
+    longest = max(map(len, shards))
+    require(
+        long,
+        f"the training data has {longest} tokens in one piece, a batch needs B*T + 1 = "
+        f"{B * T + 1}: use a smaller --batch_size or --sequence_length",
+    )
+    if len(long) < len(shards):
+        print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
     if args.overfit_single_batch:
-        loader = FirstBatch(loader)
-    val_loader = None
-    if args.val_loss_every:
-        val_loader = world.share_loader(DataLoader(shards["validation"], 1, T))  # see validate
-    return loader, val_loader, data
-
-
-def check_shard(shard, args, config):
-    """[number of tokens, CRC-32] of a shard. InputError if it can't serve the model."""
-    name = getattr(shard, "path", "the text")
-    B, T, V = args.batch_size, args.sequence_length, config.vocab_size
+        long = [long[0][: B * T + 1]]
+    total = args.total_batch_size
     require(
-        len(shard) > B * T,
-        f"{name}: has {len(shard)} tokens, a batch needs B*T + 1 = {B * T + 1}: use a smaller "
-        + ("--sequence_length" if B == 1 else "--batch_size"),
+        total % (B * T) == 0,
+        f"--total_batch_size {total} is not a multiple of B*T = {B * T}: try "
+        f"{max(1, total // (B * T)) * B * T}",
     )
-    crc32, highest = 0, 0
-    for start in range(0, len(shard), 1 << 20):
-        piece = np.ascontiguousarray(shard[start : start + (1 << 20)])
-        crc32 = zlib.crc32(piece, crc32)
-        highest = max(highest, int(piece.max()))
-
-    kinds = {0: "unknown", 256: "bytes", 50257: "GPT-2's"}
-    theirs = getattr(shard, "vocab_size", 256)
-    fits = theirs in (0, V) or theirs == 50257 and is_gpt2s(V)
-    require(
-        fits and highest < V,
-        f"{name}: its tokens are {kinds.get(theirs, f'of {theirs}')}, up to {highest}, and those "
-        f"of the model are {kinds.get(V, f'of {V}')}: write its text anew with python "
-        "prepro_tinyshakespeare.py --input my.txt" + (" --bytes 1" if V == 256 else ""),
-    )
-    return [len(shard), crc32]
+    return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
-def open_tokenizer(args, vocab_size):
+def open_tokenizer(args, model):
     """The tokenizer of a run. None, and a line that says why, if there can't be samples."""
     try:
-        tokens = tokenizer(vocab_size)
+        tokens = tokenizer(model.config.vocab_size)
         if args.prompt:
             tokens.encode(args.prompt)
+        return tokens
     except InputError as error:
-        if args.inference_only:
-            raise
-        cause = getattr(error.__cause__, "cause", error)  # without prepro's advice
-        print_now(f"{cause}; so there will be no samples")
+        print_now(f"no samples: {error}")
         return None
-    if vocab_size != 256 and not is_gpt2s(vocab_size):
-        print_now(f"samples are printed as ids: {vocab_size} tokens are neither bytes nor GPT-2's")
-    if "<|endoftext|>" in args.prompt:
-        print_now("note: <|endoftext|> in a prompt is thirteen characters, not the token")
-    return tokens
 
 
-def open_examples(args, config):
-    """HellaSwag's examples, fetched if need be."""
-    with project_file():
-        from extras import hellaswag
-
-        return hellaswag.load(args.hellaswag_limit, config.vocab_size, config.max_seq_len)
-
-
-def one_process():
-    """What extras/processes.py does for several processes, for one."""
-    signals = []
-    return SimpleNamespace(
-        rank=0,
-        size=1,
-        local_size=1,
-        asked=signals,  # the numbers of the signals that have come to this process
-        stopped=signals,  # and of those that all processes know of
-        part=lambda n: slice(0, n),
-        pieces=lambda row: iter([row]),
-        share_model=lambda model: model,
-        share_loader=lambda loader: loader,
-        difference=lambda facts: "",
-        gathered=lambda value, what: [value],
-        report=lambda line: print_now(line, to="stderr"),
-        end_all=lambda code: code,
-    )
+def continue_prompt(args):
+    """--inference_only: print a prompt, and how a model continues it."""
+    found = find(args)
+    args.batch_size = 1
+    args.sequence_length = args.sequence_length or found.config.max_seq_len
+    model = build(args, found)
+    tokens = tokenizer(model.config.vocab_size)
+    with contextlib.suppress(BrokenPipeError):  # a reader that has enough, as in `| head`
+        for text in sample_text(args, model, tokens, args.max_new_tokens):
+            print(text, end="", flush=True)
+        print(flush=True)
 
 
-def join_processes():
-    """The processes that mpiexec has started, or one_process()."""
-    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # Open MPI; MPICH, Intel MPI, Microsoft MPI
-    if all(os.environ.get(name, "1") == "1" for name in names):
-        return one_process()
-    with project_file():
-        from extras import processes
+def note_signals(signals):
+    """From now on, a signal that asks for an end is added to a list. Returns what it did before.
 
-        return processes.join()
-
-
-def require_alike(world, facts):
-    """InputError unless all processes have the same facts: a function that gives {name: value}."""
-    if world.size > 1:
-        difference = world.difference(facts())
-        require(not difference, difference)
-
-
-@contextlib.contextmanager
-def signals_noted(asked, while_training):
-    """While this lasts, signals are added to the list `asked` instead of ending the program.
-
-    While training, Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 finish the step first; the same signal once
-    more ends the program at once. SIGPIPE comes from a reader that has enough, as in `| head`, and
-    is noted in silence.
+    Ctrl-C, SIGTERM, SIGHUP and what batch systems send first finish the update. The same signal
+    once more does what it did before, which ends the program at once.
     """
+    before = {}
 
     def note(number, frame):
-        if number in asked:
-            os._exit(128 + number)
-        asked.append(number)
+        signal.signal(number, before[number])
+        signals.append(number)
         with contextlib.suppress(OSError, AttributeError, ValueError):
             # print() may be what the signal has interrupted, so it can't be used here
-            message = b"\nfinishing this step; once more, and it stops at once\n"
+            message = b"\nfinishing this update; once more, and it stops at once\n"
             os.write(sys.stdout.fileno(), message)
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if while_training else ()
-    handlers = {getattr(signal, name): note for name in names if hasattr(signal, name)}
-    if hasattr(signal, "SIGPIPE"):
-        handlers[signal.SIGPIPE] = lambda number, frame: asked.append(number)
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        handlers.pop(signal.SIGHUP, None)  # started with nohup
-    if threading.current_thread() is not threading.main_thread():
-        handlers = {}  # only the main thread may set them
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        number = getattr(signal, name, None)
+        ignored = number is None or signal.getsignal(number) == signal.SIG_IGN  # as by nohup
+        if not ignored and threading.current_thread() is threading.main_thread():
+            before[number] = signal.signal(number, note)
+    return before
 
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+def main(argv=()):
+    """Run the command line. Returns the exit code.
+
+    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
+    """
+    before = {}
     try:
-        yield
+        processes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+        alone = processes == ["1", "1"]
+        require(alone, "several processes are: mpiexec -n N python -m extras.processes FLAGS")
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
+        args = parse_args(argv)
+        if args.inference_only:
+            continue_prompt(args)
+            return 0
+        run = open_run(argv)
+        before = note_signals(run.signals)
+        complete = train(run)
+        finish(run, complete)
+        return 0 if complete else 128 + run.signals[0]
+    except KeyboardInterrupt:
+        return 130
+    except (InputError, OSError, MemoryError) as error:
+        print_now(f"error: {error}", to="stderr")
+        return 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def run_command(named, world):
-    """Continue a prompt, or train. Returns whether it was done to its end."""
-    folder = named.get("output_dir")
-    if folder and not named.get("inference_only") and not named.get("resume"):
-        refuse_used_folder(folder)
-
-    found = resume(named, world) if named.get("resume") else None
-    args, model, saved = found or (*begin(named, world), None)
-    state = saved or {"step": 0, "position": [0, 0, 0], "data": {}}
-    config, step = model.config, state["step"]
-
-    tokens = None
-    if args.inference_only or args.sample_every:
-        tokens = open_tokenizer(args, config.vocab_size)
-    if args.inference_only:
-        show = functools.partial(print, flush=True)  # here a text that can't be printed is an error
-        with signals_noted(world.asked, while_training=False):
-            with contextlib.suppress(BrokenPipeError):  # but for a reader that has enough
-                print_sample(args, model, tokens, 0, world.asked, show)
-        return True
-
-    loader, val_loader, data = open_data(args, config, world, state)
-    examples = open_examples(args, config) if args.hellaswag_eval else None
-    require_alike(world, lambda: {
-        "data": data, "weights": zlib.crc32(model.flat[0]), "settings": vars(args)
-    })  # fmt: skip
-    if not folder:
-        print_now("nothing of this run will be kept: --output_dir names a folder to keep it in")
-    entries = old_entries(folder, step) if saved else []
-    log = Log(folder if world.rank == 0 else "", entries)
-    shared = world.share_model(model)
-    run = Run(args, world, shared, loader, val_loader, data, tokens, examples, log, step, saved)
-    describe(run)
-    try:
-        with signals_noted(world.asked, while_training=True):
-            return train(run)
-    except FloatingPointError as error:  # in all processes, though perhaps by the data of one
-        places = world.gathered(first_not_finite(model), "the search for what is not finite")
-        place = next(filter(None, places), "a sum over all of them")
-        raise InputError(
-            f"update {run.step + 1}: {error}; it began in {place}: try a smaller --learning_rate, "
-            "or --grad_clip 1"
-        ) from None
-    finally:
-        log.write()
-
-
-def main(argv=None):
-    """Run the command line. Returns the exit code.
-
-    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
-    """
-    world = one_process()
-    try:
-        world = join_processes()
-        share_cores(world.local_size)
-        named = parse_flags(sys.argv[1:] if argv is None else argv)
-        check_flags(named)
-        require_alike(world, lambda: {
-            "flags": named,
-            "code": zlib.crc32(np.fromfile(__file__, np.uint8)),
-            "NumPy": np.__version__,
-        })  # fmt: skip
-
-        lock = contextlib.nullcontext()
-        if named.get("output_dir") and not named.get("inference_only") and world.rank == 0:
-            lock = folder_locked(named["output_dir"])
-        with lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is found by its loss
-            complete = run_command(named, world)
-        return 0 if complete else 128 + world.stopped[0]
-    except KeyboardInterrupt:
-        return world.end_all(130)
-    except (InputError, OSError, MemoryError) as error:
-        world.report(f"error: {error}")
-        return world.end_all(2 if isinstance(error, UsageError) else 1)
-    except Exception:
-        if world.size == 1:
-            raise
-        traceback.print_exc()
-        return world.end_all(1)
-
-
-def flush_at_last():
-    """Forget what can't be written, or Python would fail to, and change the exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream:
-                stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
 if __name__ == "__main__":
-    if sys.stdout:
+    with contextlib.suppress(AttributeError):  # what an editor puts in place of stdout
         sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal can't show
-    exit_code = main()
-    flush_at_last()
+    exit_code = main(sys.argv[1:])
+    sys.stdout = None  # all is flushed; what can't be written must not change the exit code
     sys.exit(exit_code)
