@@ -2656,9 +2656,10 @@ def lines_every(args):
 def describe(run):
     """Print what the run is, and what is normal for it."""
     args, V, T = run.args, run.model.config.vocab_size, run.args.sequence_length
-    where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder to keep it"
-    print_now(f"{THREADS} threads; what it learns is kept {where}")
+    print_now(f"{THREADS} threads")
     if run.loader:
+        kept_in = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
+        print_now(f"what it learns is kept {kept_in}")
         tokens = args.total_batch_size or run.loader.B * T
         epochs = args.num_iterations * tokens / sum(n for n, _ in run.data["training"])
         print_now(f"{args.num_iterations:,} updates of {tokens:,} tokens, {epochs:.3g} epochs")
@@ -2849,7 +2850,7 @@ def finish(run, complete):
         summary.append(f"saved in {folder}" if complete else go_on)
     print_now(("" if complete else "stopped: ") + ", ".join(summary))
 
-    remedy = go_on if list_checkpoints(folder) else "begin again with another --output_dir"
+    remedy = go_on if run.saved >= 0 else "begin again with another --output_dir"
     require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
 
 
@@ -2891,7 +2892,7 @@ CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning 
 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
-    pattern = os.path.join(glob.escape(folder or "\0"), f"checkpoint_{'[0-9]' * 8}.safetensors")
+    pattern = os.path.join(glob.escape(folder), f"checkpoint_{'[0-9]' * 8}.safetensors")
     return sorted(glob.glob(pattern), reverse=True)
 
 
@@ -3155,7 +3156,7 @@ def find_data(args, name, found):
         names, *texts = text_at_hand()
         print_now(f"the text is that of {names}, byte by byte")
         found.training, found.validation = [[text] for text in texts]
-        return
+        paths = [], []
     elif name == "d2" or V and not is_gpt2s(V):
         paths = provide("embedded")
     else:
@@ -3163,10 +3164,14 @@ def find_data(args, name, found):
         if not all(map(os.path.exists, paths)):
             paths = provide("tiny_shakespeare")
 
-    if paths[0] and args.num_iterations:
+    if paths[0]:
         found.training = open_shards(paths[0])
-    if paths[1] and (args.val_loss_every or not args.num_iterations):
+    if paths[1]:
         found.validation = open_shards(paths[1])
+    if args.num_iterations == 0:
+        found.training = []  # the model is to be evaluated
+    elif args.val_loss_every == 0:
+        found.validation = []
 
 
 def check_shards(shards, what, found, B, T):
