@@ -53,11 +53,11 @@ The model, where x is the residual stream and attproj, qkv, fc and fcproj are ma
 
 Whether a backward function overwrites (=) or adds (+=) follows three rules:
 
-    1. The gradient of an activation is overwritten, whatever stood there before.
+    1. The gradient of an activation is overwritten, unless it is that of the residual stream.
     2. The gradient of the residual stream is added to, because each line with += uses x twice: in
        the layernorm, and in the addition. It starts each backward pass as 0.
-    3. The gradient of a parameter is overwritten by the first micro-batch of a step and added to by
-       the later ones. The argument `add` says which. So nothing is cleared before a step.
+    3. The gradient of a parameter is overwritten by the first batch of a step and added to by later
+       ones, if several (then called micro-batches) make one step. The argument `add` says which.
 
 wte is used at both ends of the model, so dwte has two writers in each micro-batch. The classifier
 comes first, in forward(), and follows rule 3. encoder_backward comes last, and always adds.
@@ -101,10 +101,10 @@ import numpy as np  # 2.1 or newer
 # "As `add` says" is rule 3 of the header: overwritten if add is False, added to if it is True.
 # Arguments may not overlap, with one exception: gelu_backward's dinp may be its dout. These
 # functions return nothing. What one of them needs only while it runs, such as the scores of
-# attention, it allocates itself; that is small beside the activations.
+# attention, it allocates itself; that is small beside the blob.
 #
-# llm.c's functions have the same arguments, in the same order but for two: its layernorm_backward
-# has weight before mean, and its gelu_backward has inp before dout.
+# The order of arguments is llm.c's but for two functions: its layernorm_backward has weight before
+# mean, and its gelu_backward has inp before dout.
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -114,7 +114,7 @@ def encoder_forward(out, inp, wte, wpe):
 
         out[b, t] = wte[inp[b, t]] + wpe[t]
     """
-    np.take(wte, inp, axis=0, out=out, mode="clip")  # any other mode makes a copy first
+    np.take(wte, inp, axis=0, out=out, mode="clip")  # the default mode would copy out first
     out += wpe
 
 
@@ -134,7 +134,7 @@ def encoder_backward(dwte, dwpe, dout, inp, add):
     T = dout.shape[1]
     accumulate(dwpe[:T], dout.sum(axis=0), add)
     if not add:
-        dwpe[T:] = 0  # these positions had no token, and their rows hold what was there before
+        dwpe[T:] = 0  # these positions had no token; logits may lie there: see room_for_logits
 
 
 def accumulate(grad, value, add):
@@ -299,8 +299,8 @@ def products(*jobs):
 
 ATT_ROWS = 128  # attention takes this many positions at a time
 
-# Added to the scores of the same positions as queries (rows) and as keys (columns). It makes them
-# -inf where the key comes later than the query.
+# Added to the scores of ATT_ROWS positions as queries (rows) and the same positions as keys
+# (columns). It makes them -inf where the key comes later than the query.
 HIDE_FUTURE = np.triu(np.full((ATT_ROWS, ATT_ROWS), -np.inf, np.float32), k=1)
 
 
@@ -348,10 +348,10 @@ def attention_forward(out, lse, qkv, NH):
         out     = att @ v                                             (B, NH, T, hs)
 
     The code computes this for a block of ATT_ROWS queries at a time. So a row of the softmax is
-    complete in one block, and for a long text the memory that it takes grows with T, not with
-    T * T. A block is compared with the keys up to its own end only, which saves nearly half of the
-    work. What is kept is lse, one number for each query and head, the natural logarithm of the
-    softmax's denominator: with it, backward computes att again (Dao et al., 2022; Dao, 2023).
+    complete in one block, and for a long text the memory that it takes grows with T, not with its
+    square. A block is compared with the keys up to its own end only, which then saves nearly half
+    of the work. What is kept is lse, one number for each query and head, the natural logarithm of
+    the softmax's denominator: with it, backward computes att again (Dao et al., 2022).
     """
     q, k, v = split_qkv(qkv, NH)
     out = split_heads(out, NH)
@@ -563,9 +563,10 @@ def crossentropy_softmax_backward(probs, targets, dloss):
     dlogits *= dloss
 
 
-# These functions are right for any B and T, also for a part of a batch. Behind the line, in the
-# section on threads, each of them is wrapped once, by name: it is handed blocks that fit a core's
-# cache, and the cores share the blocks. The function is the body of every block.
+# These functions are right for any part of a batch, too. Behind the line, in the section on
+# threads, most of them are wrapped, as in gelu_forward = by_rows(gelu_forward, "out inp"): the new
+# gelu_forward cuts its arguments into blocks of rows that fit a core's cache, lets the cores share
+# the blocks, and calls the function above for each.
 
 # --------------------------------------------------------------------------------------------------
 # 3. The configuration
@@ -586,10 +587,10 @@ class GPT2Config:
 # 4. Memory: two tables and one blob
 #
 # All that a layer leaves for another layer, for the backward pass or for the next step lies in one
-# array, the blob. So no layer's output is allocated while training goes on, and AdamW, the norm and
-# checkpoints see all parameters as one vector. The blob begins as zeros. The operating system finds
-# memory for a part of it when that is first written to, so parts to which nothing is ever written
-# take none.
+# array, the blob. So no layer's output is allocated while training goes on, and the norm,
+# checkpoints and several processes see all parameters as one vector. The blob begins as zeros. The
+# operating system finds memory for a part of it when that is first written to, so parts to which
+# nothing is ever written take none.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -644,11 +645,11 @@ class Model:
 
     One step is forward(), backward(), update(). Several micro-batches make one step if forward()
     and backward() are called for each of them before update(). `micro_batch` says how many of them
-    the gradients hold: 0 after update(), one more after each backward(). Gradients are written only
-    in backward() and, at the end of forward(), in the classifier.
+    the gradients hold: 0 after update(), one more after each backward(). Gradients are computed in
+    backward() and, at the end of forward(), in the classifier.
     """
 
-    CLASSIFIER = "wte"  # the classifier's matrix, which stands first among the parameters
+    CLASSIFIER = "wte"  # the classifier's matrix, the first parameter; another model has another
 
     # The two tables. What stands in layer_params and layer_acts, every layer has.
 
@@ -769,7 +770,7 @@ class Model:
         self.recompute = recompute
         self.training = training
 
-        self.micro_batch = 0  # how many of them the gradients hold
+        self.micro_batch = 0  # how many micro-batches the gradients hold
         self.updates = 0  # how many updates there have been
         self.inputs = None  # of the last training forward pass; encoder_backward needs them
 
@@ -909,8 +910,8 @@ class Model:
     def classifier(self, losses, lnf, targets, weight, dweight=None, dloss=None):
         """Write losses (B, n), those of predicting targets (B, n) from lnf (B, n, C).
 
-        weight (V, C) is the classifier's matrix. If dweight, its gradient, and dloss, the weight of
-        one token's loss, are given, acts["dlnf"] and dweight are written, too.
+        weight (V, C) is the classifier's matrix. If dweight, its gradient, and dloss, how much one
+        token's loss counts, are given, acts["dlnf"] and dweight are written, too.
 
         The logits (B, n, V) would be one of the largest arrays. Each token's logits only serve its
         own loss, so we take some tokens at a time, a piece, all the way: logits, probabilities,
@@ -945,10 +946,10 @@ class Model:
     def room_for_logits(self, weight):
         """Memory (1, tokens, V) for logits while the gradients hold nothing of use.
 
-        In the forward pass of the first micro-batch, backward will overwrite all gradients but that
-        of the classifier's matrix, weight (V, C). For 124M there is room for 1708 tokens, where
-        acts["logits"] has 256, and larger pieces make the products faster, by 4 % of a step at
-        B*T = 1024. Later micro-batches and validation must leave the gradients alone.
+        After the forward pass of the first micro-batch, backward will overwrite all gradients but
+        that of the classifier's matrix, weight (V, C). For 124M there is room for 1708 tokens,
+        where acts["logits"] has 256, and larger pieces make the products faster, by 4 % of a step
+        at B*T = 1024. Later micro-batches and validation must leave the gradients alone.
         """
         V = len(weight)
         free = self.flat[1, weight.size :]  # the classifier's matrix stands first
@@ -968,7 +969,7 @@ class Model:
     # 6. The model backward: section 5 in reverse order
 
     def backward(self):
-        """Fill grads with the gradients of the last training forward pass.
+        """Fill grads with the gradients of the last forward pass, which must be a training one.
 
         The first micro-batch of a step overwrites them, later ones add. The classifier has left
         dlnf and its part of dwte.
@@ -989,7 +990,7 @@ class Model:
             g = self.params_of(grads, l)
             a = self.acts_of(l, B, T)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            if l < self.config.num_layers - 1:  # else, the shared memory still holds this layer's
+            if l < self.config.num_layers - 1:  # the last layer's are still in the shared memory
                 self.compute_again(p, a, residual)
             self.backward_layer(p, g, a, w, residual, add)
 
@@ -1057,7 +1058,7 @@ class Model:
             )  # fmt: skip
 
         self.updates = step
-        self.micro_batch = 0  # the next one overwrites the gradients, so nothing is cleared
+        self.micro_batch = 0  # the next batch overwrites the gradients, so nothing is cleared
 
     @staticmethod
     def is_decayed(name):
@@ -1205,12 +1206,11 @@ def learning_rate_at(step, num_iterations, peak, warmup_iters=0, final_frac=1.0)
 
 
 def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, grad_clip=0.0):
-    """One update from the next micro_batches batches of the loader: returns (loss, norm).
+    """One update from the loader's next micro_batches batches: (loss, norm before clipping).
 
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
 
-    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed; call
-    zero_grad() before going on.
+    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed.
     """
     loss = 0.0
     for _ in range(micro_batches):
@@ -1229,7 +1229,7 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
 
 
 def generate(model, tokens, max_new_tokens, temperature, top_k, rng):
-    """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
+    """Continue a list of at least one token id: an iterator over new ids, as soon as one is known.
 
     The model sees a window of at most T tokens. When there are more, the newer half of them becomes
     the new window. temperature, top_k and rng, a NumPy Generator: see sample.
@@ -1245,7 +1245,7 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, rng):
 
 
 def sample(logits, temperature, top_k, rng):
-    """One token id drawn from softmax(logits / temperature), logits (V,).
+    """One of all token ids, or of the top_k likeliest, drawn from softmax(logits / temperature).
 
     Lay the tokens side by side on a line, each as long as it is likely, and drop a pin on the line.
     """
@@ -3282,7 +3282,7 @@ def open_run(argv, make=GPT2, first=True):
         model.moments[...] = stored["moments"].array
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
-        run.entries = entries_until(run.folder, run.step)
+        run.entries = entries_until(args.output_dir, run.step)
         print_now(f"resuming from {checkpoint}")
     describe(run)
     return run
