@@ -5,6 +5,8 @@ What must be ready before training. It lies in data/, and what is missing there 
     tiny_shakespeare_{train,val}.bin   its tokens, in llm.c's format
     tiktoken/                          GPT-2's vocabulary, as tiktoken keeps it
     gpt2.safetensors, ...              OpenAI's weights, unless Hugging Face's cache has them
+    NAME_{train,val}.bin               the tokens of a text of one's own, NAME.txt
+    NAME.tiktoken                      and a vocabulary learned from it, in tiktoken's format
 
 train_gpt2.py calls provide() where something is missing. The files are all that the two share.
 """
@@ -13,7 +15,9 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import heapq
 import importlib
+import json
 import os
 import re
 import shlex
@@ -21,7 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from array import array
+from base64 import b64decode, b64encode
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +84,7 @@ def provide(what):
         "tiny_shakespeare"           (train_path, val_path), two token files
         "vocabulary"                 the folder in which tiktoken finds GPT-2's vocabulary
         "gpt2", "gpt2-medium", ...   OpenAI's weights, a .safetensors file
+        "embedded"                   (train_path, val_path, vocabulary_path): needs no network
 
     FetchError if it can't be fetched. InputError if it is none of these, if a package is missing, a
     file that is there is damaged, or the disk refuses.
@@ -86,29 +94,29 @@ def provide(what):
             return provide_tinyshakespeare()
         if what == "vocabulary":
             return provide_vocabulary()
+        if what == "embedded":
+            return provide_embedded()
         return provide_weights(what)
     except OSError as error:
         raise InputError(reason(error)) from None
 
 
 def provide_tinyshakespeare():
-    """Token files that are whole stay as they are, and a text that is there is used as it is."""
+    """Token files that are there stay as they are."""
     prefix = in_data("tiny_shakespeare")
     paths = f"{prefix}_train.bin", f"{prefix}_val.bin"
-    if any(count_tokens(path) is None for path in paths):
-        text = read_text(fetch_tinyshakespeare())
-        for path, data in token_files(prefix, *cut(text, VAL_BYTES), "gpt2").items():
-            write_file(path, data)
+    if not all(map(os.path.exists, paths)):
+        write_files(token_files(prefix, *cut(tiny_shakespeare(), VAL_BYTES), "gpt2"))
     return paths
 
 
-def fetch_tinyshakespeare():
-    """The path of the text."""
+def tiny_shakespeare():
+    """The text. One that is there is used as it is."""
     path = in_data("tiny_shakespeare.txt")
     download(f"{SHAKESPEARE}input.txt", path, SHA256["input.txt"], "Tiny Shakespeare")
     if digest(path) != SHA256["input.txt"]:
         say(f"{path} is not the original, but is used: delete it to fetch the original")
-    return path
+    return read_text(path)
 
 
 def provide_vocabulary():
@@ -159,6 +167,28 @@ def in_hub_cache(name):
             if path.exists() and (sha256 in (None, blob) or digest(path) == sha256):
                 return str(path)
     return None
+
+
+def provide_embedded():
+    """Tokens of a text that is at hand, in a vocabulary of 1,024 ids learned from it, in a second.
+
+    It is Tiny Shakespeare, if that lies in data/, or else this project's main files. Of passages of
+    1,000 bytes, and the rest of their last line, every tenth validates: so all kinds of them do.
+    """
+    here = Path(__file__).absolute().parent
+    names = "train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
+    paths = [in_data("tiny_shakespeare.txt")]
+    if not os.path.exists(paths[0]):
+        paths = [here / name for name in names if (here / name).exists()]
+    text = "".join(map(read_text, paths)).encode()
+    passages = re.findall(rb"(?s:.{1000})[^\n]*\n?|(?s:.+)", text)
+    validation = b"".join(passages[5::10]).decode()
+    del passages[5::10]
+    training = b"".join(passages)
+    vocabulary = learn_vocabulary(training, 1024)
+    files = token_files(in_data("first"), training.decode(), validation, vocabulary)
+    write_files(files)
+    return tuple(files)
 
 
 def gpt2_encoding():
@@ -298,19 +328,25 @@ def make_folder_of(path):
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def write_file(path, data):
-    """Write bytes to a file that is never half a file: beside it, to the disk, then renamed."""
-    make_folder_of(path)
-    beside = f"{path}.{os.urandom(4).hex()}.tmp"
-    try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        if os.path.exists(beside):
-            os.remove(beside)
+def write_files(files):
+    """{path: bytes}: write them, but for those that are the same already. None is ever half a file:
+
+    it is written beside its place, brought to the disk, and renamed.
+    """
+    for path, data in files.items():
+        if os.path.exists(path) and Path(path).read_bytes() == data:
+            continue
+        make_folder_of(path)
+        beside = f"{path}.{os.urandom(4).hex()}.tmp"
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.remove(beside)
 
 
 def digest(path):
@@ -409,59 +445,174 @@ def encode(text, encoding):
 
 
 def token_files(prefix, training, validation, vocabulary):
-    """{path: content} of PREFIX_train.bin and PREFIX_val.bin. vocabulary: "bytes" or "gpt2".
+    """{path: bytes} of PREFIX_train.bin, PREFIX_val.bin and, if it is learned, PREFIX.tiktoken.
 
-    For GPT-2, as in llm.c, a text begins anew after each blank line:
+    vocabulary: "bytes", "gpt2", or a list of bytes by id. For GPT-2, as in llm.c, a text begins
+    anew after each blank line. In a learned one <|endoftext|> stands between texts only.
 
         "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
     """
+    texts = training, validation
+    files = {}
     if vocabulary == "bytes":
-        vocab_size = 256
-        ids = [text.replace("\0", "\n").encode() for text in (training, validation)]
-        training, validation = (np.frombuffer(data, np.uint8) for data in ids)
-    else:
-        vocab_size = 50257
+        header = 256, 0
+        ids = [np.frombuffer(text.replace("\0", "\n").encode(), np.uint8) for text in texts]
+    elif vocabulary == "gpt2":
+        header = 50257, 0
         encoding = gpt2_encoding()
-        sections = [text.replace("\n\n", "\n\n\0") for text in (training, validation)]
-        training, validation = (encode(text, encoding) for text in sections)
-        training = training[1:]  # it goes on where validation was cut off
-    return {
-        f"{prefix}_train.bin": token_file(training, vocab_size),
-        f"{prefix}_val.bin": token_file(validation, vocab_size),
-    }
+        ids = [encode(text.replace("\n\n", "\n\n\0"), encoding) for text in texts]
+        ids[0] = ids[0][1:]  # the training text goes on where that for validation was cut off
+    else:
+        data = vocabulary_file(vocabulary)
+        header = len(vocabulary) + 1, zlib.crc32(data)
+        ids = [encode(text, encoding_of(vocabulary))[1:] for text in texts]
+        files[f"{prefix}.tiktoken"] = data
+    parts = {f"{prefix}_train.bin": ids[0], f"{prefix}_val.bin": ids[1]}
+    return {path: token_file(part, *header) for path, part in parts.items()} | files
 
 
-def token_file(tokens, vocab_size=0):
-    """The bytes of llm.c's token file. InputError unless tokens are ids of that vocabulary.
+def token_file(tokens, vocab_size=0, crc32=0):
+    """The bytes of a token file. crc32: of the vocabulary's file. In llm.c's own both are 0.
 
-        256 int32: 20240520, version 1, number of tokens, vocab_size (0 in llm.c), zeros
+        256 int32: 20240520, version 1, number of tokens, vocab_size, crc32, zeros
         the tokens, uint16
     """
-    tokens = np.asarray(tokens)
-    highest = vocab_size - 1 if vocab_size else 65535
-    right = tokens.dtype.kind in "iu" and tokens.ndim == 1 and 0 < len(tokens) < 1 << 31
-    right = right and 0 <= tokens.min() and tokens.max() <= highest
-    require(right, f"expected ids from 0 to {highest}, found {tokens.dtype} {tokens.shape}")
-    header = np.array([TOKENS, 1, len(tokens), vocab_size, *[0] * 252], "<u4")
+    require(0 < len(tokens) < 1 << 31, f"expected 1 to 2^31 - 1 tokens, found {len(tokens)}")
+    header = np.array([TOKENS, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
     return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
-def count_tokens(path):
-    """How many tokens are in a file. None if it is no whole token file."""
-    if not os.path.isfile(path) or os.path.getsize(path) <= 1024:
-        return None
-    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-    whole = (magic, version, 1024 + 2 * count) == (TOKENS, 1, os.path.getsize(path))
-    return count if whole else None
+# --------------------------------------------------------------------------------------------------
+# 4. A vocabulary of one's own
+#
+# Byte pair encoding (Sennrich, Haddow and Birch, 2016, https://arxiv.org/abs/1508.07909) begins
+# with the 256 bytes and makes the most frequent pair of neighbours a new token, again and again.
+# Their example has the words low, lower, newest, widest, which occur 5, 2, 6, 3 times:
+#
+#     l o w        5    e s and s t 9, w e 8, l o and o w 7, n e and e w 6, ...
+#     l o w e r    2    256 = e s: as frequent as s t, and e comes before s
+#     n e w es t   6    es t 9, l o and o w 7, n e, e w and w es 6, ...
+#     w i d es t   3    257 = es t
+#     n e w est    6    l o and o w 7, n e, e w and w est 6, ...
+#     w i d est    3    258 = l o, then 259 = lo w, 260 = e w, 261 = n ew, 262 = new est
+#
+# In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. A model
+# with such a vocabulary has few rows in wte, and need not learn to spell.
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def learn_vocabulary(text, vocab_size):
+    """The bytes of each token, a list by id, learned from a text, which is UTF-8 bytes.
+
+    Ids 0 to 255 are the bytes, id 256 is the first merge, and <|endoftext|>, which is not in the
+    list, will be the last of the vocab_size ids; there are fewer if the text has no more pairs. Of
+    equally frequent pairs that with the smallest (left id, right id) is merged; "aaa" has two of
+    them, and becomes aa a.
+    """
+    # All different words, each once, with a -1 before and behind. Merging shortens a linked list:
+    # the left half of a pair gets the new id, and the right half is skipped.
+    words = Counter(m.group().encode() for m in package("regex").finditer(PATTERN, text.decode()))
+    ids = np.frombuffer(b"\xff" + b"".join(word + b"\xff" for word in words), np.uint8)
+    ids = np.where(ids == 0xFF, -1, ids.astype(np.int32))  # no UTF-8 text has the byte 0xff
+    times = np.repeat([0, *words.values()], [1, *(len(word) + 1 for word in words)])
+    places = np.arange(len(ids))
+    before, after = np.roll(places, 1), np.roll(places, -1)
+    frequency = Counter()  # of a pair, which is one number: 65536 * left + right
+    heap = []  # of (-frequency, pair), the greatest frequency first; some are out of date
+
+    def count(places, sign):
+        """Add sign * the frequency of its word to that of each pair that begins at a place."""
+        left, right = ids[places].astype(np.int64), ids[after[places]]
+        inside = (left >= 0) & (right >= 0)
+        pairs, which = np.unique((65536 * left + right)[inside], return_inverse=True)
+        changes = np.bincount(which, times[places][inside]).astype(np.int64)
+        for pair, change in zip(pairs.tolist(), changes.tolist(), strict=True):
+            frequency[pair] += sign * change
+            heapq.heappush(heap, (-frequency[pair], pair))
+
+    vocabulary = [bytes([i]) for i in range(256)]
+    count(places, 1)
+    for new in counted(range(256, vocab_size - 1), "learning tokens", 256, vocab_size - 1):
+        while heap and (heap[0][0] != -frequency[heap[0][1]] or heap[0][0] == 0):
+            heapq.heappop(heap)
+        if not heap:
+            break
+        left, right = divmod(heap[0][1], 65536)
+        vocabulary.append(vocabulary[left] + vocabulary[right])
+
+        at = np.flatnonzero(ids == left)
+        at = at[ids[after[at]] == right]
+        if left == right:  # of a a a a the first and the third begin a pair
+            chosen = set()
+            for place in at.tolist():
+                if before[place] not in chosen:
+                    chosen.add(place)
+            at = np.array(sorted(chosen))
+        skipped = after[at]
+        count(np.unique([before[at], at, skipped]), -1)
+        ids[at] = new
+        ids[skipped] = -1
+        after[at] = after[skipped]
+        before[after[at]] = at
+        count(np.unique([before[at], at]), 1)
+    return vocabulary
+
+
+def encoding_of(vocabulary):
+    """The tiktoken.Encoding of a vocabulary, bytes by id, with <|endoftext|> as its last id."""
+    return package("tiktoken").Encoding(
+        "own",
+        pat_str=PATTERN,
+        mergeable_ranks={token: i for i, token in enumerate(vocabulary)},
+        special_tokens={END_OF_TEXT: len(vocabulary)},
+    )
+
+
+def vocabulary_file(vocabulary):
+    """The bytes of tiktoken's file of a vocabulary: a line for each id, base64 and the id."""
+    return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(vocabulary))
+
+
+def write_vocabulary(path, vocabulary):
+    """Write tiktoken's file of a vocabulary, bytes by id."""
+    write_files({path: vocabulary_file(vocabulary)})
+
+
+def read_vocabulary(path):
+    """The bytes of each token, a list by id, from a .tiktoken file or the folder of a saved model.
+
+    The folder's vocab.json has a letter for each byte, and other letters where a byte's own can't
+    be seen, as GPT-2's has. InputError if it is no such vocabulary.
+    """
+    try:
+        if os.path.isdir(path):
+            seen = [i for i in range(256) if chr(i).isprintable() and i != ord(" ")]
+            unseen = [i for i in range(256) if i not in seen]
+            byte = {chr(i): i for i in seen} | {chr(256 + n): i for n, i in enumerate(unseen)}
+            vocab = json.loads(Path(path, "vocab.json").read_bytes())
+            vocab.pop(END_OF_TEXT, None)
+            ids = {bytes(map(byte.get, token)): i for token, i in vocab.items()}
+        else:
+            lines = Path(path).read_bytes().splitlines()
+            ids = {b64decode(token): int(i) for token, i in map(bytes.split, lines)}
+        vocabulary = [token for _, token in sorted((i, token) for token, i in ids.items())]
+        right = sorted(ids.values()) == list(range(len(ids))) and 257 <= len(ids) <= 65535
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no vocabulary: {error}") from None
+    right = right and sorted(vocabulary[:256]) == [bytes([i]) for i in range(256)]
+    require(right, f"{path}: expected the bytes and 1 to 65279 more ids, found {len(ids)} in all")
+    return vocabulary
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The command line
+# 5. The command line
 
 EXAMPLES = """\
 python prepro_tinyshakespeare.py                              Tiny Shakespeare, in GPT-2's tokens
 python prepro_tinyshakespeare.py --input my.txt               data/my_train.bin and data/my_val.bin
 python prepro_tinyshakespeare.py --input my.txt --bytes 1     its bytes as tokens: needs no network
+python prepro_tinyshakespeare.py --vocab_size 1024            a vocabulary learned from the text
 """
 
 
@@ -479,41 +630,56 @@ def parse_args(argv):
     add("--encoding", default="utf-8", metavar="NAME", help="their encoding (utf-8): gbk, cp1252")
     add("--val_fraction", type=float, default=0.1, metavar="X", help="this part validates (0.1)")
     add("--output_prefix", metavar="PREFIX", help="write PREFIX_train.bin and PREFIX_val.bin")
-    add("--bytes", **switch, help="1: the text's bytes are the tokens")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--bytes", **switch, help="1: the text's bytes are the tokens")
+    which.add_argument("--vocab_size", type=int, metavar="V", help="learn V tokens from the text")
+    which.add_argument("--vocabulary", metavar="PATH", help="take a .tiktoken file's or a model's")
     add("--endoftext", **switch, help=f"1: {END_OF_TEXT} in the text is that token")
     add("--replace", **switch, help="1: replace token files that hold something else")
     args = parser.parse_args(argv)
 
-    if args.input is None and argv:
-        parser.error("this flag needs --input: Tiny Shakespeare is split as in llm.c")
+    own = args.bytes or args.vocab_size or args.vocabulary
+    if argv and not (args.input or own) or not args.input and args.val_fraction != 0.1:
+        parser.error("this flag needs --input: Tiny Shakespeare is prepared as in llm.c")
     if args.bytes and args.endoftext:
         parser.error(f"--endoftext 1 needs a vocabulary: bytes have no {END_OF_TEXT}")
+    if args.vocab_size is not None and not 258 <= args.vocab_size <= 50256:
+        parser.error(f"--vocab_size {args.vocab_size} is not between 258 and 50256")
+    if not 0 < args.val_fraction < 1:
+        parser.error(f"--val_fraction {args.val_fraction} is not between 0 and 1")
     return args
 
 
-def write_own_texts(args, argv):
-    """Write the tokens of the user's own texts: [train_path, val_path]. argv: what he typed."""
-    require(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction} is not between 0 and 1")
-    texts = [read_text(os.path.expanduser(path), args.encoding) for path in args.input]
-    text = "\0".join(texts)
+def own_files(args):
+    """{path: bytes}, as of token_files, of what the flags ask for."""
+    if args.input:
+        paths = list(map(os.path.expanduser, args.input))
+        text = "\0".join(read_text(path, args.encoding) for path in paths)
+        n = int(args.val_fraction * len(text.encode()))
+    else:
+        text, n = tiny_shakespeare(), VAL_BYTES
     if args.endoftext:
-        text = text.replace(END_OF_TEXT, "\0").strip("\0")
+        text = text.replace(END_OF_TEXT, "\0")
     elif END_OF_TEXT in text and not args.bytes:
         say(f"{END_OF_TEXT} in the text is characters here: --endoftext 1 makes it the token")
 
-    training, validation = cut(text, int(args.val_fraction * len(text.encode())))
-    found = f"{len(validation)} letters validate, {len(training)} train"
+    training, validation = cut(text, n)
+    found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
-    prefix = os.path.expanduser(args.output_prefix or in_data(Path(args.input[0]).stem))
-    files = token_files(prefix, training, validation, "bytes" if args.bytes else "gpt2")
-    for path, data in files.items():
-        same = not os.path.exists(path) or Path(path).read_bytes() == data
-        again = quoted(["python", sys.argv[0], *argv, "--replace", "1"])
-        message = f"{path} is there and holds something else: choose another --output_prefix, or "
-        require(same or args.replace, f"{message}replace it: {again}")
-    for path, data in files.items():
-        write_file(path, data)
-    return list(files)
+
+    vocabulary, name = "gpt2", "tiny_shakespeare"
+    if args.bytes:
+        vocabulary, name = "bytes", "tiny_shakespeare_bytes"
+    if args.vocabulary:
+        vocabulary = read_vocabulary(os.path.expanduser(args.vocabulary))
+        name = "tiny_shakespeare_own"
+    if args.vocab_size:
+        vocabulary = learn_vocabulary(training.replace("\0", "\n").encode(), args.vocab_size)
+        name = f"tiny_shakespeare_{args.vocab_size}"
+        if len(vocabulary) + 1 < args.vocab_size:
+            say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
+    prefix = args.output_prefix or in_data(Path(paths[0]).stem if args.input else name)
+    return token_files(os.path.expanduser(prefix), training, validation, vocabulary)
 
 
 def quoted(words):
@@ -528,14 +694,20 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # it may lack a letter of a file's name
     args = parse_args(argv)
     try:
-        paths = provide("tiny_shakespeare") if args.input is None else write_own_texts(args, argv)
-        for path in paths:
-            print(f"{path}: {count_tokens(path):,} tokens")
-        command = ["python", os.path.join(os.path.dirname(sys.argv[0]), "train_gpt2.py")]
-        if args.input:
-            model = ["--model", "bytes"] if args.bytes else []
-            command += [*model, "--input_bin", paths[0], "--input_val_bin", paths[1]]
-        print(f"train on it: {quoted(command)}")
+        files = own_files(args)
+        for path, data in files.items():
+            same = not os.path.exists(path) or Path(path).read_bytes() == data
+            again = quoted(["python", sys.argv[0], *argv, "--replace", "1"])
+            message = f"{path} is there and holds something else: choose another --output_prefix, "
+            require(same or args.replace or not argv, f"{message}or replace it: {again}")
+        write_files(files)
+        train_path, val_path, *own = files
+        for path in (train_path, val_path):
+            print(f"{path}: {(len(files[path]) - 1024) // 2:,} tokens")
+        model = "bytes" if args.bytes else "d2" if own else "gpt2"
+        trainer = os.path.join(os.path.dirname(sys.argv[0]), "train_gpt2.py")
+        flags = ["--model", model, "--input_bin", train_path, "--input_val_bin", val_path]
+        print(f"train on it: {quoted(['python', trainer, *flags])}")
         return 0
     except KeyboardInterrupt:
         say("stopped: run it again to go on")
