@@ -72,10 +72,10 @@ class FetchError(InputError):
     """Something can't be fetched: there is no network, the server refuses, or another file came."""
 
 
-def require(condition, message, error=InputError):
-    """Raise error(message) unless the condition holds."""
+def require(condition, message):
+    """Raise InputError(message) unless the condition holds."""
     if not condition:
-        raise error(message)
+        raise InputError(message)
 
 
 def provide(what):
@@ -232,9 +232,8 @@ def download(url, path, sha256=None, what=None):
     """
     if os.path.exists(path):
         return path
-    what = what or os.path.basename(path)
-    requests = package("requests")
     make_folder_of(path)
+    what = what or os.path.basename(path)
     part = f"{path}.part"
     mine = f"{part}.{os.urandom(4).hex()}"
     for left in [part, *glob.glob(f"{glob.escape(part)}.*")]:
@@ -244,7 +243,7 @@ def download(url, path, sha256=None, what=None):
                 os.rename(left, mine)
     try:
         with open(mine, "ab") as file:
-            sha256 = fetch(requests, url, file, sha256, what)
+            sha256 = fetch(url, file, sha256, what)
         found = digest(mine)
         if sha256 not in (None, found):
             os.remove(mine)
@@ -261,55 +260,50 @@ def download(url, path, sha256=None, what=None):
             os.replace(mine, part) if os.path.getsize(mine) else os.remove(mine)
 
 
-def fetch(requests, url, file, sha256, what):
-    """Append to an open file what it lacks, with as many connections as it takes.
+def fetch(url, file, sha256, what):
+    """Append to an open file what it lacks, with as many connections as that takes.
 
-    Returns the SHA-256 that it should have, if it is known. FetchError if it can't be had.
+    Returns the SHA-256 that the whole should have, if it is known. FetchError if it can't be had.
     """
-    begun = file.tell()  # by an earlier run
+    requests = package("requests")
+    begun = have = file.tell()  # by an earlier run
     for attempt in range(1, ATTEMPTS + 1):
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
-            return receive(requests, url, file, sha256, what)
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                for redirect in response.history:  # in which Hugging Face says what is to come
+                    sha256 = sha256 or redirect.headers.get("X-Linked-Etag", "").strip('"') or None
+                status = response.status_code
+                if have and status == 416:  # nothing was missing
+                    return sha256
+                if status not in (200, 206):
+                    raise FetchError(f"the server answered {status} {response.reason}")
+                if "text/html" in response.headers.get("Content-Type", ""):
+                    raise FetchError("a web page came (must you log in to this network?)")
+                if status == 200:  # the whole file, whatever we asked for
+                    file.seek(0)
+                    file.truncate()
+                size = file.tell() + int(response.headers.get("Content-Length", 0))
+                chunks = response.iter_content(CHUNK)
+                for chunk in counted(chunks, f"fetching {what}", file.tell(), size):
+                    file.write(chunk)
+            if file.tell() < size:
+                raise requests.ConnectionError("it ended early")
+            file.flush()
+            os.fsync(file.fileno())
+            return sha256
         except requests.RequestException as error:
-            came = file.tell() > begun  # if nothing came, waiting won't bring a network
-            trouble = f"{'the connection broke' if came else 'no network'} ({reason(error)})"
+            have = file.tell()
+            trouble = f"the connection broke ({reason(error)})"
+            if have <= begun:  # nothing came, so waiting won't bring a network
+                trouble = f"no network ({reason(error)})"
             if isinstance(error, requests.exceptions.SSLError):
                 trouble += "; name the certificate of a proxy in REQUESTS_CA_BUNDLE"
             if isinstance(error, requests.exceptions.InvalidSchema):
                 trouble += '; a socks proxy needs pip install "requests[socks]"'
-            require(came and attempt < ATTEMPTS, trouble, FetchError)
+            if have <= begun or attempt == ATTEMPTS:
+                raise FetchError(trouble) from None
             time.sleep(RETRY_WAIT)
-
-
-def receive(requests, url, file, sha256, what):
-    """One connection. Returns the SHA-256, if it is known."""
-    have = file.tell()
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        for redirect in response.history:  # in which Hugging Face says what is to come
-            sha256 = sha256 or redirect.headers.get("X-Linked-Etag", "").strip('"') or None
-        status = response.status_code
-        if have and status == 416:  # nothing was missing
-            return sha256
-        refusal = f"the server answered {status} {response.reason}"
-        require(status in (200, 206), refusal, FetchError)
-        web_page = "text/html" in response.headers.get("Content-Type", "")
-        require(not web_page, "a web page came (must you log in to this network?)", FetchError)
-
-        if status == 200:  # the whole file, whatever we asked for
-            file.seek(0)
-            file.truncate()
-            have = 0
-        size = have + int(response.headers.get("Content-Length", 0))
-        for chunk in counted(response.iter_content(CHUNK), f"fetching {what}", have, size):
-            file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
-    if file.tell() < size:
-        raise requests.ConnectionError("it ended early")
-    return sha256
 
 
 def in_data(name):
@@ -329,10 +323,7 @@ def make_folder_of(path):
 
 
 def write_files(files):
-    """{path: bytes}: write them, but for those that are the same already. None is ever half a file:
-
-    it is written beside its place, brought to the disk, and renamed.
-    """
+    """Write {path: bytes}, but for those that are the same already. No file is ever half a file."""
     for path, data in files.items():
         if os.path.exists(path) and Path(path).read_bytes() == data:
             continue
@@ -400,7 +391,6 @@ def counted(pieces, doing, done, total):
 #
 # Several texts are one string here, with "\0" between them, which no text contains.
 
-TOKENS = 20240520
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -451,35 +441,33 @@ def token_files(prefix, training, validation, vocabulary):
     anew after each blank line. In a learned one <|endoftext|> stands between texts only.
 
         "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
-    """
-    texts = training, validation
-    files = {}
-    if vocabulary == "bytes":
-        header = 256, 0
-        ids = [np.frombuffer(text.replace("\0", "\n").encode(), np.uint8) for text in texts]
-    elif vocabulary == "gpt2":
-        header = 50257, 0
-        encoding = gpt2_encoding()
-        ids = [encode(text.replace("\n\n", "\n\n\0"), encoding) for text in texts]
-        ids[0] = ids[0][1:]  # the training text goes on where that for validation was cut off
-    else:
-        data = vocabulary_file(vocabulary)
-        header = len(vocabulary) + 1, zlib.crc32(data)
-        ids = [encode(text, encoding_of(vocabulary))[1:] for text in texts]
-        files[f"{prefix}.tiktoken"] = data
-    parts = {f"{prefix}_train.bin": ids[0], f"{prefix}_val.bin": ids[1]}
-    return {path: token_file(part, *header) for path, part in parts.items()} | files
 
-
-def token_file(tokens, vocab_size=0, crc32=0):
-    """The bytes of a token file. crc32: of the vocabulary's file. In llm.c's own both are 0.
+    A token file is llm.c's, which leaves vocab_size and crc32, that of PREFIX.tiktoken, at 0:
 
         256 int32: 20240520, version 1, number of tokens, vocab_size, crc32, zeros
         the tokens, uint16
     """
-    require(0 < len(tokens) < 1 << 31, f"expected 1 to 2^31 - 1 tokens, found {len(tokens)}")
-    header = np.array([TOKENS, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
-    return header.tobytes() + tokens.astype("<u2").tobytes()
+    texts = training, validation
+    crc32, more = 0, {}
+    if vocabulary == "bytes":
+        vocab_size = 256
+        ids = [np.frombuffer(text.replace("\0", "\n").encode(), np.uint8) for text in texts]
+    elif vocabulary == "gpt2":
+        vocab_size = 50257
+        encoding = gpt2_encoding()
+        ids = [encode(text.replace("\n\n", "\n\n\0"), encoding) for text in texts]
+        ids[0] = ids[0][1:]  # the training text goes on where that for validation was cut off
+    else:
+        vocab_size = len(vocabulary) + 1
+        more = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
+        crc32 = zlib.crc32(vocabulary_file(vocabulary))
+        ids = [encode(text, encoding_of(vocabulary))[1:] for text in texts]
+
+    files = {}
+    for part, tokens in zip(("train", "val"), ids, strict=True):
+        header = np.array([20240520, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
+        files[f"{prefix}_{part}.bin"] = header.tobytes() + tokens.astype("<u2").tobytes()
+    return files | more
 
 
 # --------------------------------------------------------------------------------------------------
@@ -489,12 +477,12 @@ def token_file(tokens, vocab_size=0, crc32=0):
 # with the 256 bytes and makes the most frequent pair of neighbours a new token, again and again.
 # Their example has the words low, lower, newest, widest, which occur 5, 2, 6, 3 times:
 #
-#     l o w        5    e s and s t 9, w e 8, l o and o w 7, n e and e w 6, ...
-#     l o w e r    2    256 = e s: as frequent as s t, and e comes before s
-#     n e w es t   6    es t 9, l o and o w 7, n e, e w and w es 6, ...
-#     w i d es t   3    257 = es t
-#     n e w est    6    l o and o w 7, n e, e w and w est 6, ...
-#     w i d est    3    258 = l o, then 259 = lo w, 260 = e w, 261 = n ew, 262 = new est
+#     l o w, l o w e r, n e w e s t, w i d e s t
+#         e s 9, s t 9, w e 8, l o 7, o w 7, ...: e is before s, so    256 = e s
+#     l o w, l o w e r, n e w es t, w i d es t
+#         es t 9, l o 7, o w 7, n e 6, ...:                            257 = es t
+#     l o w, l o w e r, n e w est, w i d est
+#         l o 7, o w 7, n e 6, e w 6, w est 6, ...: l is before o, so  258 = l o
 #
 # In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. A model
 # with such a vocabulary has few rows in wte, and need not learn to spell.
@@ -596,12 +584,12 @@ def read_vocabulary(path):
         else:
             lines = Path(path).read_bytes().splitlines()
             ids = {b64decode(token): int(i) for token, i in map(bytes.split, lines)}
-        vocabulary = [token for _, token in sorted((i, token) for token, i in ids.items())]
-        right = sorted(ids.values()) == list(range(len(ids))) and 257 <= len(ids) <= 65535
+        vocabulary = sorted(ids, key=ids.get)
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no vocabulary: {error}") from None
+    right = [ids[token] for token in vocabulary] == list(range(len(ids))) and len(ids) < 65536
     right = right and sorted(vocabulary[:256]) == [bytes([i]) for i in range(256)]
-    require(right, f"{path}: expected the bytes and 1 to 65279 more ids, found {len(ids)} in all")
+    require(right, f"{path}: expected the bytes and up to 65279 merges, found {len(ids)} ids")
     return vocabulary
 
 
