@@ -5,10 +5,14 @@ What must be ready before training. It lies in data/, and what is missing there 
     tiny_shakespeare_{train,val}.bin   its tokens, in llm.c's format
     tiktoken/                          GPT-2's vocabulary, as tiktoken keeps it
     gpt2.safetensors, ...              OpenAI's weights, unless Hugging Face's cache has them
-    NAME_{train,val}.bin               the tokens of a text of one's own, NAME.txt
-    NAME.tiktoken                      and a vocabulary learned from it, in tiktoken's format
 
 train_gpt2.py calls provide() where something is missing. The files are all that the two share.
+
+    python prepro_tinyshakespeare.py                            Tiny Shakespeare in GPT-2's tokens
+    python prepro_tinyshakespeare.py --input my.txt             data/my_train.bin, data/my_val.bin
+    python prepro_tinyshakespeare.py --input my.txt --bytes 1   its bytes as tokens
+    python prepro_tinyshakespeare.py --input my.txt --vocab_size 1024
+                                       a vocabulary learned from it, data/my.tiktoken
 """
 
 import argparse
@@ -177,9 +181,10 @@ def provide_embedded():
     """
     here = Path(__file__).absolute().parent
     names = "train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
-    paths = [in_data("tiny_shakespeare.txt")]
-    if not os.path.exists(paths[0]):
-        paths = [here / name for name in names if (here / name).exists()]
+    paths = [here / name for name in names if (here / name).exists()]
+    shakespeare = in_data("tiny_shakespeare.txt")
+    if os.path.exists(shakespeare) and os.path.getsize(shakespeare) > 20_000:
+        paths = [shakespeare]
     text = "".join(map(read_text, paths)).encode()
     passages = re.findall(rb"(?s:.{1000})[^\n]*\n?|(?s:.+)", text)
     validation = b"".join(passages[5::10]).decode()
@@ -403,7 +408,7 @@ def read_text(path, encoding="utf-8"):
     advice = "you must know its encoding, and name it: --encoding utf-16, or cp1252, gbk, shift_jis"
     try:
         text = Path(path).read_bytes().decode(encoding)
-        text.encode()  # some decoders make letters that are none
+        text.encode()  # some decoders give surrogates
     except (LookupError, UnicodeError) as error:  # which tells the byte and its position
         raise InputError(f"{path}: {error}: {advice}") from None
     place = text.find("\0")
@@ -414,9 +419,9 @@ def read_text(path, encoding="utf-8"):
 
 
 def cut(text, n):
-    """(training, validation): validation has the first n bytes, or fewer, so as to cut no letter.
+    """(training, validation): the first n bytes validate, or fewer: no character is cut in two.
 
-    It is cut by bytes so that it is the same for every vocabulary.
+    A cut by bytes is the same for every vocabulary.
     """
     head = text.encode()[:n].decode(errors="ignore")
     return text[len(head) :].strip("\0"), head.strip("\0")
@@ -570,8 +575,8 @@ def write_vocabulary(path, vocabulary):
 def read_vocabulary(path):
     """The bytes of each token, a list by id, from a .tiktoken file or the folder of a saved model.
 
-    The folder's vocab.json has a letter for each byte, and other letters where a byte's own can't
-    be seen, as GPT-2's has. InputError if it is no such vocabulary.
+    A folder's vocab.json has a character for each byte: its own, or another if that can't be seen.
+    InputError if the vocabulary does not begin with the 256 bytes.
     """
     try:
         if os.path.isdir(path):
@@ -596,19 +601,10 @@ def read_vocabulary(path):
 # --------------------------------------------------------------------------------------------------
 # 5. The command line
 
-EXAMPLES = """\
-python prepro_tinyshakespeare.py                              Tiny Shakespeare, in GPT-2's tokens
-python prepro_tinyshakespeare.py --input my.txt               data/my_train.bin and data/my_val.bin
-python prepro_tinyshakespeare.py --input my.txt --bytes 1     its bytes as tokens: needs no network
-python prepro_tinyshakespeare.py --vocab_size 1024            a vocabulary learned from the text
-"""
-
-
 def parse_args(argv):
     """The command line's flags. Leaves with exit code 2 if they make no sense."""
     parser = argparse.ArgumentParser(
-        description="Make ready what training needs: a text's tokens, in data/.",
-        epilog=EXAMPLES,
+        description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
