@@ -196,7 +196,7 @@ def provide_embedded():
     return tuple(files)
 
 
-def gpt2_encoding():
+def get_encoding():
     """tiktoken's "gpt2". InputError if tiktoken or the vocabulary is missing."""
     tiktoken = package("tiktoken")
     folder = os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
@@ -459,7 +459,7 @@ def token_files(prefix, training, validation, vocabulary):
         ids = [np.frombuffer(text.replace("\0", "\n").encode(), np.uint8) for text in texts]
     elif vocabulary == "gpt2":
         vocab_size = 50257
-        encoding = gpt2_encoding()
+        encoding = get_encoding()
         ids = [encode(text.replace("\n\n", "\n\n\0"), encoding) for text in texts]
         ids[0] = ids[0][1:]  # the training text goes on where that for validation was cut off
     else:
@@ -600,6 +600,7 @@ def read_vocabulary(path):
 
 # --------------------------------------------------------------------------------------------------
 # 5. The command line
+
 
 def parse_args(argv):
     """The command line's flags. Leaves with exit code 2 if they make no sense."""
