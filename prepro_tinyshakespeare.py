@@ -258,7 +258,8 @@ def download(url, path, sha256=None, what=None):
     except FetchError as error:
         cause = f"can't fetch {what}: {error}"
         message = f"{cause}: try again, or fetch {url} by hand and put it at {path}; without a "
-        message += "network, train by bytes: python train_gpt2.py --model bytes"
+        message += "network, train by bytes: python prepro_tinyshakespeare.py --input my.txt "
+        message += "--bytes 1, or python train_gpt2.py --model bytes"
         raise FetchError(message, cause) from None
     finally:
         if os.path.exists(mine):
@@ -410,7 +411,7 @@ def read_text(path, encoding="utf-8"):
         text = Path(path).read_bytes().decode(encoding)
         text.encode()  # some decoders give surrogates
     except (LookupError, UnicodeError) as error:  # which tells the byte and its position
-        raise InputError(f"{path}: {error}: {advice}") from None
+        raise InputError(f"{path} is not {encoding}: {error}: {advice}") from None
     place = text.find("\0")
     require(place < 0, f"{path}: there is a NUL at position {place}: is it a text? If so, {advice}")
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")

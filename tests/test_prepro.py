@@ -408,7 +408,7 @@ def test_a_cut_parts_no_character_and_leaves_no_end_of_text():
 
 
 MISTAKES = {  # what a user does: (the bytes of text.txt, flags, what the message must name)
-    "latin-1": (b"na\xefve", [], ["text.txt", "0xef", "position 2", "--encoding"]),
+    "latin-1": (b"na\xefve", [], ["text.txt is not utf-8", "0xef", "position 2", "--encoding"]),
     "utf-16": ("to be".encode("utf-16"), [], ["text.txt", "0xff", "position 0", "--encoding"]),
     "utf-16, no mark": (b"t\0o\0", [], ["text.txt", "NUL at position 1", "--encoding"]),
     "not what it is called": (b"to be", ["--encoding", "utf-32"], ["text.txt", "position 0"]),
