@@ -641,14 +641,14 @@ def own_files(args):
     if args.input:
         paths = list(map(os.path.expanduser, args.input))
         text = "\0".join(read_text(path, args.encoding) for path in paths)
-        n = int(args.val_fraction * len(text.encode()))
     else:
-        text, n = tiny_shakespeare(), VAL_BYTES
+        text = tiny_shakespeare()
     if args.endoftext:
         text = text.replace(END_OF_TEXT, "\0")
     elif END_OF_TEXT in text and not args.bytes:
         say(f"{END_OF_TEXT} in the text is characters here: --endoftext 1 makes it the token")
 
+    n = int(args.val_fraction * len(text.encode())) if args.input else VAL_BYTES
     training, validation = cut(text, n)
     found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
