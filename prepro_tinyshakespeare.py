@@ -6,57 +6,59 @@ What must be ready before training. It lies in data/, and what is missing there 
     tiktoken/                          GPT-2's vocabulary, as tiktoken keeps it
     gpt2.safetensors, ...              OpenAI's weights, unless Hugging Face's cache has them
 
-While a file arrives, its name ends in .part, and a .part that an earlier run left is continued.
 train_gpt2.py calls provide() where something is missing. The files are all that the two share.
+
+    python prepro_tinyshakespeare.py                            Tiny Shakespeare in GPT-2's tokens
+    python prepro_tinyshakespeare.py --input my.txt             data/my_train.bin, data/my_val.bin
+    python prepro_tinyshakespeare.py --input my.txt --bytes 1   its bytes as tokens
+    python prepro_tinyshakespeare.py --input my.txt --vocab_size 1024
+                                       a vocabulary learned from it, data/my.tiktoken
 """
 
 import argparse
 import contextlib
+import glob
 import hashlib
+import heapq
 import importlib
-import itertools
+import json
 import os
 import re
 import shlex
+import subprocess
 import sys
+import tempfile
 import time
+import zlib
 from array import array
+from base64 import b64decode, b64encode
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SHAKESPEARE_SIZE = 1_115_394
-VAL_TOKENS = 32_768  # llm.c's split: the first 32 * 1024 tokens validate, the other 305,260 train
+if sys.version_info < (3, 10):
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
+if tuple(map(int, np.__version__.split(".")[:2])) < (2, 1):
+    sys.exit(f'error: NumPy {np.__version__} is too old: pip install -U "numpy>=2.1"')
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+VAL_BYTES = 106_657  # llm.c's split: these are its 32,768 tokens for validation, 305,260 train
 
 VOCABULARY = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"  # as in tiktoken
-VOCABULARY_SHA256 = {
+REVISIONS = {  # of openai-community/NAME on Hugging Face's hub
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+SHA256 = {  # that of medium and large is in the hub's answer
+    "input.txt": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
+    "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
 }
-
-WEIGHTS = {  # name: (revision, SHA-256, bytes). Where it says None, we take the hub's word for it
-    "gpt2": (
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-        548_105_171,
-    ),
-    "gpt2-medium": ("6dcaa7a952f72f9298047fd5137cd6e4f05f41da", None, None),
-    "gpt2-large": ("32b71b12589c2f8d625668d2335a01cac3249519", None, None),
-    "gpt2-xl": (
-        "15ea56dee5df4983c59b2538573817e1667135e2",
-        "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-        None,
-    ),
-}
-
-OFFLINE = (
-    "without a network, train by bytes: python prepro_tinyshakespeare.py --input my.txt --bytes 1, "
-    "or python train_gpt2.py --model bytes"
-)
 
 # --------------------------------------------------------------------------------------------------
 # 1. What training needs
@@ -68,6 +70,10 @@ class InputError(ValueError):
     def __init__(self, message, cause=None):
         super().__init__(message)
         self.cause = cause or message
+
+
+class FetchError(InputError):
+    """Something can't be fetched: there is no network, the server refuses, or another file came."""
 
 
 def require(condition, message):
@@ -82,96 +88,123 @@ def provide(what):
         "tiny_shakespeare"           (train_path, val_path), two token files
         "vocabulary"                 the folder in which tiktoken finds GPT-2's vocabulary
         "gpt2", "gpt2-medium", ...   OpenAI's weights, a .safetensors file
+        "embedded"                   (train_path, val_path, vocabulary_path): needs no network
 
-    InputError if it is none of these, can't be fetched, or can't be written.
+    FetchError if it can't be fetched. InputError if it is none of these, if a package is missing, a
+    file that is there is damaged, or the disk refuses.
     """
     try:
         if what == "tiny_shakespeare":
             return provide_tinyshakespeare()
         if what == "vocabulary":
             return provide_vocabulary()
+        if what == "embedded":
+            return provide_embedded()
         return provide_weights(what)
     except OSError as error:
         raise InputError(reason(error)) from None
 
 
 def provide_tinyshakespeare():
-    """Token files that are whole stay as they are, and a text that is there is used as it is."""
-    text = in_data("tiny_shakespeare.txt")
-    paths = in_data("tiny_shakespeare_train.bin"), in_data("tiny_shakespeare_val.bin")
-    whole = lambda: all(read_tokens(path) is not None for path in paths)
-    if whole():
-        return paths
-
-    if not os.path.exists(text):
-        download(SHAKESPEARE, text, SHAKESPEARE_SHA256, SHAKESPEARE_SIZE, "Tiny Shakespeare")
-    elif digest(text) != SHAKESPEARE_SHA256:
-        say(f"{text} is not the original, but is used: delete it to fetch the original")
-
-    encoding = get_encoding()
-    with alone(paths[0], f"writing {paths[0]}"):
-        if not whole():
-            tokens = encode_text(read_text(text), encoding)
-            write_tokens(paths[0], tokens[VAL_TOKENS:], encoding.n_vocab)
-            write_tokens(paths[1], tokens[:VAL_TOKENS], encoding.n_vocab)
+    """Token files that are there stay as they are."""
+    prefix = in_data("tiny_shakespeare")
+    paths = f"{prefix}_train.bin", f"{prefix}_val.bin"
+    if not all(map(os.path.exists, paths)):
+        write_files(token_files(prefix, *cut(tiny_shakespeare(), VAL_BYTES), "gpt2"))
     return paths
 
 
-def provide_vocabulary():
-    """Two files, in TIKTOKEN_CACHE_DIR or data/tiktoken, under the SHA-1 of their addresses.
+def tiny_shakespeare():
+    """The text. One that is there is used as it is."""
+    path = in_data("tiny_shakespeare.txt")
+    download(f"{SHAKESPEARE}input.txt", path, SHA256["input.txt"], "Tiny Shakespeare")
+    if digest(path) != SHA256["input.txt"]:
+        say(f"{path} is not the original, but is used: delete it to fetch the original")
+    return read_text(path)
 
-    tiktoken's own choice is a temporary folder, which is gone after a reboot.
+
+def provide_vocabulary():
+    """A folder with two files, called by the SHA-1 of their addresses, as tiktoken looks for them.
+
+    It is TIKTOKEN_CACHE_DIR or data/tiktoken, or else tiktoken's own cache, if they are there.
     """
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
-    for name, sha256 in VOCABULARY_SHA256.items():
-        url = VOCABULARY + name
-        path = f"{folder}/{hashlib.sha1(url.encode()).hexdigest()}"
-        if os.path.exists(path) and digest(path) != sha256:
-            say(f"{path} is damaged: fetching {name} again")
-            os.remove(path)
-        download(url, path, sha256, what="GPT-2's vocabulary")
-    return folder
+    files = {}
+    for name in ("vocab.bpe", "encoder.json"):
+        files[name] = hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+    ours = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
+    temporary = f"{tempfile.gettempdir()}/data-gym-cache"
+    for folder in (ours, os.environ.get("DATA_GYM_CACHE_DIR") or temporary):
+        if all(os.path.exists(f"{folder}/{file}") for file in files.values()):
+            return folder
+    for name, file in files.items():
+        download(VOCABULARY + name, f"{ours}/{file}", SHA256[name], "GPT-2's vocabulary")
+    return ours
 
 
 def provide_weights(name):
     """data/NAME.safetensors, or Hugging Face's cache, or else fetched (from HF_ENDPOINT if set)."""
-    require(name in WEIGHTS, f"no weights are called {name!r}: choose one of {', '.join(WEIGHTS)}")
+    require(name in REVISIONS, f"no weights are called {name!r}: choose one of {[*REVISIONS]}")
     path = in_data(f"{name}.safetensors")
-    cached = in_hub_cache(name)
-    if cached and not os.path.exists(path):
+    cached = None if os.path.exists(path) else in_hub_cache(name)
+    if cached:
         say(f"{name}: using {cached}")
         return cached
-
-    revision, sha256, size = WEIGHTS[name]
-    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    folder = f"{hub.rstrip('/')}/openai-community/{name}/resolve/{revision}"
-    return download(f"{folder}/model.safetensors", path, sha256, size, f"the weights of {name}")
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{hub}/openai-community/{name}/resolve/{REVISIONS[name]}/model.safetensors"
+    return download(url, path, SHA256.get(name), f"the weights of {name}")
 
 
 def in_hub_cache(name):
     """The path of these weights in the cache of Hugging Face's own programs; None if not there.
 
-    snapshots/REVISION/model.safetensors is a link to ../../blobs/SHA256, which is always whole.
+    snapshots/REVISION/model.safetensors is a link to ../../blobs/SHA256, or, on Windows and in
+    copies, the file itself. Where we know no SHA-256, the revision must be ours.
     """
-    pinned, sha256, size = WEIGHTS[name]
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    hub = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub"))
-
-    for folder in (f"models--openai-community--{name}", f"models--{name}"):
-        for path in sorted(hub.glob(f"{folder}/snapshots/*/model.safetensors")):
-            blob = Path(os.path.realpath(path))
-            by_revision = path.parent.name == pinned and re.fullmatch("[0-9a-f]{64}", blob.name)
-            right_name = blob.name == sha256 if sha256 else by_revision
-            if right_name and blob.is_file() and size in (None, blob.stat().st_size):
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    sha256 = SHA256.get(name)
+    revision = "*" if sha256 else REVISIONS[name]
+    for owner in ("openai-community--", ""):
+        for path in hub.glob(f"models--{owner}{name}/snapshots/{revision}/model.safetensors"):
+            blob = os.path.basename(os.path.realpath(path))
+            if path.exists() and (sha256 in (None, blob) or digest(path) == sha256):
                 return str(path)
     return None
+
+
+def provide_embedded():
+    """Tokens of a text that is at hand, in a vocabulary of 1,024 ids learned from it, in a second.
+
+    It is Tiny Shakespeare, if that lies in data/, or else this project's main files. Of passages of
+    1,000 bytes, and the rest of their last line, every tenth validates: so all kinds of them do.
+    """
+    here = Path(__file__).absolute().parent
+    names = "train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
+    paths = [here / name for name in names if (here / name).exists()]
+    shakespeare = in_data("tiny_shakespeare.txt")
+    if os.path.exists(shakespeare) and os.path.getsize(shakespeare) > 20_000:
+        paths = [shakespeare]
+    text = "".join(map(read_text, paths)).encode()
+    passages = re.findall(rb"(?s:.{1000})[^\n]*\n?|(?s:.+)", text)
+    validation = b"".join(passages[5::10]).decode()
+    del passages[5::10]
+    training = b"".join(passages)
+    vocabulary = learn_vocabulary(training, 1024)
+    files = token_files(in_data("first"), training.decode(), validation, vocabulary)
+    write_files(files)
+    return tuple(files)
 
 
 def get_encoding():
     """tiktoken's "gpt2". InputError if tiktoken or the vocabulary is missing."""
     tiktoken = package("tiktoken")
-    os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
-    return tiktoken.get_encoding("gpt2")
+    folder = os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except Exception as error:  # tiktoken has found another SHA-256, and could not fetch them anew
+        message = f"{folder}: GPT-2's vocabulary is damaged ({reason(error)}): delete this folder"
+        raise InputError(message) from None
 
 
 def package(name):
@@ -183,131 +216,100 @@ def package(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Downloading, and what it needs
+# 2. Fetching, and what it needs
+#
+# While a file arrives it is called PATH.part and eight random letters: two runs at once do not
+# write to the same file. A run that ends early gives what came the name PATH.part, and the next one
+# that needs the file renames that to a name of its own and goes on there.
 
 ATTEMPTS = 8  # connections that one download may take, if the first of them brought anything at all
 RETRY_WAIT = 2.0  # seconds between them
 TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
 CHUNK = 1 << 16  # bytes at a time: a connection that breaks loses less than that
+ABANDONED = 600  # seconds: a file that has not grown for so long is of a run that was killed
 
 
-def download(url, path, sha256=None, size=None, what=None):
-    """Fetch url to path, unless it is there, and return path. sha256, size: what is known of it.
+def download(url, path, sha256=None, what=None):
+    """Fetch url to path, unless it is there, and return path. what: its name in messages.
 
-    what: its name in messages. If another process is fetching it, wait for that. InputError if
-    there is no network, a refusal, a web page or another file instead of this one, or no room.
+    FetchError if there is no network, the server refuses, or something else came. InputError if
+    requests is missing. OSError if the disk refuses.
     """
     if os.path.exists(path):
-        n = length(path)
-        require(size in (None, n), f"{path} has {n} bytes, expected {size}: delete it")
         return path
-
+    make_folder_of(path)
     what = what or os.path.basename(path)
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with alone(path, f"fetching {what}"):
-            if not os.path.exists(path):  # another process may just have brought it
-                fetch(url, path, sha256, size, what)
-    except (InputError, OSError) as error:
-        cause = f"can't fetch {what}: {reason(error)}"
-        message = f"{cause}: try again, or fetch {url} by hand and put it at {path}; {OFFLINE}"
-        raise InputError(message, cause) from None
-    return path
-
-
-@contextlib.contextmanager
-def alone(path, doing):
-    """One process at a time does what stands in this block. Another one waits, and says so.
-
-    The system locks the file PATH.lock, and unlocks it when its process ends, however that ends.
-    """
-    for attempt in itertools.count():
-        file = open(f"{path}.lock", "wb")
-        if take_lock(file):
-            break
-        file.close()
-        if attempt == 0:
-            say(f"another process is {doing}: waiting for it")
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows deletes no open file: there it stays
-            os.remove(file.name)
-        file.close()
-
-
-def take_lock(file):
-    """Whether an open file is now locked for us alone, and still the one of its name."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samefile(file.name, file.fileno())
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        return False
-    except OSError:  # the file system has no locks: Lustre, unless it is mounted with "flock"
-        return True
-
-
-def fetch(url, path, sha256, size, what):
-    """download, with as many connections as it takes. InputError or OSError if that fails."""
-    requests = package("requests")
     part = f"{path}.part"
-    begun = length(part)  # by an earlier run
+    mine = f"{part}.{os.urandom(4).hex()}"
+    for left in [part, *glob.glob(f"{glob.escape(part)}.*")]:
+        with contextlib.suppress(OSError):  # it is not there, or another run was faster
+            free = left == part or time.time() - os.path.getmtime(left) > ABANDONED
+            if free and not os.path.exists(mine):
+                os.rename(left, mine)
+    try:
+        with open(mine, "ab") as file:
+            sha256 = fetch(url, file, sha256, what)
+        found = digest(mine)
+        if sha256 not in (None, found):
+            os.remove(mine)
+            raise FetchError(f"another file came, of SHA-256 {found:.12}, not {sha256:.12}")
+        os.replace(mine, path)
+        return path
+    except FetchError as error:
+        cause = f"can't fetch {what}: {error}"
+        message = f"{cause}: try again, or fetch {url} by hand and put it at {path}; without a "
+        message += "network, train by bytes: python prepro_tinyshakespeare.py --input my.txt "
+        message += "--bytes 1, or python train_gpt2.py --model bytes"
+        raise FetchError(message, cause) from None
+    finally:
+        if os.path.exists(mine):
+            os.replace(mine, part) if os.path.getsize(mine) else os.remove(mine)
+
+
+def fetch(url, file, sha256, what):
+    """Append to an open file what it lacks, with as many connections as that takes.
+
+    Returns the SHA-256 that the whole should have, if it is known. FetchError if it can't be had.
+    """
+    requests = package("requests")
+    begun = have = file.tell()  # by an earlier run
     for attempt in range(1, ATTEMPTS + 1):
+        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
-            want_sha256, want_size = receive(requests, url, part, sha256, size, what)
-            break
-        except requests.RequestException as error:
-            came = length(part) > begun  # if nothing came, waiting won't bring a network
-            trouble = "the connection broke" if came else "no network"
-            require(came and attempt < ATTEMPTS, f"{trouble} ({reason(error)})")
-            time.sleep(RETRY_WAIT)
-
-    found = digest(part)
-    if want_sha256 in (None, found) and want_size in (None, length(part)):
-        os.replace(part, path)
-        return
-    os.remove(part)
-    raise InputError(f"another file came (SHA-256 {found:.12}, expected {want_sha256!s:.12})")
-
-
-def receive(requests, url, part, sha256, size, what):
-    """One connection: append to the file `part` what it lacks. Returns (sha256, size), if known."""
-    have = length(part)
-    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        for redirect in response.history:  # in which Hugging Face says what is to come
-            if "X-Linked-Etag" in redirect.headers:
-                sha256 = sha256 or redirect.headers["X-Linked-Etag"].strip('"')
-                size = size or int(redirect.headers["X-Linked-Size"])
-        if have and sha256 is None:  # nothing would notice that two halves do not belong together
-            os.remove(part)
-            return receive(requests, url, part, sha256, size, what)
-
-        status = response.status_code
-        if have and status == 416:  # nothing was missing
-            return sha256, size
-        require(status in (200, 206), f"the server answered {status} {response.reason}")
-        web_page = "text/html" in response.headers.get("Content-Type", "")
-        require(not web_page, "a web page came (does this network want you to log in?)")
-
-        have = have if status == 206 else 0  # 200 brings the whole file, whatever we asked for
-        if "Content-Length" in response.headers:
-            size = size or have + int(response.headers["Content-Length"])
-        with open(part, "ab" if have else "wb") as file:
-            for chunk in watched(response.iter_content(CHUNK), f"fetching {what}", have, size):
-                file.write(chunk)
+            with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+                for redirect in response.history:  # in which Hugging Face says what is to come
+                    sha256 = sha256 or redirect.headers.get("X-Linked-Etag", "").strip('"') or None
+                status = response.status_code
+                if have and status == 416:  # nothing was missing
+                    return sha256
+                if status not in (200, 206):
+                    raise FetchError(f"the server answered {status} {response.reason}")
+                if "text/html" in response.headers.get("Content-Type", ""):
+                    raise FetchError("a web page came (must you log in to this network?)")
+                if status == 200:  # the whole file, whatever we asked for
+                    file.seek(0)
+                    file.truncate()
+                size = file.tell() + int(response.headers.get("Content-Length", 0))
+                chunks = response.iter_content(CHUNK)
+                for chunk in counted(chunks, f"fetching {what}", file.tell(), size):
+                    file.write(chunk)
+            if file.tell() < size:
+                raise requests.ConnectionError("it ended early")
             file.flush()
             os.fsync(file.fileno())
-
-    if size is not None and length(part) < size:
-        raise requests.ConnectionError("it ended early")
-    return sha256, size
+            return sha256
+        except requests.RequestException as error:
+            have = file.tell()
+            trouble = f"the connection broke ({reason(error)})"
+            if have <= begun:  # nothing came, so waiting won't bring a network
+                trouble = f"no network ({reason(error)})"
+            if isinstance(error, requests.exceptions.SSLError):
+                trouble += "; name the certificate of a proxy in REQUESTS_CA_BUNDLE"
+            if isinstance(error, requests.exceptions.InvalidSchema):
+                trouble += '; a socks proxy needs pip install "requests[socks]"'
+            if have <= begun or attempt == ATTEMPTS:
+                raise FetchError(trouble) from None
+            time.sleep(RETRY_WAIT)
 
 
 def in_data(name):
@@ -317,17 +319,38 @@ def in_data(name):
     return f"{folder}/{name}"
 
 
-def length(path):
-    """The bytes in a file; 0 if there is none."""
-    return os.path.getsize(path) if os.path.exists(path) else 0
+def make_folder_of(path):
+    """Make the folder in which path lies. InputError if it is a link to something that is gone."""
+    folder = Path(path).parent
+    for place in (folder, *folder.parents):
+        dangling = place.is_symlink() and not place.exists()
+        require(not dangling, f"{place} is a link to something that is gone: mend or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_files(files):
+    """Write {path: bytes}, but for those that are the same already. No file is ever half a file."""
+    for path, data in files.items():
+        if os.path.exists(path) and Path(path).read_bytes() == data:
+            continue
+        make_folder_of(path)
+        beside = f"{path}.{os.urandom(4).hex()}.tmp"
+        try:
+            with open(beside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            if os.path.exists(beside):
+                os.remove(beside)
 
 
 def digest(path):
     """A file's SHA-256, in hex."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        pieces = iter(lambda: file.read(1 << 20), b"")
-        for piece in watched(pieces, f"checking {path}", 0, length(path)):
+        for piece in iter(lambda: file.read(1 << 20), b""):
             sha256.update(piece)
     return sha256.hexdigest()
 
@@ -347,21 +370,20 @@ def say(line, end="\n"):
             print(line, end=end, file=sys.stderr, flush=True)
 
 
-def watched(pieces, what, done, total):
-    """The same pieces, while stderr, if a terminal, says how far we are. done, total: bytes."""
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    start = shown = time.monotonic()
-    first = done
+def counted(pieces, doing, done, total):
+    """The same pieces, while stderr, if a terminal, has a line that counts from done up to total.
+
+    A piece counts as its length, or as one if it has none. total: 0 if it is not known.
+    """
+    shown = start = time.monotonic()
     try:
         for piece in pieces:
             yield piece
-            done += len(piece)
+            done += len(piece) if hasattr(piece, "__len__") else 1
             now = time.monotonic()
-            if terminal and now > shown + 1:
+            if now > shown + 0.5 and sys.stderr is not None and sys.stderr.isatty():
+                say(f"\r{doing}: {done:,} of {total:,}", end="")
                 shown = now
-                rate = max(1.0, (done - first) / (now - start))
-                left = f", {done / total:.0%}, {(total - done) / rate:.0f} s left" if total else ""
-                say(f"\r{what}: {done / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s{left}   ", end="")
     finally:
         if shown > start:
             say("")
@@ -372,159 +394,283 @@ def watched(pieces, what, done, total):
 #
 # A language model sees no letters but ids, each of which stands for a few bytes. GPT-2 has the 256
 # single bytes, 50,000 frequent strings of them, and <|endoftext|>, with which a text begins.
+#
+# Several texts are one string here, with "\0" between them, which no text contains.
 
-TOKENS = 20240520
 END_OF_TEXT = "<|endoftext|>"
 
-FIRST_BYTES = {  # of a text in which a letter takes two
-    "UTF-16": rb"\xff\xfe|\xfe\xff",  # a byte order mark
-    "UTF-16LE": rb"([^\0]\0){2}",
-    "UTF-16BE": rb"(\0[^\0]){2}",
-}
 
+def read_text(path, encoding="utf-8"):
+    """A text, without a byte order mark and Windows's "\\r\\n". InputError if it is none.
 
-def read_text(path):
-    """A UTF-8 text, without Windows's byte order mark and "\\r\\n". InputError if it is none."""
-    data = Path(path).read_bytes()
-    encoding = next((name for name in FIRST_BYTES if re.match(FIRST_BYTES[name], data)), None)
-    require(encoding or b"\0" not in data, f"{path}: has NUL characters: is it a text?")
-    place = ""
+    encoding: the name that Python has for its encoding.
+    """
+    require(not os.path.isdir(path), f"{path} is a folder: name the files in it")
+    advice = "you must know its encoding, and name it: --encoding utf-16, or cp1252, gbk, shift_jis"
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        place = f" (byte 0x{data[error.start]:02x} at position {error.start})"
-        encoding = encoding or "LATIN1"
-    if encoding:
-        command = shlex.join(["iconv", "-f", encoding, "-t", "UTF-8", path])
-        raise InputError(f"{path}: is not UTF-8{place}: save it so: {command} > utf8.txt")
-
+        text = Path(path).read_bytes().decode(encoding)
+        text.encode()  # some decoders give surrogates
+    except (LookupError, UnicodeError) as error:  # which tells the byte and its position
+        raise InputError(f"{path} is not {encoding}: {error}: {advice}") from None
+    place = text.find("\0")
+    require(place < 0, f"{path}: there is a NUL at position {place}: is it a text? If so, {advice}")
     text = text.removeprefix("\ufeff").replace("\r\n", "\n")
-    require(text.strip(), f"{path}: is empty, expected a UTF-8 text")
+    require(text.strip(), f"{path} is empty, expected a text")
     return text
 
 
-def encode_text(text, encoding, endoftext=False):
-    """text as token ids, uint16. Each section, up to a blank line, begins with <|endoftext|>.
+def cut(text, n):
+    """(training, validation): the first n bytes validate, or fewer: no character is cut in two.
 
-        "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
-
-    Where the text itself says <|endoftext|>, these are characters like any others, unless endoftext
-    is true. encoding: any tiktoken.Encoding with an eot_token and at most 65536 ids.
+    A cut by bytes is the same for every vocabulary.
     """
-    n = encoding.n_vocab
-    require(n <= 1 << 16, f"{encoding.name} has {n} ids, expected <= 65536")
-    *sections, rest = text.split("\n\n")
-    sections = [section + "\n\n" for section in sections] + [rest]
+    head = text.encode()[:n].decode(errors="ignore")
+    return text[len(head) :].strip("\0"), head.strip("\0")
 
+
+def encode(text, encoding):
+    """Ids, uint16: <|endoftext|> and then the first text, <|endoftext|> and the second, and so on.
+
+    Where a text itself says <|endoftext|>, these are characters like any others.
+    """
     tokens = array("H")
-    for section in watched(sections, "tokenising", 0, len(text)):
-        marked = section.removeprefix(END_OF_TEXT).split(END_OF_TEXT)
-        for part in marked if endoftext else [section]:
-            tokens.append(encoding.eot_token)
-            try:
-                tokens.extend(encoding.encode_ordinary(part))
-            except BaseException as error:
-                if type(error).__name__ != "PanicException":  # in Rust, at a million spaces
-                    raise
-                raise InputError("tiktoken gives up on this text: use --bytes 1") from None
+    for part in counted(text.split("\0"), "tokenising", 0, len(text)):
+        tokens.append(encoding.eot_token)
+        tokens.extend(encoding.encode_ordinary(part))
     return np.frombuffer(tokens, np.uint16)
 
 
-def write_tokens(path, tokens, vocab_size=0):
-    """llm.c's token file. InputError unless tokens are ids of that vocabulary, at least one.
+def token_files(prefix, training, validation, vocabulary):
+    """{path: bytes} of PREFIX_train.bin, PREFIX_val.bin and, if it is learned, PREFIX.tiktoken.
 
-        256 int32: 20240520, version 1, number of tokens, vocab_size (0 in llm.c), zeros
+    vocabulary: "bytes", "gpt2", or a list of bytes by id. For GPT-2, as in llm.c, a text begins
+    anew after each blank line. In a learned one <|endoftext|> stands between texts only.
+
+        "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
+
+    A token file is llm.c's, which leaves vocab_size and crc32, that of PREFIX.tiktoken, at 0:
+
+        256 int32: 20240520, version 1, number of tokens, vocab_size, crc32, zeros
         the tokens, uint16
     """
-    tokens = np.asarray(tokens)
-    highest = vocab_size - 1 if vocab_size else 65535
-    right = tokens.dtype.kind in "iu" and tokens.ndim == 1 and 0 < len(tokens) < 1 << 31
-    right = right and 0 <= tokens.min() and tokens.max() <= highest
-    require(right, f"{path}: expected ids from 0 to {highest}, found {tokens.dtype} {tokens.shape}")
-    header = np.array([TOKENS, 1, len(tokens), vocab_size, *[0] * 252], "<i4")
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(f"{path}.tmp", "wb") as file:  # so that PATH is never half a file
-        file.write(header)
-        file.write(tokens.astype("<u2"))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    texts = training, validation
+    crc32, more = 0, {}
+    if vocabulary == "bytes":
+        vocab_size = 256
+        ids = [np.frombuffer(text.replace("\0", "\n").encode(), np.uint8) for text in texts]
+    elif vocabulary == "gpt2":
+        vocab_size = 50257
+        encoding = get_encoding()
+        ids = [encode(text.replace("\n\n", "\n\n\0"), encoding) for text in texts]
+        ids[0] = ids[0][1:]  # the training text goes on where that for validation was cut off
+    else:
+        vocab_size = len(vocabulary) + 1
+        more = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
+        crc32 = zlib.crc32(vocabulary_file(vocabulary))
+        ids = [encode(text, encoding_of(vocabulary))[1:] for text in texts]
 
-
-def read_tokens(path):
-    """The tokens of a file, mapped into memory: uint16. None if it is no whole token file."""
-    if not os.path.isfile(path) or os.path.getsize(path) <= 1024:
-        return None
-    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
-    if (magic, version, 1024 + 2 * count) != (TOKENS, 1, os.path.getsize(path)):
-        return None
-    return np.memmap(path, "<u2", "r", 1024)
+    files = {}
+    for part, tokens in zip(("train", "val"), ids, strict=True):
+        header = np.array([20240520, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
+        files[f"{prefix}_{part}.bin"] = header.tobytes() + tokens.astype("<u2").tobytes()
+    return files | more
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. The command line
+# 4. A vocabulary of one's own
+#
+# Byte pair encoding (Sennrich, Haddow and Birch, 2016, https://arxiv.org/abs/1508.07909) begins
+# with the 256 bytes and makes the most frequent pair of neighbours a new token, again and again.
+# Their example has the words low, lower, newest, widest, which occur 5, 2, 6, 3 times:
+#
+#     l o w, l o w e r, n e w e s t, w i d e s t
+#         e s 9, s t 9, w e 8, l o 7, o w 7, ...: e is before s, so    256 = e s
+#     l o w, l o w e r, n e w es t, w i d es t
+#         es t 9, l o 7, o w 7, n e 6, ...:                            257 = es t
+#     l o w, l o w e r, n e w est, w i d est
+#         l o 7, o w 7, n e 6, e w 6, w est 6, ...: l is before o, so  258 = l o
+#
+# In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. A model
+# with such a vocabulary has few rows in wte, and need not learn to spell.
 
-EXAMPLES = """\
-python prepro_tinyshakespeare.py                              Tiny Shakespeare, in GPT-2's tokens
-python prepro_tinyshakespeare.py --input my.txt               data/my_train.bin and data/my_val.bin
-python prepro_tinyshakespeare.py --input my.txt --bytes 1     its bytes as tokens: needs no network
-"""
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def learn_vocabulary(text, vocab_size):
+    """The bytes of each token, a list by id, learned from a text, which is UTF-8 bytes.
+
+    Ids 0 to 255 are the bytes, id 256 is the first merge, and <|endoftext|>, which is not in the
+    list, will be the last of the vocab_size ids; there are fewer if the text has no more pairs. Of
+    equally frequent pairs that with the smallest (left id, right id) is merged; "aaa" has two of
+    them, and becomes aa a.
+    """
+    # All different words, each once, with a -1 before and behind. Merging shortens a linked list:
+    # the left half of a pair gets the new id, and the right half is skipped.
+    words = Counter(m.group().encode() for m in package("regex").finditer(PATTERN, text.decode()))
+    ids = np.frombuffer(b"\xff" + b"".join(word + b"\xff" for word in words), np.uint8)
+    ids = np.where(ids == 0xFF, -1, ids.astype(np.int32))  # no UTF-8 text has the byte 0xff
+    times = np.repeat([0, *words.values()], [1, *(len(word) + 1 for word in words)])
+    places = np.arange(len(ids))
+    before, after = np.roll(places, 1), np.roll(places, -1)
+    frequency = Counter()  # of a pair, which is one number: 65536 * left + right
+    heap = []  # of (-frequency, pair), the greatest frequency first; some are out of date
+
+    def count(places, sign):
+        """Add sign * the frequency of its word to that of each pair that begins at a place."""
+        left, right = ids[places].astype(np.int64), ids[after[places]]
+        inside = (left >= 0) & (right >= 0)
+        pairs, which = np.unique((65536 * left + right)[inside], return_inverse=True)
+        changes = np.bincount(which, times[places][inside]).astype(np.int64)
+        for pair, change in zip(pairs.tolist(), changes.tolist(), strict=True):
+            frequency[pair] += sign * change
+            heapq.heappush(heap, (-frequency[pair], pair))
+
+    vocabulary = [bytes([i]) for i in range(256)]
+    count(places, 1)
+    for new in counted(range(256, vocab_size - 1), "learning tokens", 256, vocab_size - 1):
+        while heap and (heap[0][0] != -frequency[heap[0][1]] or heap[0][0] == 0):
+            heapq.heappop(heap)
+        if not heap:
+            break
+        left, right = divmod(heap[0][1], 65536)
+        vocabulary.append(vocabulary[left] + vocabulary[right])
+
+        at = np.flatnonzero(ids == left)
+        at = at[ids[after[at]] == right]
+        if left == right:  # of a a a a the first and the third begin a pair
+            chosen = set()
+            for place in at.tolist():
+                if before[place] not in chosen:
+                    chosen.add(place)
+            at = np.array(sorted(chosen))
+        skipped = after[at]
+        count(np.unique([before[at], at, skipped]), -1)
+        ids[at] = new
+        ids[skipped] = -1
+        after[at] = after[skipped]
+        before[after[at]] = at
+        count(np.unique([before[at], at]), 1)
+    return vocabulary
+
+
+def encoding_of(vocabulary):
+    """The tiktoken.Encoding of a vocabulary, bytes by id, with <|endoftext|> as its last id."""
+    return package("tiktoken").Encoding(
+        "own",
+        pat_str=PATTERN,
+        mergeable_ranks={token: i for i, token in enumerate(vocabulary)},
+        special_tokens={END_OF_TEXT: len(vocabulary)},
+    )
+
+
+def vocabulary_file(vocabulary):
+    """The bytes of tiktoken's file of a vocabulary: a line for each id, base64 and the id."""
+    return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(vocabulary))
+
+
+def write_vocabulary(path, vocabulary):
+    """Write tiktoken's file of a vocabulary, bytes by id."""
+    write_files({path: vocabulary_file(vocabulary)})
+
+
+def read_vocabulary(path):
+    """The bytes of each token, a list by id, from a .tiktoken file or the folder of a saved model.
+
+    A folder's vocab.json has a character for each byte: its own, or another if that can't be seen.
+    InputError if the vocabulary does not begin with the 256 bytes.
+    """
+    try:
+        if os.path.isdir(path):
+            seen = [i for i in range(256) if chr(i).isprintable() and i != ord(" ")]
+            unseen = [i for i in range(256) if i not in seen]
+            byte = {chr(i): i for i in seen} | {chr(256 + n): i for n, i in enumerate(unseen)}
+            vocab = json.loads(Path(path, "vocab.json").read_bytes())
+            vocab.pop(END_OF_TEXT, None)
+            ids = {bytes(map(byte.get, token)): i for token, i in vocab.items()}
+        else:
+            lines = Path(path).read_bytes().splitlines()
+            ids = {b64decode(token): int(i) for token, i in map(bytes.split, lines)}
+        vocabulary = sorted(ids, key=ids.get)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no vocabulary: {error}") from None
+    right = [ids[token] for token in vocabulary] == list(range(len(ids))) and len(ids) < 65536
+    right = right and sorted(vocabulary[:256]) == [bytes([i]) for i in range(256)]
+    require(right, f"{path}: expected the bytes and up to 65279 merges, found {len(ids)} ids")
+    return vocabulary
+
+
+# --------------------------------------------------------------------------------------------------
+# 5. The command line
 
 
 def parse_args(argv):
     """The command line's flags. Leaves with exit code 2 if they make no sense."""
     parser = argparse.ArgumentParser(
-        description="Make ready what training needs: a text's tokens, in data/.",
-        epilog=EXAMPLES,
+        description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    switch = {"type": int, "choices": (0, 1), "metavar": "X"}
-    add("--input", metavar="FILE", help="your own UTF-8 text, instead of Tiny Shakespeare")
+    switch = {"type": int, "choices": (0, 1), "metavar": "X", "default": 0}
+    add("--input", nargs="+", metavar="FILE", help="your own texts, instead of Tiny Shakespeare")
+    add("--encoding", default="utf-8", metavar="NAME", help="their encoding (utf-8): gbk, cp1252")
     add("--val_fraction", type=float, default=0.1, metavar="X", help="this part validates (0.1)")
     add("--output_prefix", metavar="PREFIX", help="write PREFIX_train.bin and PREFIX_val.bin")
-    add("--bytes", **switch, help="1: the text's bytes are the tokens")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--bytes", **switch, help="1: the text's bytes are the tokens")
+    which.add_argument("--vocab_size", type=int, metavar="V", help="learn V tokens from the text")
+    which.add_argument("--vocabulary", metavar="PATH", help="take a .tiktoken file's or a model's")
     add("--endoftext", **switch, help=f"1: {END_OF_TEXT} in the text is that token")
     add("--replace", **switch, help="1: replace token files that hold something else")
     args = parser.parse_args(argv)
 
-    if args.input is None and argv:
-        parser.error("this flag needs --input: Tiny Shakespeare is split as in llm.c")
+    own = args.bytes or args.vocab_size or args.vocabulary
+    if argv and not (args.input or own) or not args.input and args.val_fraction != 0.1:
+        parser.error("this flag needs --input: Tiny Shakespeare is prepared as in llm.c")
     if args.bytes and args.endoftext:
-        parser.error(f"--endoftext 1 needs GPT-2's vocabulary: bytes have no {END_OF_TEXT}")
+        parser.error(f"--endoftext 1 needs a vocabulary: bytes have no {END_OF_TEXT}")
+    if args.vocab_size is not None and not 258 <= args.vocab_size <= 50256:
+        parser.error(f"--vocab_size {args.vocab_size} is not between 258 and 50256")
+    if not 0 < args.val_fraction < 1:
+        parser.error(f"--val_fraction {args.val_fraction} is not between 0 and 1")
     return args
 
 
-def write_own_text(args, argv):
-    """Write the tokens of the user's own text: [train_path, val_path]. argv: what he typed."""
-    require(0 < args.val_fraction < 1, f"--val_fraction {args.val_fraction} is not between 0 and 1")
-    text = read_text(args.input)
-    if END_OF_TEXT in text and not args.bytes and not args.endoftext:
-        say(f"{args.input}: {END_OF_TEXT} is characters here: --endoftext 1 makes it the token")
-    if args.bytes:
-        tokens = np.frombuffer(text.encode(), np.uint8)
+def own_files(args):
+    """{path: bytes}, as of token_files, of what the flags ask for."""
+    if args.input:
+        paths = list(map(os.path.expanduser, args.input))
+        text = "\0".join(read_text(path, args.encoding) for path in paths)
     else:
-        encoding = get_encoding()
-        tokens = encode_text(text, encoding, args.endoftext)
+        text = tiny_shakespeare()
+    if args.endoftext:
+        text = text.replace(END_OF_TEXT, "\0")
+    elif END_OF_TEXT in text and not args.bytes:
+        say(f"{END_OF_TEXT} in the text is characters here: --endoftext 1 makes it the token")
 
-    n = int(args.val_fraction * len(tokens))
-    require(
-        0 < n < len(tokens),
-        f"{n} of {len(tokens)} tokens for validation: use a longer text or another --val_fraction",
-    )
-    prefix = args.output_prefix or in_data(Path(args.input).stem)
-    parts = {f"{prefix}_train.bin": tokens[n:], f"{prefix}_val.bin": tokens[:n]}
-    for path, part in parts.items():
-        same = not os.path.exists(path) or np.array_equal(read_tokens(path), part)
-        require(
-            same or args.replace,
-            f"{path} is there and holds something else: choose another --output_prefix, or replace "
-            f"it: {shlex.join(['python', sys.argv[0], *argv, '--replace', '1'])}",
-        )
-    for path, part in parts.items():
-        write_tokens(path, part, 256 if args.bytes else encoding.n_vocab)
-    return list(parts)
+    n = int(args.val_fraction * len(text.encode())) if args.input else VAL_BYTES
+    training, validation = cut(text, n)
+    found = f"{len(validation)} characters validate, {len(training)} train"
+    require(training and validation, f"{found}: use a longer text or another --val_fraction")
+
+    vocabulary, name = "gpt2", "tiny_shakespeare"
+    if args.bytes:
+        vocabulary, name = "bytes", "tiny_shakespeare_bytes"
+    if args.vocabulary:
+        vocabulary = read_vocabulary(os.path.expanduser(args.vocabulary))
+        name = "tiny_shakespeare_own"
+    if args.vocab_size:
+        vocabulary = learn_vocabulary(training.replace("\0", "\n").encode(), args.vocab_size)
+        name = f"tiny_shakespeare_{args.vocab_size}"
+        if len(vocabulary) + 1 < args.vocab_size:
+            say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
+    prefix = args.output_prefix or in_data(Path(paths[0]).stem if args.input else name)
+    return token_files(os.path.expanduser(prefix), training, validation, vocabulary)
+
+
+def quoted(words):
+    """A command as its user can paste it into his shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def main(argv=None):
@@ -534,15 +680,26 @@ def main(argv=None):
         sys.stdout.reconfigure(errors="backslashreplace")  # it may lack a letter of a file's name
     args = parse_args(argv)
     try:
-        paths = provide("tiny_shakespeare") if args.input is None else write_own_text(args, argv)
-        for path in paths:
-            print(f"{path}: {len(read_tokens(path)):,} tokens")
+        files = own_files(args)
+        for path, data in files.items():
+            same = not os.path.exists(path) or Path(path).read_bytes() == data
+            again = quoted(["python", sys.argv[0], *argv, "--replace", "1"])
+            message = f"{path} is there and holds something else: choose another --output_prefix, "
+            require(same or args.replace or not argv, f"{message}or replace it: {again}")
+        write_files(files)
+        train_path, val_path, *own = files
+        for path in (train_path, val_path):
+            print(f"{path}: {(len(files[path]) - 1024) // 2:,} tokens")
+        model = "bytes" if args.bytes else "d2" if own else "gpt2"
+        trainer = os.path.join(os.path.dirname(sys.argv[0]), "train_gpt2.py")
+        flags = ["--model", model, "--input_bin", train_path, "--input_val_bin", val_path]
+        print(f"train on it: {quoted(['python', trainer, *flags])}")
         return 0
     except KeyboardInterrupt:
         say("stopped: run it again to go on")
         return 130
     except (InputError, OSError) as error:
-        say(f"error: {error}")
+        say(f"error: {error if isinstance(error, InputError) else reason(error)}")
         return 1
 
 

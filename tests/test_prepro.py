@@ -1,4 +1,4 @@
-"""Fetching and tokenising: prepro_tinyshakespeare.py, with a hub that misbehaves."""
+"""Fetching, tokenising and learning a vocabulary: prepro_tinyshakespeare.py."""
 
 import hashlib
 import io
@@ -6,153 +6,134 @@ import os
 import random
 import re
 import shlex
-import shutil
-import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+import regex
+import requests
 import tiktoken
 from common import VOCABULARY_FILES, VOCABULARY_FOLDER, need_gpt2_vocabulary
 
 import prepro_tinyshakespeare as prepro
-from prepro_tinyshakespeare import InputError
+from prepro_tinyshakespeare import FetchError, InputError
 
 SHAKESPEARE_TEXT = os.path.abspath(
     os.environ.get("TINY_SHAKESPEARE") or "data/tiny_shakespeare.txt"
 )
-
-
-posix_only = pytest.mark.skipif(
-    os.name == "nt",
-    reason="Windows has no such signals and streams: run python -m pytest on Linux or macOS",
-)
-
-
-PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
-
-
-def names(folder="."):
-    """What lies in a folder. Windows keeps a lock's empty file."""
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
+PLACES = "TIKTOKEN_CACHE_DIR DATA_GYM_CACHE_DIR HF_ENDPOINT HF_HUB_CACHE HF_HOME XDG_CACHE_HOME"
+PROXIES = "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy"
+BODY = random.Random(1).randbytes(700_001)
+NOBODY = "http://127.0.0.1:9"  # no server listens there
 
 
 def sha256_of(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def closed_port():
-    """The number of a port of this machine where nobody listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def put(path, data):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+    return path
+
+
+def content(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def one_line(message, *parts):
+    """The message is one line and says all of these."""
+    assert message.strip() and "\n" not in message.strip(), message
+    assert [part for part in parts if part not in message] == [], message
+
+
+def refused(call, *parts, error=InputError):
+    """The call ends with just this error, of one line that says all of these."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert type(caught.value) is error
+    one_line(str(caught.value), *parts)
+    return caught.value
 
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    """Work in an empty folder, with nobody's caches and proxies, and without waiting between
-    attempts."""
+    """Work in an empty folder, with nobody's caches and without a network."""
     monkeypatch.chdir(tmp_path)
-    for name in (
-        "TIKTOKEN_CACHE_DIR",
-        "HF_ENDPOINT",
-        "HF_HUB_CACHE",
-        *PROXIES,
-        *(name.lower() for name in PROXIES),
-    ):
-        monkeypatch.setenv(
-            name, ""
-        )  # so that what a test leaves behind is undone, even where it was not set
+    for name in (PLACES + " " + PROXIES).split():
+        monkeypatch.setenv(name, "")  # so that what a test sets is undone
         monkeypatch.delenv(name)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "nobody"))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, NOBODY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(prepro.tempfile, "gettempdir", lambda: "temporary")
     monkeypatch.setattr(prepro, "RETRY_WAIT", 0)
     return tmp_path
 
 
-def cut_the_network(monkeypatch):
-    """No network, wherever the tests run: all of it goes through a proxy that is not there."""
-    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+# --------------------------------------------------------------------------------------------------
+# Fetching, from a server that misbehaves
 
 
 @pytest.fixture
 def hub(empty_folder):
-    """A hub with one file, hub.body. Tests set its other attributes to make it misbehave.
+    """A server with one file behind a redirect, hub.body. Tests make it misbehave.
 
-    cuts: after how many bytes each connection breaks. gate: an event for which the hub waits after
-    half of the file, when it has set `half`. linked: headers of the first response. seen:
-    the requests, as (path, Range). sent: bytes."""
+    cuts: after how many bytes each connection breaks. linked: headers of the redirect. meet: a
+    barrier at which it waits after half of the file. seen: for each request the Range.
+    """
     hub = SimpleNamespace(
-        body=random.Random(1).randbytes(700_001),
-        content_type="application/octet-stream",
+        body=BODY,
         status=200,
-        ranges="honoured",
-        tell_length=True,
+        ranges=True,
+        type="text/plain",
         linked={},
         cuts=[],
-        gate=None,
-        half=threading.Event(),
+        meet=None,
         seen=[],
-        sent=0,
     )
 
     class Hub(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
         def log_message(self, *args):
             pass
 
-        def answer(self, status, headers, body=b""):
+        def answer(self, status, headers):
             self.send_response(status)
             for name, value in headers.items():
-                self.send_header(name, value)
-            if "Content-Length" not in headers and hub.tell_length:
-                self.send_header("Content-Length", str(len(body)))
-            if not hub.tell_length:
-                self.send_header("Connection", "close")
-                self.close_connection = True
+                self.send_header(name, str(value))
             self.end_headers()
-            self.wfile.write(body)
-            hub.sent += len(body)
 
         def do_GET(self):
-            asked = self.headers.get("Range")
-            hub.seen.append((self.path, asked))
-            assert self.headers["Accept-Encoding"] == "identity"
-            if hub.status != 200:
-                return self.answer(hub.status, {"Content-Type": "text/html"}, b"<html>no</html>")
-            if not self.path.startswith("/cdn/"):
+            if not self.path.startswith("/cdn"):
                 return self.answer(302, {"Location": "/cdn" + self.path, **hub.linked})
-            start, status, headers = 0, 200, {"Content-Type": hub.content_type}
-            if asked and hub.ranges != "ignored":
-                start, status = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]), 206
-                if start >= len(hub.body):
-                    return self.answer(416, {"Content-Range": f"bytes */{len(hub.body)}"})
-                headers["Content-Range"] = f"bytes {start}-{len(hub.body) - 1}/{len(hub.body)}"
-            rest, cut = hub.body[start:], hub.cuts.pop(0) if hub.cuts else None
-            if hub.gate is not None:
-                headers["Content-Length"] = str(len(rest))
-                self.answer(status, headers, rest[: len(rest) // 2])
-                self.wfile.flush()
-                hub.half.set()
-                hub.gate.wait(30)
-                return self.wfile.write(rest[len(rest) // 2 :])
-            if cut is None:
-                return self.answer(status, headers, rest)
-            headers["Content-Length"] = str(len(rest))
-            self.answer(status, headers, rest[:cut])
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+            asked = self.headers.get("Range")
+            hub.seen.append(asked)
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and hub.ranges else 0
+            if start >= len(hub.body):
+                return self.answer(416, {})
+            rest = hub.body[start:]
+            status = 206 if start and hub.status == 200 else hub.status
+            self.answer(status, {"Content-Type": hub.type, "Content-Length": len(rest)})
+            half = len(rest) // 2
+            self.wfile.write(rest[: hub.cuts[0] if hub.cuts else half])
+            if hub.cuts:
+                del hub.cuts[0]
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            if hub.meet:
+                hub.meet.wait(20)
+            self.wfile.write(rest[half:])
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.daemon_threads = True
     server.handle_error = lambda *args: None  # we hang up on a server that offers the wrong thing
     hub.url = f"http://127.0.0.1:{server.server_port}/model"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -163,226 +144,351 @@ def hub(empty_folder):
     thread.join()
 
 
-def link(hub):
-    """Let the hub announce its file in the first response, as Hugging Face does."""
-    hub.linked = {"X-Linked-Etag": f'"{sha256_of(hub.body)}"', "X-Linked-Size": str(len(hub.body))}
-
-
-def content(path):
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def put(path, data):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "wb") as f:
-        f.write(data)
-    return path
-
-
-def one_line(message, *parts):
-    """The message is one line and says all of these."""
-    assert message.strip() and "\n" not in message.strip(), message
-    for part in parts:
-        assert part in message, f"{part!r} is missing in: {message}"
-
-
-def refused(call, *parts):
-    """The call ends with an InputError of one line that says all of these. Returns the line."""
-    with pytest.raises(InputError) as caught:
-        call()
-    one_line(str(caught.value), *parts)
-    return str(caught.value)
-
-
-def test_download_follows_the_redirect_and_fetches_once(hub, capsys):
-    link(hub)
-    for _ in range(2):
-        assert prepro.download(hub.url, "data/deep/file") == "data/deep/file"
-        assert content("data/deep/file") == hub.body
-    assert hub.seen == [("/model", None), ("/cdn/model", None)] and hub.sent == len(hub.body)
-    assert names("data/deep") == ["file"]
-    assert capsys.readouterr() == ("", ""), "quiet where stderr is no terminal"
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("source", ["the caller", "the hub"])
-def test_connections_cut_anywhere_are_resumed(hub, seed, source):
-    rng = random.Random(seed)
-    hub.cuts = [
-        rng.randrange(prepro.CHUNK, 300_000),
-        rng.randrange(300_000),
-        rng.randrange(300_000),
-    ]
-    known = (sha256_of(hub.body), len(hub.body)) if source == "the caller" else link(hub) or ()
-    prepro.download(hub.url, "file", *known)
-    assert content("file") == hub.body and names() == ["file"]
-    starts = [
-        int(asked[6:-1]) if asked else 0 for path, asked in hub.seen if path.startswith("/cdn")
-    ]
-    assert len(starts) == 4 and starts == sorted(starts) and starts[1] > 0, "none begins anew"
-    assert hub.sent <= len(hub.body) + 3 * prepro.CHUNK, "and hardly anything comes twice"
-
-
-def test_a_download_that_breaks_for_good_is_continued_by_the_next_run(hub, monkeypatch):
-    digest = sha256_of(hub.body)
-    hub.cuts = [150_000] + [0] * 99
-    refused(
-        lambda: prepro.download(hub.url, "file", digest),
-        hub.url,
-        "the connection broke",
-        "put it at file",
-    )
-    kept = content("file.part")
-    assert 150_000 - prepro.CHUNK <= len(kept) <= 150_000 and hub.body.startswith(kept)
-    assert names() == ["file.part"]
-    assert len(hub.seen) == 2 * prepro.ATTEMPTS
-    hub.cuts, hub.seen = [], []
-    prepro.download(hub.url, "file", digest)
-    assert hub.seen[-1] == ("/cdn/model", f"bytes={len(kept)}-") and content("file") == hub.body
-    assert names() == ["file"]
-
-
-def test_a_connection_that_brings_nothing_is_not_tried_again(hub):
-    hub.cuts = [0] * 99
-    refused(
-        lambda: prepro.download(hub.url, "file", sha256_of(hub.body)), hub.url, "put it at file"
-    )
-    assert len(hub.seen) == 2 and not os.path.exists("file")
-
-
-@pytest.mark.parametrize("ranges", ["honoured", "ignored"])
-@pytest.mark.parametrize("part", ["beginning", "all"])
-def test_what_an_earlier_run_left_behind_is_continued_or_started_anew(hub, capsys, ranges, part):
-    hub.ranges = ranges
-    put("file.part", hub.body[:1000] if part == "beginning" else hub.body)
-    prepro.download(hub.url, "file", sha256_of(hub.body), len(hub.body))
-    assert content("file") == hub.body and names() == ["file"]
-    assert capsys.readouterr().err == ""
-    if ranges == "honoured":
-        assert hub.sent == (len(hub.body) - 1000 if part == "beginning" else 0)
-
-
-@pytest.mark.parametrize("part", [b"x" * 1000, b"x" * 800_000], ids=["short", "too long"])
-def test_a_part_of_another_file_is_noticed_and_fetched_anew_by_the_next_run(hub, part):
-    put("file.part", part)
-    fetch = lambda: prepro.download(hub.url, "file", sha256_of(hub.body))
-    refused(fetch, "another file came", "try again")
-    assert names() == []
-    assert content(fetch()) == hub.body and names() == ["file"]
-
-
-def test_a_part_is_only_trusted_where_a_hash_will_judge_it(hub):
-    put("file.part", b"x" * 1000)
-    prepro.download(hub.url, "file", None, len(hub.body))
-    assert content("file") == hub.body
-
-
-def test_a_download_is_on_the_disk_before_it_becomes_real(hub, monkeypatch):
-    calls = []
-    for name in ("fsync", "replace"):
-        call = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *args, name=name, call=call: calls.append(name) or call(*args)
-        )
-    prepro.download(hub.url, "file")
-    assert calls == ["fsync", "replace"]
-
-
-def test_the_hash_in_the_first_response_judges_what_comes(hub):
-    link(hub)
-    hub.body = hub.body[:-1] + bytes([hub.body[-1] ^ 1])
-    refused(
-        lambda: prepro.download(hub.url, "file"),
-        hub.url,
-        "SHA-256",
-        hub.linked["X-Linked-Etag"][1:13],
-    )
-    assert names() == []
-
-
-REFUSALS = {  # how the hub misbehaves: (its attributes, what the message must name)
-    "404": (dict(status=404), ["404 Not Found"]),
-    "401": (dict(status=401), ["401 Unauthorized"]),
-    "403": (dict(status=403), ["403 Forbidden"]),
-    "500": (dict(status=500), ["500"]),
-    "a web page": (dict(content_type="text/html; charset=utf-8"), ["web page", "log in"]),
-    "another file": (dict(body=bytes(700_001)), ["another file", "SHA-256", "expected"]),
-    "a short file": (dict(body=bytes(1000)), ["another file"]),
-    "a long file": (dict(body=bytes(800_000)), ["another file"]),
-    "a short file of untold length": (
-        dict(body=bytes(1000), tell_length=False),
-        ["another file"],
-    ),
-    "nothing at all": (dict(body=b""), ["ended early"]),
+RIGHT = sha256_of(BODY)
+LINKED = {"linked": {"X-Linked-Etag": f'"{RIGHT}"'}}
+WRONG = {"linked": {"X-Linked-Etag": f'"{64 * "0"}"'}}
+SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, Ranges, the error)
+    "a redirect with the hash": (LINKED, None, b"", [None], []),
+    "a redirect with another hash": (WRONG, None, b"", [None], ["another file", "000000000000"]),
+    "a redirect without headers": ({}, None, b"", [None], []),
+    "a cut connection": ({"cuts": [300_000]}, RIGHT, b"", [None, "bytes=262144-"], []),
+    "a part of an earlier run": ({}, RIGHT, BODY[:999], ["bytes=999-"], []),
+    "all of it from an earlier run": ({}, RIGHT, BODY, ["bytes=700001-"], []),
+    "a refused range": ({"ranges": False}, RIGHT, BODY[:999], ["bytes=999-"], []),
+    "a part of another file": ({}, RIGHT, b"x" * 999, ["bytes=999-"], ["another file", RIGHT[:12]]),
+    "the wrong file": ({"body": bytes(1000)}, RIGHT, b"", [None], ["another file", "SHA-256"]),
+    "a web page": ({"type": "text/html"}, RIGHT, b"", [None], ["web page", "log in"]),
+    "no such file": ({"status": 404}, RIGHT, b"", [None], ["404 Not Found"]),
+    "nothing": ({"cuts": [0] * 9}, RIGHT, b"", [None], ["no network"]),
 }
 
 
-@pytest.mark.parametrize("misbehaviour", REFUSALS)
-def test_a_file_that_is_not_the_one_expected_never_becomes_real(hub, misbehaviour):
-    attributes, named = REFUSALS[misbehaviour]
-    good = dict(vars(hub), seen=[], linked={})
+@pytest.mark.parametrize("behaviour", SERVERS)
+def test_a_server(hub, behaviour):
+    attributes, sha256, part, ranges, said = SERVERS[behaviour]
     vars(hub).update(attributes)
-
-    def fetch():
-        return prepro.download(hub.url, "data/file", sha256_of(good["body"]), len(good["body"]))
-
-    refused(fetch, hub.url, "put it at data/file", *named)
-    assert not os.path.exists("data/file")
-    vars(hub).update(good)  # and whatever was left behind does no harm
-    assert content(fetch()) == good["body"] and names("data") == ["file"]
-
-
-def test_a_connection_cut_where_nothing_is_known_of_the_file(hub):
-    """It begins anew, and nothing is put together."""
-    hub.cuts = [300_000]
-    assert content(prepro.download(hub.url, "file")) == hub.body
-    assert None in {asked for path, asked in hub.seen[2:]} and names() == ["file"]
+    if part:
+        put("data/file.part", part)
+    fetch = lambda: prepro.download(hub.url, "data/file", sha256, "the file")
+    if said:
+        said = [*said, hub.url, "put it at data/file", "--model bytes"]
+        error = refused(fetch, *said, error=FetchError)
+        assert error.cause.startswith("can't fetch the file: ") and len(error.cause) < 100
+        assert os.listdir("data") == [], "what is wrong is not kept"
+    else:
+        assert fetch() == "data/file" and content("data/file") == BODY
+        assert os.listdir("data") == ["file"]
+        fetch()
+    assert hub.seen == ranges, "and what is there is not fetched again"
 
 
-def test_no_server_no_name_no_address(empty_folder):
-    url = f"http://127.0.0.1:{closed_port()}/model"
-    line = refused(lambda: prepro.download(url, "file"), url, "put it at file")
-    assert "refused" in line and "HTTPConnectionPool" not in line, (
-        "the system's own words, unwrapped"
-    )
-    refused(lambda: prepro.download("nonsense", "file"), "nonsense", "put it at file")
-    assert names() == []
+def test_a_download_that_breaks_for_good_is_continued_by_the_next_run(hub):
+    hub.cuts = [150_000] + [0] * 99
+    fetch = lambda: prepro.download(hub.url, "file", RIGHT)
+    refused(fetch, "the connection broke", error=FetchError)
+    assert os.listdir() == ["file.part"] and BODY.startswith(content("file.part"))
+    assert len(hub.seen) == prepro.ATTEMPTS
+    hub.cuts = []
+    fetch()
+    assert hub.seen[-1] == "bytes=131072-" and content("file") == BODY
 
 
-def test_the_disk_refuses(hub):
-    put("data", b"a file where a folder is needed")
-    refused(lambda: prepro.download(hub.url, "data/file"), hub.url, "put it at data/file")
+def test_two_first_runs_at_once_do_not_write_to_the_same_file(hub):
+    """The first takes over what is left of an earlier run; both are halfway at the same time."""
+    put("file.part", BODY[:999])
+    hub.meet = threading.Barrier(2)
+    fetch = lambda: prepro.download(hub.url, "file", RIGHT)
+    threads = [threading.Thread(target=fetch) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, hub.seen)) == ["None", "bytes=999-"]
+    assert content("file") == BODY and os.listdir() == ["file"]
 
 
-@pytest.mark.parametrize("name", ["requests", "tiktoken"])
-def test_a_missing_package_is_named_with_its_remedy(empty_folder, monkeypatch, name):
-    monkeypatch.setitem(
-        sys.modules, name, None
-    )  # which is how Python marks an import that must fail
-    call = (
-        prepro.get_encoding
-        if name == "tiktoken"
-        else lambda: prepro.download("http://localhost", "x")
-    )
-    refused(call, f"pip install {name}")
+def test_what_a_killed_run_left_is_taken_over_when_nobody_writes_to_it(hub):
+    put("file.part.0a0a0a0a", BODY[:999])
+    prepro.download(hub.url, "file", RIGHT)
+    assert hub.seen == [None] and sorted(os.listdir()) == ["file", "file.part.0a0a0a0a"]
+    os.remove("file")
+    os.utime("file.part.0a0a0a0a", (1e9, 1e9))
+    prepro.download(hub.url, "file", RIGHT)
+    assert hub.seen[1:] == ["bytes=999-"] and os.listdir() == ["file"]
 
 
-def test_stopping_a_download_keeps_what_has_come(hub, monkeypatch, capsys):
-    whole_watch = prepro.watched
+def test_ctrl_c_ends_with_130(empty_folder, monkeypatch, capsys):
+    def interrupted(url, path, *args):
+        raise KeyboardInterrupt
 
-    def stopped(pieces, *args):
-        for piece in whole_watch(pieces, *args):
-            yield piece
-            raise KeyboardInterrupt
-
-    fake_shakespeare(hub, monkeypatch)
-    monkeypatch.setattr(prepro, "CHUNK", 1000)
-    monkeypatch.setattr(prepro, "watched", stopped)
+    monkeypatch.setattr(prepro, "download", interrupted)
     assert prepro.main([]) == 130
     one_line(capsys.readouterr().err, "stopped")
-    assert names("data") == ["tiny_shakespeare.txt.part"]
-    assert content("data/tiny_shakespeare.txt.part") == hub.body[:1000]
+
+
+def test_networks_that_need_something(empty_folder, monkeypatch):
+    failures = {
+        "ConnectionError": "no network (why)",
+        "SSLError": "(why); name the certificate of a proxy in REQUESTS_CA_BUNDLE",
+        "InvalidSchema": '(why); a socks proxy needs pip install "requests[socks]"',
+    }
+    for name, said in failures.items():
+
+        def get(*args, name=name, **options):
+            raise getattr(requests.exceptions, name)("why")
+
+        monkeypatch.setattr(requests, "get", get)
+        caught = refused(lambda: prepro.download("https://a/x", "file"), error=FetchError)
+        assert caught.cause.endswith(said)
+
+
+@pytest.mark.parametrize("what", ["tiny_shakespeare", "vocabulary", "gpt2", "embedded"])
+def test_the_trainer_falls_back_for_what_could_not_be_fetched_alone(
+    empty_folder, monkeypatch, what
+):
+    provide = lambda: prepro.provide(what)
+    put("data", b"a file where a folder is needed")
+    refused(provide, "data")
+    os.remove("data")
+    if os.name != "nt":
+        os.symlink("nowhere", "data")
+        refused(provide, "data is a link to something that is gone")
+        os.remove("data")
+    with monkeypatch.context() as patch:
+        for name in ("requests", "tiktoken"):
+            patch.setitem(sys.modules, name, None)  # so Python marks an import that must fail
+        refused(provide, f"pip install {'tiktoken' if what == 'embedded' else 'requests'}")
+    if what != "embedded":
+        refused(provide, "can't fetch", "no network", error=FetchError)
+    refused(lambda: prepro.provide("gpt3"), "gpt3", "gpt2-medium")
+
+
+# --------------------------------------------------------------------------------------------------
+# Caches
+
+
+def test_what_is_fetched_lies_in_data(hub, monkeypatch):
+    vars(hub).update(LINKED)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    assert prepro.provide("gpt2-medium") == "data/gpt2-medium.safetensors"
+    assert content("data/gpt2-medium.safetensors") == BODY
+    named = "another file", "248dfc391186", f"{prepro.REVISIONS['gpt2']}/model.safetensors"
+    refused(lambda: prepro.provide("gpt2"), *named, error=FetchError)
+
+    monkeypatch.setattr(prepro, "VOCABULARY", hub.url)
+    monkeypatch.setattr(prepro, "SHA256", {"vocab.bpe": RIGHT, "encoder.json": RIGHT})
+    assert prepro.provide("vocabulary") == "data/tiktoken"
+    names = [hashlib.sha1(f"{hub.url}{name}".encode()).hexdigest() for name in prepro.SHA256]
+    assert sorted(os.listdir("data/tiktoken")) == sorted(names)
+
+
+CACHES = {  # how its place is told: (the environment, the folder)
+    "HF_HUB_CACHE": ({"HF_HUB_CACHE": "[c]/hub", "HF_HOME": "elsewhere"}, "[c]/hub"),
+    "HF_HOME": ({"HF_HOME": "[c]", "XDG_CACHE_HOME": "elsewhere"}, "[c]/hub"),
+    "XDG_CACHE_HOME": ({"XDG_CACHE_HOME": "[c]"}, "[c]/huggingface/hub"),
+    "nothing": ({}, ".cache/huggingface/hub"),
+}
+SNAPSHOTS = {  # what is there: (its bytes, its revision, the name of the blob it links to, SHA-256)
+    "a link": (b"weights", "another", sha256_of(b"weights"), sha256_of(b"weights")),
+    "a plain file": (b"weights", "another", None, sha256_of(b"weights")),
+    "a damaged plain file": (b"weight", "another", None, sha256_of(b"weights")),
+    "ours, of unknown hash": (b"weights", prepro.REVISIONS["gpt2"], None, None),
+    "another, of unknown hash": (b"weights", "another", None, None),
+    "a link to nothing": (None, prepro.REVISIONS["gpt2"], sha256_of(b"weights"), None),
+}
+
+
+@pytest.mark.parametrize("place", CACHES)
+@pytest.mark.parametrize("snapshot", SNAPSHOTS)
+def test_weights_in_hugging_faces_cache(empty_folder, monkeypatch, capsys, place, snapshot):
+    environment, folder = CACHES[place]
+    data, revision, blob, known = SNAPSHOTS[snapshot]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(prepro, "SHA256", {"gpt2": known} if known else {})
+    owner = "" if place == "nothing" else "openai-community--"
+    path = f"{folder}/models--{owner}gpt2/snapshots/{revision}/model.safetensors"
+    os.makedirs(os.path.dirname(path))
+    if blob and os.name != "nt":
+        os.symlink(f"../../blobs/{blob}", path)
+        path = f"{folder}/models--{owner}gpt2/blobs/{blob}"
+    if data:
+        put(path, data)
+    if snapshot in ("a link", "a plain file", "ours, of unknown hash"):
+        found = prepro.provide("gpt2")
+        assert os.path.samefile(found, path) and found.endswith("model.safetensors")
+        one_line(capsys.readouterr().err, found)
+        put("data/gpt2.safetensors", b"mine")
+        assert prepro.provide("gpt2") == "data/gpt2.safetensors", "data/ comes first"
+    else:
+        refused(lambda: prepro.provide("gpt2"), "can't fetch", error=FetchError)
+
+
+FOLDERS = {  # where tiktoken's files lie: the environment
+    "data/tiktoken": {"DATA_GYM_CACHE_DIR": "elsewhere"},
+    "mine": {"TIKTOKEN_CACHE_DIR": "mine"},
+    "gym": {"DATA_GYM_CACHE_DIR": "gym", "TIKTOKEN_CACHE_DIR": "elsewhere"},
+    "temporary/data-gym-cache": {},
+}
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, monkeypatch, folder):
+    need_gpt2_vocabulary()
+    for path in VOCABULARY_FILES.values():
+        put(f"{folder}/{os.path.basename(path)}", content(path))
+    for name, value in FOLDERS[folder].items():
+        monkeypatch.setenv(name, value)
+    assert prepro.provide("vocabulary") == folder
+    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", None)
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")  # or tiktoken would remember it
+    assert prepro.get_encoding().encode_ordinary("hello world") == [31373, 995]
+    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")
+    put(f"{folder}/{os.path.basename(path)}", b"{}")
+    refused(prepro.get_encoding, folder, "damaged", "delete")
+
+
+# --------------------------------------------------------------------------------------------------
+# Texts and tokens
+
+
+def read_token_file(path):
+    """A token file as its description says, with nothing of ours: (V, crc32, list of tokens)."""
+    data = content(path)
+    header = struct.unpack("<256i", data[:1024])
+    assert header[:2] == (20240520, 1) and header[5:] == (0,) * 251
+    assert len(data) == 1024 + 2 * header[2]
+    return *header[3:5], list(struct.unpack(f"<{header[2]}H", data[1024:]))
+
+
+def tokens_of(prefix):
+    """The tokens for validation and those for training, which follow them in the text."""
+    return [read_token_file(f"{prefix}_{part}.bin")[2] for part in ("val", "train")]
+
+
+def prepared(capsys, *flags):
+    """main(flags) must end well. Returns its lines on stdout."""
+    assert prepro.main(list(flags)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out.splitlines()
+
+
+TEXT = "to be, or not to be: naïve, 東京\n" * 9
+
+
+@pytest.mark.parametrize("name", "utf-8 utf-8-sig utf-16 utf-16-be utf-32 shift_jis".split())
+def test_text_encodings(empty_folder, capsys, name):
+    text = TEXT.replace("ï", "i") if name == "shift_jis" else TEXT
+    put("my.txt", text.replace("\n", "\r\n").encode(name))
+    flags = [] if name.startswith("utf-8") else ["--encoding", name]
+    prepared(capsys, "--input", "my.txt", "--bytes", "1", *flags)
+    val, train = tokens_of("data/my")
+    assert bytes(val + train) == text.encode() and bytes(train).decode()
+
+
+def test_several_texts_and_the_command_that_trains_on_them(empty_folder, capsys):
+    put("a b.txt", b"to be\n")
+    put("c.txt", b"or not to be\n")
+    flags = "--input", "~/a b.txt", "c.txt", "--bytes", "1", "--output_prefix", "~/d/x y"
+    *counts, command = prepared(capsys, *flags, "--val_fraction", "0.6")
+    assert list(map(bytes, tokens_of("d/x y"))) == [b"to be\n\nor no", b"t to be\n"]
+    paths = [f"{os.path.expanduser('~/d/x y')}_{part}.bin" for part in ("train", "val")]
+    assert counts == [f"{paths[0]}: 8 tokens", f"{paths[1]}: 12 tokens"]
+    words = ["--model", "bytes", "--input_bin", paths[0], "--input_val_bin", paths[1]]
+    assert command.endswith(prepro.quoted(words))
+    if os.name != "nt":
+        assert shlex.split(prepro.quoted(words)) == words
+
+
+def test_a_cut_parts_no_character_and_leaves_no_end_of_text():
+    assert prepro.cut("to be", 2) == (" be", "to")
+    assert prepro.cut("é東京", 4) == prepro.cut("é東京", 2) == ("東京", "é")
+    assert prepro.cut("to\0be", 2) == prepro.cut("to\0be", 3) == ("be", "to")
+
+
+MISTAKES = {  # what a user does: (the bytes of text.txt, flags, what the message must name)
+    "latin-1": (b"na\xefve", [], ["text.txt is not utf-8", "0xef", "position 2", "--encoding"]),
+    "utf-16": ("to be".encode("utf-16"), [], ["text.txt", "0xff", "position 0", "--encoding"]),
+    "utf-16, no mark": (b"t\0o\0", [], ["text.txt", "NUL at position 1", "--encoding"]),
+    "not what it is called": (b"to be", ["--encoding", "utf-32"], ["text.txt", "position 0"]),
+    "no encoding": (b"to be", ["--encoding", "klingon"], ["unknown encoding: klingon"]),
+    "no text encoding": (b"aa", ["--encoding", "hex"], ["not a text encoding"]),
+    "half a letter": (b"\\ud800", ["--encoding", "unicode_escape"], ["text.txt", "surrogates"]),
+    "empty": (b"\xef\xbb\xbf \r\n\n", [], ["text.txt", "empty"]),
+    "missing": (b"", ["--input", "nothing.txt"], ["No such file", "nothing.txt"]),
+    "a folder": (b"", ["--input", "."], [". is a folder"]),
+    "too short": (b"to be", ["--bytes", "1"], ["0 characters validate, 5 train", "--val_fraction"]),
+    "nowhere to write": (b"x" * 99, ["--bytes", "1", "--output_prefix", "text.txt/x"], ["text"]),
+    "no vocabulary": (b"to be" * 99, ["--vocabulary", "text.txt"], ["text.txt is no vocabulary"]),
+    "no folder's": (b"to be" * 99, ["--vocabulary", "."], ["No such file", "vocab.json"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_ends_in_one_line_and_exit_code_1(empty_folder, capsys, mistake):
+    text, flags, named = MISTAKES[mistake]
+    put("text.txt", text)
+    assert prepro.main(["--input", "text.txt", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ")
+    one_line(err, *named)
+    assert os.listdir() == ["text.txt"], "and nothing was written"
+
+
+SENSELESS = """--inptu x; --inp x; x; --replace 1; --output_prefix x; --val_fraction much --input x;
+    --val_fraction 1 --input x; --val_fraction 0.2 --bytes 1; --val_fraction nan --input x;
+    --bytes 1 --endoftext 1; --bytes 1 --vocab_size 300; --vocab_size 257; --vocab_size 50257"""
+
+
+@pytest.mark.parametrize("flags", SENSELESS.split(";"))
+def test_a_command_line_that_makes_no_sense_ends_with_2(empty_folder, capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        prepro.main(flags.split())
+    assert caught.value.code == 2 and "error: " in capsys.readouterr().err
+    assert os.listdir() == []
+
+
+def run_prepro(*words):
+    """Python with these words, as a user runs it: (exit code, stdout, stderr)."""
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_tokens_are_replaced_if_asked_to_and_the_printed_command_works(empty_folder):
+    put("it's.txt", b"to be, or not to be\n" * 9)
+    flags = prepro.__file__, "--input", "it's.txt", "--bytes", "1"
+    assert run_prepro(*flags)[0] == run_prepro(*flags)[0] == 0, "the same once more is no conflict"
+    put("it's.txt", b"that is the question\n" * 9)
+    code, out, err = run_prepro(*flags)
+    assert (code, out) == (1, "")
+    one_line(err, "data/it's_train.bin", "choose another --output_prefix", "--replace 1")
+    if os.name != "nt":
+        assert run_prepro(*shlex.split(err.split("replace it: python ")[1]))[0] == 0
+        assert bytes(sum(tokens_of("data/it's"), [])) == b"that is the question\n" * 9
+
+
+def test_files_are_replaced_whole_or_not_at_all(empty_folder, monkeypatch):
+    put("x.bin", b"what was there")
+    synced = []
+
+    def no_room(handle):
+        synced.append(handle)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_room)
+    with pytest.raises(OSError):
+        prepro.write_files({"x.bin": b"new"})
+    assert synced and content("x.bin") == b"what was there" and os.listdir() == ["x.bin"]
+
+
+def test_old_versions_are_refused_in_one_line(empty_folder):
+    run = f"import runpy; runpy.run_path({prepro.__file__!r}, run_name='__main__')"
+    code, _, err = run_prepro("-c", f"import numpy; numpy.__version__ = '2.0.2'; {run}")
+    assert (code, err) == (1, 'error: NumPy 2.0.2 is too old: pip install -U "numpy>=2.1"\n')
+    code, _, err = run_prepro("-c", f"import sys; sys.version_info = (3, 9, 1); {run}")
+    assert code == 1 and "install Python 3.10 or newer" in err
+    one_line(err)
 
 
 class Terminal(io.StringIO):
@@ -390,372 +496,15 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("stderr", [Terminal(), io.StringIO()], ids=["terminal", "file"])
-def test_progress_is_shown_on_a_terminal_only(monkeypatch, stderr):
-    clock = iter([0.0, 0.5, 2.0, 2.1, 4.0])  # at the start, and after each of four pieces
+@pytest.mark.parametrize("stderr", [Terminal(), io.StringIO()])
+def test_progress_is_counted_on_a_terminal_only(monkeypatch, stderr):
+    clock = iter([0.0, 0.1, 2.0, 2.1, 4.0])  # at the start, and after each of four pieces
     monkeypatch.setattr(prepro, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    monkeypatch.setattr(prepro.sys, "stderr", stderr)
-    pieces = [bytes(1_000_000)] * 4
-    assert list(prepro.watched(iter(pieces), "fetching", 1_000_000, 10_000_000)) == pieces
-    shown = [line.strip() for line in stderr.getvalue().split("\r")]
-    assert shown == (
-        [
-            "",
-            "fetching: 3.0 MB, 1.0 MB/s, 30%, 7 s left",
-            "fetching: 5.0 MB, 1.0 MB/s, 50%, 5 s left",
-        ]
-        if stderr.isatty()
-        else [""]
-    )
-
-
-# Weights
-
-
-def test_weights_come_from_the_endpoint_the_user_named(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", hub.url.removesuffix("/model") + "/mirror/")
-    for name, (revision, sha256, size) in dict(prepro.WEIGHTS).items():
-        known = sha256 and sha256_of(hub.body), size and len(hub.body)
-        monkeypatch.setitem(prepro.WEIGHTS, name, (revision, *known))
-        link(hub)
-        hub.seen = []
-        assert prepro.provide(name) == f"data/{name}.safetensors"
-        assert hub.seen[0] == (
-            f"/mirror/openai-community/{name}/resolve/{revision}/model.safetensors",
-            None,
-        )
-        assert content(f"data/{name}.safetensors") == hub.body
-        hub.status = 500  # from now on they are there
-        assert prepro.provide(name) == f"data/{name}.safetensors"
-        hub.status = 200
-
-
-def test_the_hub_s_wrong_weights_are_refused(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", hub.url.removesuffix("/model"))
-    link(hub)  # 700,001 bytes are not GPT-2
-    refused(
-        lambda: prepro.provide("gpt2"),
-        "put it at data/gpt2.safetensors",
-        "another file",
-        "expected 248dfc391186",
-    )
-    assert names("data") == []
-
-
-def test_weights_at_hand_are_checked_by_size(empty_folder, monkeypatch):
-    put("data/gpt2.safetensors", bytes(1000))
-    refused(
-        lambda: prepro.provide("gpt2"),
-        "data/gpt2.safetensors",
-        "1000 bytes",
-        "expected 548105171",
-        "delete",
-    )
-    assert len(content("data/gpt2.safetensors")) == 1000, "it is the user's to delete"
-    refused(lambda: prepro.provide("gpt3"), "gpt3", "gpt2-medium")
-
-
-# Hugging Face's cache
-
-
-CACHES = {  # how its place is told: (the environment, the folder)
-    "HF_HUB_CACHE": ({"HF_HUB_CACHE": "[c]/hub", "HF_HOME": "elsewhere"}, "[c]/hub"),
-    "HF_HOME": ({"HF_HOME": "[c]"}, "[c]/hub"),
-    "nothing": ({"HF_HOME": "", "HOME": ".", "USERPROFILE": "."}, ".cache/huggingface/hub"),
-}
-
-
-def forge_cache(hub, name, body, blob=None, revision=None, owner="openai-community--"):
-    """What Hugging Face's programs leave behind: a file, and a link to it. Returns the link."""
-    blob_path = put(f"{hub}/models--{owner}{name}/blobs/{blob or sha256_of(body)}", body)
-    revision = revision or prepro.WEIGHTS[name][0]
-    link_path = f"{hub}/models--{owner}{name}/snapshots/{revision}/model.safetensors"
-    os.makedirs(os.path.dirname(link_path))
-    try:
-        os.symlink(f"../../blobs/{os.path.basename(blob_path)}", link_path)
-    except OSError:
-        pytest.skip("this system lets nobody make a link: run it on Linux or macOS")
-    return link_path
-
-
-def know(monkeypatch, name, body, sha256=True):
-    """Let the weights of that name be these bytes."""
-    revision = prepro.WEIGHTS[name][0]
-    known = (sha256_of(body), len(body)) if sha256 else (None, None)
-    monkeypatch.setitem(prepro.WEIGHTS, name, (revision, *known))
-
-
-@pytest.mark.parametrize("owner", ["openai-community--", ""])
-@pytest.mark.parametrize("place", CACHES)
-def test_weights_in_hugging_faces_cache_are_used(empty_folder, monkeypatch, capsys, place, owner):
-    cut_the_network(monkeypatch)
-    environment, folder = CACHES[place]
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    know(monkeypatch, "gpt2", b"weights")
-    path = forge_cache(folder, "gpt2", b"weights", revision="another", owner=owner)
-    found = prepro.provide("gpt2")
-    assert os.path.samefile(found, path) and found.endswith("model.safetensors")
-    one_line(capsys.readouterr().err, "gpt2", found)
-    put("data/gpt2.safetensors", b"WEIGHTS")
-    assert prepro.provide("gpt2") == "data/gpt2.safetensors", "data/ comes first"
-
-
-def test_weights_of_unknown_sha256_are_used_under_our_revision_only(empty_folder, monkeypatch):
-    cut_the_network(monkeypatch)
-    monkeypatch.setenv("HF_HUB_CACHE", "hub")
-    know(monkeypatch, "gpt2-medium", b"", sha256=False)
-    forge_cache("hub", "gpt2-medium", b"weights", revision="another")
-    refused(lambda: prepro.provide("gpt2-medium"), "can't fetch the weights of gpt2-medium")
-    path = forge_cache("hub", "gpt2-medium", b"weights")
-    assert os.path.samefile(prepro.provide("gpt2-medium"), path)
-
-
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("fault", ["size", "name", "broken link"])
-def test_what_is_wrong_in_hugging_faces_cache_is_not_used(empty_folder, monkeypatch, fault, known):
-    cut_the_network(monkeypatch)
-    monkeypatch.setenv("HF_HUB_CACHE", "hub")
-    know(monkeypatch, "gpt2", b"weights", known)
-    body = b"weight" if fault == "size" and known else b"weights"
-    blob = "model.safetensors" if fault == "name" or not known else sha256_of(b"weights")
-    path = forge_cache("hub", "gpt2", body, blob)
-    if fault == "broken link":
-        os.remove(os.path.realpath(path))
-    refused(lambda: prepro.provide("gpt2"), "can't fetch the weights of gpt2")
-
-
-def test_a_folder_that_can_not_be_written_is_said_in_one_line(empty_folder):
-    put("data", b"a file where a folder is needed")
-    for what in ("tiny_shakespeare", "vocabulary", "gpt2"):
-        refused(lambda what=what: prepro.provide(what), "data")
-
-
-def test_the_cause_alone_is_short(empty_folder, monkeypatch):
-    cut_the_network(monkeypatch)
-    for what in ("tiny_shakespeare", "vocabulary", "gpt2-medium"):
-        with pytest.raises(InputError) as caught:
-            prepro.provide(what)
-        cause = caught.value.cause
-        assert cause.startswith("can't fetch ") and "no network (Connection refused)" in cause
-        assert len(cause) <= 100 and str(caught.value).startswith(cause + ": ")
-        assert "--bytes 1" in str(caught.value) and "--model bytes" in str(caught.value)
-
-
-# The vocabulary
-
-
-def test_no_vocabulary_and_no_network(empty_folder, monkeypatch):
-    cut_the_network(monkeypatch)
-    refused(prepro.get_encoding, "gpt-2/encodings/main/vocab.bpe", "put it at data/tiktoken/")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
-    refused(prepro.get_encoding, "vocab.bpe", "put it at data/tiktoken/")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "elsewhere")
-    refused(prepro.get_encoding, "vocab.bpe", "put it at elsewhere/")
-
-
-def test_a_damaged_vocabulary_is_never_used(empty_folder, monkeypatch, capsys):
-    cut_the_network(monkeypatch)
-    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", "what an earlier test has loaded")
-    path = put(
-        "data/tiktoken/" + os.path.basename(VOCABULARY_FILES["vocab.bpe"]), b"#version: 0.2\nh e\n"
-    )
-    refused(prepro.get_encoding, "vocab.bpe", f"put it at {path}")
-    one_line(capsys.readouterr().err, path, "damaged")
-    assert not os.path.exists(path)
-
-
-def test_the_vocabulary_is_fetched_once_and_stays_in_data(hub, monkeypatch):
-    need_gpt2_vocabulary()
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2", raising=False)  # or it would remember
-    download, fetched = prepro.download, []
-
-    def from_our_hub(url, path, sha256, what):
-        name = url.removeprefix(prepro.VOCABULARY)
-        hub.body = content(VOCABULARY_FILES[name])
-        fetched.append(name)
-        return download(hub.url, path, sha256, what=what)
-
-    monkeypatch.setattr(prepro, "download", from_our_hub)
-    assert prepro.get_encoding().n_vocab == 50257
-    assert fetched == ["vocab.bpe", "encoder.json"] and len(hub.seen) == 4
-    monkeypatch.setattr(prepro, "download", download)
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")
-    cut_the_network(monkeypatch)
-    assert prepro.get_encoding().encode_ordinary("hello world") == [31373, 995]
-    assert prepro.provide("vocabulary") == "data/tiktoken"
-    assert names() == ["data"] and names("data/tiktoken") == sorted(
-        os.path.basename(path) for path in VOCABULARY_FILES.values()
-    )
-
-
-def test_a_damaged_vocabulary_is_fetched_again(hub, monkeypatch, capsys):
-    monkeypatch.setattr(prepro, "VOCABULARY", hub.url.removesuffix("model"))
-    right = sha256_of(hub.body)
-    monkeypatch.setattr(prepro, "VOCABULARY_SHA256", {"a": right, "b": right})
-    folder = prepro.provide("vocabulary")
-    assert folder == "data/tiktoken" and len(names(folder)) == 2 and len(hub.seen) == 4
-    damaged = put(f"{folder}/{names(folder)[0]}", hub.body[:-1])
-    assert prepro.provide("vocabulary") == folder and content(damaged) == hub.body
-    one_line(capsys.readouterr().err, damaged, "damaged")
-    assert len(hub.seen) == 6, "the other one stays"
-
-
-def test_a_vocabulary_that_is_there_needs_neither_tiktoken_nor_a_network(empty_folder):
-    need_gpt2_vocabulary()
-    code = "import sys, prepro_tinyshakespeare as prepro; print(prepro.provide('vocabulary')); "
-    code += "assert not {'tiktoken', 'requests'} & set(sys.modules)"
-    ran = run_prepro(
-        driver=["-c", code],
-        TIKTOKEN_CACHE_DIR=VOCABULARY_FOLDER,
-        PYTHONPATH=os.path.dirname(prepro.__file__),
-    )
-    assert (ran.returncode, ran.stdout.strip(), ran.stderr) == (0, VOCABULARY_FOLDER, "")
-
-
-# Tokens: a small vocabulary, real in all but its size, needs no network. Ids 0 to 255 are the
-# bytes.
-
-
-def small_encoding():
-    merges = [b"th", b"the", b" t", b" the", b"\n\n", b"or", "é".encode(), b"to", b"be"]
-    ranks = {bytes([i]): i for i in range(256)} | {merge: 256 + i for i, merge in enumerate(merges)}
-    return tiktoken.Encoding(
-        "small",
-        pat_str=r" ?\p{L}+| ?[^\s\p{L}]+|\s+",
-        mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": 265},
-    )
-
-
-@pytest.fixture
-def small_vocabulary(empty_folder, monkeypatch):
-    encoding = small_encoding()
-    monkeypatch.setattr(prepro, "get_encoding", lambda: encoding)
-    return encoding
-
-
-def test_encode_text_by_hand():
-    # the small vocabulary has "to", "be", "or" and " the" in one piece, and so the blank line; "
-    # be" not
-    tokens = prepro.encode_text("to be\n\nor the", small_encoding())
-    assert tokens.dtype == np.uint16
-    assert tokens.tolist() == [265, 263, ord(" "), 264, 260, 265, 261, 259]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a",
-        "\n\n",
-        "a\n\n",
-        "a\n\nb",
-        "\n\na\n\n\nb\n\n\n\nc",
-        "é\n\n\n",
-        "the to be or\n not\n\nthe",
-    ],
-)
-def test_encode_text_equals_tiktoken_on_the_text_with_the_marks_written_in(text):
-    encoding = small_encoding()
-    marked = "<|endoftext|>" + text.replace("\n\n", "\n\n<|endoftext|>")
-    assert prepro.encode_text(text, encoding).tolist() == encoding.encode(
-        marked, allowed_special="all"
-    )
-
-
-def test_a_text_can_not_forge_the_end_of_text():
-    encoding, text = small_encoding(), "a <|endoftext|> b"
-    tokens = prepro.encode_text(text, encoding).tolist()
-    assert tokens.count(265) == 1 and tokens[0] == 265 and encoding.decode(tokens[1:]) == text
-
-
-@pytest.mark.parametrize("text", ["a<|endoftext|>b", "<|endoftext|>a\n\n<|endoftext|>b\n\nc"])
-def test_the_mark_in_a_text_is_the_token_if_asked_for(text):
-    encoding = small_encoding()
-    tokens = prepro.encode_text(text, encoding, endoftext=True)
-    marked = text.replace("\n\n", "\n\n<|endoftext|>").replace(2 * "<|endoftext|>", "<|endoftext|>")
-    marked = "<|endoftext|>" + marked.removeprefix("<|endoftext|>")
-    assert tokens.tolist() == encoding.encode(marked, allowed_special="all")
-
-
-def test_encode_text_refuses_ids_beyond_uint16():
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {bytes([i, j]): 256 + 256 * i + j for i in range(256) for j in range(256)}
-    huge = tiktoken.Encoding(
-        "huge", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 65792}
-    )
-    refused(lambda: prepro.encode_text("a", huge), "65793", "65536")
-
-
-def read_token_file(path):
-    """llm.c's token file as its description says, with nothing of ours: (version, list of
-    tokens)."""
-    data = content(path)
-    header = struct.unpack("<256i", data[:1024])
-    assert header[0] == 20240520 and header[4:] == (0,) * 252 and len(data) == 1024 + 2 * header[2]
-    return header[1], list(struct.unpack(f"<{header[2]}H", data[1024:]))
-
-
-def tokens_of(prefix):
-    """All tokens of a text, in its order."""
-    return read_token_file(f"{prefix}_val.bin")[1] + read_token_file(f"{prefix}_train.bin")[1]
-
-
-def test_write_tokens_byte_for_byte(empty_folder):
-    tokens = [0, 1, 255, 256, 50256, 65535]
-    for kind in (np.uint16, np.int64, ">i4", list):
-        prepro.write_tokens("data/x.bin", tokens if kind is list else np.array(tokens, kind))
-        assert read_token_file("data/x.bin") == (1, tokens)
-        assert content("data/x.bin")[1024:] == bytes.fromhex("0000 0100 ff00 0001 50c4 ffff")
-        assert names("data") == ["x.bin"]
-
-
-@pytest.mark.parametrize("tokens", [[], np.zeros(0, int), [65536], [-1], [0.5], [[1, 2]]])
-def test_write_tokens_refuses_what_does_not_fit(empty_folder, tokens):
-    put("x.bin", b"what was there")
-    refused(lambda: prepro.write_tokens("x.bin", tokens), "x.bin", "0 to 65535")
-    assert content("x.bin") == b"what was there"
-
-
-def test_files_are_replaced_whole_or_not_at_all(empty_folder, monkeypatch):
-    put("x.bin", b"what was there")
-
-    def no_room(handle):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full_disk:
-        full_disk.setattr(os, "fsync", no_room)
-        with pytest.raises(OSError):
-            prepro.write_tokens("x.bin", [1, 2, 3])
-    assert content("x.bin") == b"what was there"
-    prepro.write_tokens("x.bin", [1, 2, 3])
-    assert names() == ["x.bin"]
-
-
-@pytest.mark.parametrize("vocab_size", [0, 256, 50257])
-def test_a_token_file_says_its_vocabularys_size(empty_folder, vocab_size):
-    prepro.write_tokens("x.bin", [0, 255], vocab_size)
-    assert struct.unpack("<4i", content("x.bin")[:16]) == (20240520, 1, 2, vocab_size)
-    if vocab_size:
-        too_high = f"0 to {vocab_size - 1}"
-        refused(lambda: prepro.write_tokens("x.bin", [0, vocab_size], vocab_size), too_high)
-
-
-# Tiny Shakespeare
-
-FIRST_AND_LAST_TOKENS = {
-    "train": (
-        305_260,
-        [9203, 262, 39418, 13, 628, 50256, 22747, 49208, 805, 25],
-        [338, 83, 198, 1199, 2915, 14210, 1242, 23137, 13, 198],
-    ),
-    "val": (
-        32_768,
-        [50256, 5962, 22307, 25, 198, 8421, 356, 5120, 597, 2252],
-        [30, 628, 50256, 44879, 40, 3535, 1565, 2937, 25, 198],
-    ),
-}
+    monkeypatch.setattr(sys, "stderr", stderr)
+    pieces = [bytes(1000)] * 4
+    assert list(prepro.counted(iter(pieces), "fetching", 500, 9000)) == pieces
+    shown = "\rfetching: 2,500 of 9,000\rfetching: 4,500 of 9,000\n"
+    assert stderr.getvalue() == (shown if stderr.isatty() else "")
 
 
 def test_tiny_shakespeare_has_the_tokens_every_llm_c_user_knows(empty_folder, monkeypatch, capsys):
@@ -766,415 +515,206 @@ def test_tiny_shakespeare_has_the_tokens_every_llm_c_user_knows(empty_folder, mo
             "or name the text in TINY_SHAKESPEARE"
         )
     text = content(SHAKESPEARE_TEXT)
-    assert (sha256_of(text), len(text)) == (prepro.SHAKESPEARE_SHA256, prepro.SHAKESPEARE_SIZE)
     put("data/tiny_shakespeare.txt", text)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
-    cut_the_network(monkeypatch)
-    assert prepro.main([]) == 0
-    out, err = capsys.readouterr()
-    assert err == "" and "305,260 tokens" in out and "32,768 tokens" in out
-    for part, (n, first, last) in FIRST_AND_LAST_TOKENS.items():
-        version, tokens = read_token_file(f"data/tiny_shakespeare_{part}.bin")
-        assert (version, len(tokens), tokens[:10], tokens[-10:]) == (1, n, first, last)
-        assert struct.unpack("<4i", content(f"data/tiny_shakespeare_{part}.bin")[:16])[3] == 50257
-    assert len(names("data")) == 3, "the text and its tokens"
-    ids = [i for i in tokens_of("data/tiny_shakespeare") if i != 50256]
-    spelt = tiktoken.get_encoding("gpt2").decode_bytes(ids)
-    assert spelt == text, "and they spell the text"
-
-
-def fake_shakespeare(hub, monkeypatch):
-    """Let the hub serve a text of 40,000 bytes as Tiny Shakespeare. Returns the text."""
-    hub.body = b"".join(b"%d bottles\n" % i for i in range(2693))[:40_000]
-    monkeypatch.setattr(prepro, "SHAKESPEARE", hub.url)
-    monkeypatch.setattr(prepro, "SHAKESPEARE_SHA256", sha256_of(hub.body))
-    monkeypatch.setattr(prepro, "SHAKESPEARE_SIZE", len(hub.body))
-    hub.content_type = "text/plain; charset=utf-8"
-    return hub.body
-
-
-def test_preparing_fetches_what_is_missing_and_only_that(hub, small_vocabulary, monkeypatch):
-    text = fake_shakespeare(hub, monkeypatch)
-    paths = ("data/tiny_shakespeare_train.bin", "data/tiny_shakespeare_val.bin")
-    hub.body = text[::-1]
-    tokens = lambda: prepro.provide("tiny_shakespeare")
-    refused(tokens, "another file", "put it at data/tiny_shakespeare.txt")
-    hub.body = text
-    assert (
-        prepro.provide("tiny_shakespeare") == paths and content("data/tiny_shakespeare.txt") == text
-    )
-    written = [content(path) for path in paths]
-    val, train = read_token_file(paths[1])[1], read_token_file(paths[0])[1]
-    assert (
-        len(val) == 32_768
-        and val + train == prepro.encode_text(text.decode(), small_vocabulary).tolist()
-    )
-
-    hub.status = 500  # from here on there is no help from outside
-    before = [os.stat(path).st_mtime_ns for path in paths]
-    assert prepro.provide("tiny_shakespeare") == paths
-    assert [os.stat(path).st_mtime_ns for path in paths] == before, "whole files are left alone"
-    for broken in (written[0][:-2], written[0] + b"xx", written[0][:100], b"", None):
-        put(paths[0], broken) if broken is not None else os.remove(paths[0])
-        assert (
-            prepro.provide("tiny_shakespeare") == paths
-            and [content(path) for path in paths] == written
-        )
+    paths = prepro.provide("tiny_shakespeare")
+    assert paths == ("data/tiny_shakespeare_train.bin", "data/tiny_shakespeare_val.bin")
+    val, train = tokens_of("data/tiny_shakespeare")
+    assert (len(val), len(train)) == (32_768, 305_260)
+    assert val[:5] == [50256, 5962, 22307, 25, 198] and val[-3:] == [2937, 25, 198]
+    assert train[:5] == [9203, 262, 39418, 13, 628] and train[-3:] == [1242, 23137, 13, 198][1:]
+    spelt = prepro.get_encoding().decode_bytes([i for i in val + train if i != 50256])
+    assert spelt == text and read_token_file(paths[0])[:2] == (50257, 0)
     os.remove("data/tiny_shakespeare.txt")
-    os.rename("data", "moved")
-    put(paths[0], written[0])
-    put(paths[1], written[1])
-    assert prepro.provide("tiny_shakespeare") == paths, "the tokens alone are enough"
-    os.remove(paths[1])
-    refused(tokens, hub.url, "500", "put it at data/tiny_shakespeare.txt")
+    assert prepro.provide("tiny_shakespeare") == paths, "the tokens are enough"
+
+    put("data/tiny_shakespeare.txt", text)
+    prepared(capsys, "--vocab_size", "300")
+    val, train = tokens_of("data/tiny_shakespeare_300")
+    vocabulary = prepro.read_vocabulary("data/tiny_shakespeare_300.tiktoken")
+    assert b"".join(vocabulary[i] for i in val) == text[:106_657], "llm.c's validation"
 
 
-def test_another_text_in_its_place_is_used_and_announced(empty_folder, small_vocabulary, capsys):
-    put("data/tiny_shakespeare.txt", b"x" * 33_000)
-    prepro.provide("tiny_shakespeare")
-    one_line(capsys.readouterr().err, "data/tiny_shakespeare.txt", "not the original")
-    assert len(read_token_file("data/tiny_shakespeare_train.bin")[1]) == 33_001 - 32_768
-    put("data/tiny_shakespeare.txt", b"too short")
-    os.remove("data/tiny_shakespeare_train.bin")
-    refused(lambda: prepro.provide("tiny_shakespeare"), "expected ids")
+def test_gpt2s_tokens_of_ones_own_texts(empty_folder, monkeypatch, capsys):
+    need_gpt2_vocabulary()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
+    put("a.txt", b"to be\n\nor not<|endoftext|>to be")
+    put("b.txt", b"that\n\n\nis")
+    flags = "--input", "a.txt", "b.txt", "--val_fraction", "0.07"
+    gpt2 = prepro.get_encoding()
+    marked = " be\n\n<|endoftext|>or not", "to be<|endoftext|>that\n\n<|endoftext|>\nis"
+    before, after = (gpt2.encode(part, allowed_special="all") for part in marked)
+    prepared(capsys, *flags, "--endoftext", "1")
+    assert tokens_of("data/a") == [[50256, 1462], before + [50256] + after]
+
+    assert prepro.main([*flags, "--replace", "1"]) == 0
+    one_line(capsys.readouterr().err, "--endoftext 1 makes it the token")
+    spelt = gpt2.encode_ordinary("<|endoftext|>")
+    assert tokens_of("data/a") == [[50256, 1462], before + spelt + after]
 
 
-# The command line
+# --------------------------------------------------------------------------------------------------
+# A vocabulary of one's own, beside a plain one that counts anew for each merge
+
+SAMPLES = {
+    "English": "The quick brown fox's jumps; we'll see. 1,024 tokens",
+    "accents": "naïve café, Ångström, e\u0301 \u0308",
+    "Chinese": "東京は日本の首都です。我们学习语言模型，我们学习。",
+    "emoji": "👩‍👩‍👧‍👦🙂🙂🙂 a🙂",
+    "spaces": "a   b  \n\n\n  c \t\t d\r\n ",
+    "newlines": "\n\n\n\n\n",
+    "a run": "aaaa aaaaaaa aaa",
+    "nothing": "",
+}
+MIXTURE = content(__file__).decode()[:6000] + "".join(SAMPLES.values()) * 3
 
 
-@pytest.mark.parametrize(
-    "flags, prefix, n_val",
-    [
-        ([], "data/my", 3),
-        (["--val_fraction", ".5"], "data/my", 15),
-        (["--output_prefix", "o/x"], "o/x", 3),
-    ],
-)
-def test_a_text_of_ones_own(empty_folder, small_vocabulary, capsys, flags, prefix, n_val):
-    put("my.txt", "\ufeffto be\r\n\r\nor thé, the to be <|endoftext>.\n".encode())
-    assert prepro.main(["--input", "my.txt", *flags]) == 0
-    tokens = prepro.encode_text(
-        "to be\n\nor thé, the to be <|endoftext>.\n", small_vocabulary
-    ).tolist()
-    assert len(tokens) == 31
-    assert read_token_file(f"{prefix}_val.bin") == (1, tokens[:n_val])
-    assert read_token_file(f"{prefix}_train.bin") == (1, tokens[n_val:])
-    out, err = capsys.readouterr()
-    assert (
-        out == f"{prefix}_train.bin: {31 - n_val} tokens\n{prefix}_val.bin: {n_val} tokens\n"
-        and err == ""
-    )
+def merge(ids, pair, new):
+    """The ids with each such pair, from left to right, replaced."""
+    out = []
+    for i in ids:
+        out.append(i)
+        if tuple(out[-2:]) == pair:
+            out[-2:] = [new]
+    return out
 
 
-MISTAKES = {  # what a user does: (the bytes of text.txt, flags, what the message must name)
-    "not UTF-8": ("na\xefve".encode("latin-1"), [], ["text.txt", "0xef", "position 2", "UTF-8"]),
-    "UTF-16": ("to be".encode("utf-16"), [], ["text.txt", "-f UTF-16 -t UTF-8"]),
-    "UTF-16, the other way": (
-        b"\xfe\xff" + "to be".encode("utf-16-be"),
-        [],
-        ["text.txt", "-f UTF-16 -t UTF-8"],
+def learn_plainly(text, vocab_size):
+    """[pair of ids, ...], the merges from id 256 on."""
+    words = [list(word.encode()) for word in regex.findall(prepro.PATTERN, text)]
+    merges = []
+    while len(merges) < vocab_size - 257:
+        counts = {}
+        for word in words:
+            for pair in zip(word, word[1:], strict=False):
+                counts[pair] = counts.get(pair, 0) + 1
+        if not counts:
+            break
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        words = [merge(word, merges[-1], 255 + len(merges)) for word in words]
+    return merges
+
+
+def spelt(merges):
+    """The vocabulary, bytes by id, of merges."""
+    vocabulary = [bytes([i]) for i in range(256)]
+    for left, right in merges:
+        vocabulary.append(vocabulary[left] + vocabulary[right])
+    return vocabulary
+
+
+LEARNED = {  # what is learned from a text: (the text, the tokens that are no single bytes)
+    "the worked example": (
+        "low\n" * 5 + "lower\n" * 2 + "newest\n" * 6 + "widest\n" * 3,
+        "es est lo low ew new newest dest idest widest er lower",
     ),
-    "UTF-16 without a mark": ("to be".encode("utf-16-le"), [], ["-f UTF-16LE -t UTF-8"]),
-    "UTF-16, the other way, without": ("to be".encode("utf-16-be"), [], ["-f UTF-16BE -t UTF-8"]),
-    "a NUL": (b"to be\0" * 99, ["--bytes", "1"], ["text.txt", "NUL"]),
-    "no text at all": (bytes(range(256)) * 9, ["--bytes", "1"], ["text.txt", "NUL"]),
-    "empty": (b"", [], ["text.txt", "empty"]),
-    "blank": (b"\xef\xbb\xbf \r\n\n", [], ["text.txt", "empty"]),
-    "missing": (None, [], ["text.txt", "No such file"]),
-    "fraction 0": (b"to be", ["--val_fraction", "0"], ["--val_fraction", "0.0", "between 0 and 1"]),
-    "fraction 1": (b"to be", ["--val_fraction", "1"], ["--val_fraction", "1.0", "between 0 and 1"]),
-    "fraction -0.1": (b"to be", ["--val_fraction=-0.1"], ["--val_fraction", "-0.1"]),
-    "fraction nan": (b"to be", ["--val_fraction", "nan"], ["--val_fraction", "nan"]),
-    "nothing to validate with": (
-        b"to be",
-        ["--val_fraction", "0.1"],
-        ["0 of 4 tokens", "--val_fraction"],
-    ),
-    "nowhere to write": (b"to be" * 99, ["--output_prefix", "text.txt/x"], ["text.txt"]),
+    "equals: the smallest left id": ("dc\nba\n", "ba dc"),
+    "equals: then the smallest right id": ("ba\nbc\nad\n", "ad ba bc"),
+    "overlaps count": ("aaa\nbc\nbc\n", "aa bc aaa"),
+    "from left to right": ("aaaaa\n" * 2, "aa aaa aaaaa"),
+    "no token spans two words": ("ab,ab,", "ab"),
+    "no pair at all": ("a\n", ""),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_exit_code_1(
-    empty_folder, small_vocabulary, capsys, mistake
-):
-    text, flags, named = MISTAKES[mistake]
-    before = [os.path.basename(put("text.txt", text))] if text is not None else []
-    assert prepro.main(["--input", "text.txt", *flags]) == 1
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ")
-    one_line(err, *named)
-    assert names() == before, "and nothing was written"
+@pytest.mark.parametrize("example", LEARNED)
+def test_what_is_learned(example):
+    text, tokens = LEARNED[example]
+    learned = prepro.learn_vocabulary(text.encode(), 1000)
+    assert learned == spelt([]) + tokens.encode().split()
+    assert prepro.learn_vocabulary(text.encode(), 258) == learned[:257]
 
 
-def run_prepro(*flags, before=(), driver=(), **environment):
-    """The program as a user runs it, without a network. before: what stands before `python`."""
-    proxy = {"HTTPS_PROXY": f"http://127.0.0.1:{closed_port()}"}
-    return subprocess.run(
-        [*before, sys.executable, *driver, *(() if driver else [prepro.__file__]), *flags],
-        capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
-        timeout=60,
-        env={**os.environ, **proxy, **environment},
-    )
+@pytest.fixture(scope="module")
+def merges():
+    return learn_plainly(MIXTURE, 500)
 
 
-def test_the_program_itself_without_a_network(empty_folder):
-    ran = run_prepro()
-    assert ran.returncode == 1 and ran.stdout == "" and ran.stderr.startswith("error: ")
-    one_line(ran.stderr, prepro.SHAKESPEARE, "put it at data/tiny_shakespeare.txt")
-    assert names("data") == []
+def test_what_is_learned_equals_counting_anew_for_each_merge(merges):
+    assert prepro.learn_vocabulary(MIXTURE.encode(), 500) == spelt(merges)
 
 
-def test_the_program_itself_on_the_command_line(empty_folder):
-    ran = run_prepro("--help")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "python prepro_tinyshakespeare.py --input my.txt" in ran.stdout
+@pytest.mark.parametrize("sample", [*SAMPLES, "all"])
+def test_tiktokens_ids_are_the_merges_applied_in_order(merges, sample):
+    text = SAMPLES.get(sample, MIXTURE)
+    expected = []
+    for word in regex.findall(prepro.PATTERN, text):
+        ids = list(word.encode())
+        for new, pair in enumerate(merges, 256):
+            ids = merge(ids, pair, new)
+        expected += ids
+    vocabulary = spelt(merges)
+    encoding = prepro.encoding_of(vocabulary)
+    assert encoding.encode_ordinary(text) == expected
+    assert b"".join(vocabulary[i] for i in expected).decode() == text
+    assert encoding.eot_token == len(vocabulary) == encoding.n_vocab - 1
 
 
-def test_the_help_needs_no_docstrings(empty_folder):
-    ran = run_prepro("--help", driver=["-OO", prepro.__file__])
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "python prepro_tinyshakespeare.py --input my.txt" in ran.stdout
-
-
-AWKWARD = "[D]  it's" if os.name == "nt" else "[D]  *it's?"
-
-
-def test_brackets_and_stars_in_a_path_and_the_printed_command(empty_folder):
-    """The error names a command, and this very command works."""
-    flags = ("--input", f"{AWKWARD}/my.txt", "--output_prefix", f"{AWKWARD}/my", "--bytes", "1")
-    put(f"{AWKWARD}/my.txt", b"to be, or not to be\n" * 9)
-    assert run_prepro(*flags).returncode == 0
-    put(f"{AWKWARD}/my.txt", b"that is the question\n" * 9)
-    ran = run_prepro(*flags)
-    assert ran.returncode == 1
-    one_line(ran.stderr, "choose another --output_prefix", "--replace 1")
-    program, script, *again = shlex.split(ran.stderr.split("replace it: ")[1])
-    assert (program, script) == ("python", prepro.__file__) and again[: len(flags)] == list(flags)
-    ran = run_prepro(*again)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert bytes(tokens_of(f"{AWKWARD}/my")) == b"that is the question\n" * 9
-
-
-def test_a_changed_text_replaces_its_tokens_if_asked_to(empty_folder):
-    put("my.txt", b"to be, or not to be\n" * 9)
-    flags = ("--input", "my.txt", "--bytes", "1")
-    assert run_prepro(*flags).returncode == 0
-    before = content("data/my_train.bin")
-    assert run_prepro(*flags).returncode == 0, "the same once more is no conflict"
-    put("my.txt", b"that is the question\n" * 9)
-    ran = run_prepro(*flags)
-    assert ran.returncode == 1 and content("data/my_train.bin") == before
-    one_line(ran.stderr, "data/my_train.bin", "--replace 1")
-    assert run_prepro(*flags, "--replace", "1").returncode == 0
-    assert bytes(tokens_of("data/my")) == b"that is the question\n" * 9
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
-def test_the_printed_conversion_of_utf_16_works(empty_folder, encoding):
-    text = "to be, or not to be: naïve\n" * 9
-    put("a b.txt", text.encode(encoding))
-    ran = run_prepro("--input", "a b.txt", "--bytes", "1")
-    assert ran.returncode == 1 and names() == ["a b.txt"]
-    one_line(ran.stderr, "a b.txt", "iconv -f UTF-16", "-t UTF-8 'a b.txt' > utf8.txt")
-    if shutil.which("iconv") and os.name != "nt":
-        subprocess.run(["sh", "-c", ran.stderr[ran.stderr.index("iconv") :]], check=True)
-        assert run_prepro("--input", "utf8.txt", "--bytes", "1").returncode == 0
-        assert bytes(tokens_of("data/utf8")).decode() == text
-
-
-def test_the_mark_in_a_text_is_announced_once_and_can_be_the_token(empty_folder):
+def test_gpt2s_ranks_through_this_path_give_gpt2s_ids(empty_folder, monkeypatch):
     need_gpt2_vocabulary()
-    vocabulary = {"TIKTOKEN_CACHE_DIR": VOCABULARY_FOLDER}
-    put("my.txt", b"to be<|endoftext|>or not to be\n" * 9)
-    ran = run_prepro("--input", "my.txt", **vocabulary)
-    assert ran.returncode == 0
-    one_line(ran.stderr, "my.txt", "<|endoftext|>", "--endoftext 1")
-    assert read_token_file("data/my_val.bin")[1].count(50256) == 1, "the one at the beginning"
-    assert struct.unpack("<4i", content("data/my_val.bin")[:16])[3] == 50257
-
-    flags = ("--input", "my.txt", "--endoftext", "1", "--replace", "1")
-    ran = run_prepro(*flags, **vocabulary)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert tokens_of("data/my").count(50256) == 10
-
-    ran = run_prepro("--input", "my.txt", "--endoftext", "1", "--bytes", "1")
-    assert ran.returncode == 2 and "--endoftext 1 needs GPT-2's vocabulary" in ran.stderr
-    ran = run_prepro("--input", "my.txt", "--output_prefix", "data/b", "--bytes", "1")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert struct.unpack("<4i", content("data/b_val.bin")[:16])[3] == 256
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
+    gpt2 = prepro.get_encoding()
+    vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50256)]
+    ours = prepro.encoding_of(vocabulary)
+    assert ours.encode_ordinary(MIXTURE) == gpt2.encode_ordinary(MIXTURE)
+    put("model/vocab.json", content(VOCABULARY_FILES["encoder.json"]))
+    assert prepro.read_vocabulary("model") == vocabulary, "as Hugging Face writes it"
+    prepro.write_vocabulary("gpt2.tiktoken", vocabulary)
+    assert prepro.read_vocabulary("gpt2.tiktoken") == vocabulary
 
 
-HURRIED = """if True:  # the program, whose every hundredth of a second is a second
-    import runpy, sys, time
-    monotonic = time.monotonic
-    time.monotonic = lambda: 100 * monotonic()
-    sys.argv.pop(0)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def test_vocabularies_that_are_none(empty_folder):
+    lines = prepro.vocabulary_file(spelt([(97, 98), (98, 99)])).splitlines()
+    many = [b"%s %d" % (prepro.b64encode(b"%06d" % n), n) for n in range(258, 65536)]
+    wrong = lines[1:], lines[:256] + lines[257:], [*lines, b"!"], [*lines, b"YWI= x"], lines + many
+    for found in wrong:
+        put("x.tiktoken", b"\n".join(found))
+        refused(lambda: prepro.read_vocabulary("x.tiktoken"), "x.tiktoken")
+    put("x.tiktoken", b"\r\n".join(lines))
+    assert prepro.read_vocabulary("x.tiktoken")[256:] == [b"ab", b"bc"]
 
 
-@posix_only
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full"])
-def test_a_closed_stream_is_no_reason_to_fail(empty_folder, closed):
-    need_gpt2_vocabulary()
-    if "/dev/full" in closed and not os.path.exists("/dev/full"):
-        pytest.skip("needs /dev/full: run it on Linux")
-    put("my.txt", b"to be, or not to be\n\n" * 10_000)
-    ran = run_prepro(
-        "--input", "my.txt",
-        before=["sh", "-c", f'exec "$0" "$@" {closed}'],
-        driver=["-c", HURRIED, prepro.__file__],
-        TIKTOKEN_CACHE_DIR=VOCABULARY_FOLDER,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    assert len(tokens_of("data/my")) == 90_001 and names("data") == ["my_train.bin", "my_val.bin"]
+def test_a_vocabulary_is_learned_from_the_training_part_and_used_again(empty_folder, capsys):
+    put("a.txt", b"z" * 40 + b"low lower\n" * 9)
+    put("b.txt", b"newest <|endoftext|>widest\n" * 9)
+    flags = "--input", "a.txt", "b.txt", "--val_fraction", "0.152", "--endoftext", "1"
+    *_, command = prepared(capsys, *flags, "--vocab_size", "270")
+    assert "--model d2 " in command
+    data = content("data/a.tiktoken")
+    assert data.startswith(b"AA== 0\nAQ== 1\n") and data.count(b"\n") == 269
+    vocabulary = prepro.read_vocabulary("data/a.tiktoken")
+    trained = b"low lower\n" * 9 + b"\n" + b"newest \nwidest\n" * 9
+    assert vocabulary == prepro.learn_vocabulary(trained, 270)
+    val, train = tokens_of("data/a")
+    V, crc32, _ = read_token_file("data/a_train.bin")
+    assert (V, crc32 & 0xFFFFFFFF) == (270, zlib.crc32(data))
+    assert train[0] != 269 and train.count(269) == 10, "between texts only: at b.txt, and at marks"
+    text = b"".join([*vocabulary, b"<eot>"][i] for i in val + train)
+    assert text == b"z" * 40 + b"low lower\n" * 9 + b"<eot>" + b"newest <eot>widest\n" * 9
+
+    prepared(capsys, "--input", "b.txt", "--vocabulary", "data/a.tiktoken", "--endoftext", "1")
+    assert content("data/b.tiktoken") == data
+    assert read_token_file("data/b_val.bin")[:2] == (V, crc32)
+    assert prepro.main([*flags, "--vocab_size", "5000", "--output_prefix", "x"]) == 0
+    one_line(capsys.readouterr().err, f"{len(prepro.read_vocabulary('x.tiktoken')) + 1} only")
 
 
-@pytest.mark.parametrize("name", ["naïve", "\udcff"], ids=["not ASCII", "not UTF-8"])
-def test_a_name_that_stdout_can_not_print(empty_folder, name):
-    try:
-        put(f"{name}.txt", b"to be, or not to be\n" * 9)
-    except (OSError, UnicodeError):
-        pytest.skip("this file system has no such names: run it on Linux")
-    encoding = "ascii" if name.isprintable() else "utf-8:strict"
-    ran = run_prepro("--input", f"{name}.txt", "--bytes", "1", PYTHONIOENCODING=encoding)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.count(" tokens\n") == 2 and len(names("data")) == 2
+def test_the_embedded_text(empty_folder):
+    lines = [b"%d bottles of \xc3\xa9\n" % (n % 700) for n in range(2000)]
+    passages = [b""]
+    for line in lines:
+        if len(passages[-1]) >= 1000:
+            passages.append(b"")
+        passages[-1] += line
+    put("data/tiny_shakespeare.txt", b"".join(lines))
+    paths = prepro.provide("embedded")
+    assert paths == ("data/first_train.bin", "data/first_val.bin", "data/first.tiktoken")
+    vocabulary = prepro.read_vocabulary(paths[2])
+    val, train = (b"".join(vocabulary[i] for i in ids) for ids in tokens_of("data/first"))
+    assert val == b"".join(passages[5::10]) and len(passages) > 30
+    assert train == b"".join(part for n, part in enumerate(passages) if n % 10 != 5)
+    assert vocabulary == prepro.learn_vocabulary(train, 1024), "from the training text alone"
 
-
-# Two processes
-
-
-FROM_OUR_HUB = """if True:  # the program, with our hub's text as Tiny Shakespeare and no words
-    import sys
-    import tiktoken
-    import prepro_tinyshakespeare as prepro
-    url, sha256, size = sys.argv[1:]
-    prepro.SHAKESPEARE, prepro.SHAKESPEARE_SHA256, prepro.SHAKESPEARE_SIZE = url, sha256, int(size)
-    ranks = {bytes([i]): i for i in range(256)}
-    special = {"<|endoftext|>": 256}
-    encoding = tiktoken.Encoding(
-        "bytes", pat_str="(?s).", mergeable_ranks=ranks, special_tokens=special
-    )
-    prepro.get_encoding = lambda: encoding
-    sys.exit(prepro.main([]))
-"""
-
-
-@pytest.fixture
-def start(hub, monkeypatch):
-    """start(): a process that fetches and tokenises what the hub serves, slowly: see hub.gate."""
-    text = fake_shakespeare(hub, monkeypatch)
-    hub.gate = threading.Event()
-    beside = {"PYTHONPATH": os.path.dirname(prepro.__file__), "PYTHONUNBUFFERED": "1"}
-    processes = []
-
-    def start_one():
-        process = subprocess.Popen(
-            [sys.executable, "-c", FROM_OUR_HUB, hub.url, sha256_of(text), str(len(text))],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            env={**os.environ, **beside},
-        )
-        processes.append(process)
-        return process
-
-    yield start_one
-    hub.gate.set()
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def waits(process):
-    """Return when a process has said that it waits for another one, which it says once."""
-    one_line(process.stderr.readline(), "another process is fetching Tiny Shakespeare", "waiting")
-
-
-def test_of_two_first_runs_at_once_one_fetches_and_the_other_waits(hub, start):
-    text = hub.body
-    first = start()
-    assert hub.half.wait(30)
-    second = start()
-    waits(second)
-    hub.gate.set()
-    for process in (first, second):
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, err) == (0, "") and out.count(" tokens\n") == 2
-    assert [path for path, _ in hub.seen] == ["/model", "/cdn/model"], "fetched once"
-    assert content("data/tiny_shakespeare.txt") == text
-    assert bytes(tokens_of("data/tiny_shakespeare")[1:]) == text and len(names("data")) == 3
-
-
-def test_who_waits_for_a_killed_process_goes_on_where_that_one_stopped(hub, start):
-    first = start()
-    assert hub.half.wait(30)
-    second = start()
-    waits(second)
-    first.kill()
-    first.wait()
-    hub.gate.set()
-    out, err = second.communicate(timeout=60)
-    assert (second.returncode, err) == (0, "") and out.count(" tokens\n") == 2
-    assert len(names("data")) == 3
-
-
-@posix_only
-def test_ctrl_c_ends_the_waiting(hub, start):
-    start()
-    assert hub.half.wait(30)
-    second = start()
-    waits(second)
-    second.send_signal(signal.SIGINT)
-    out, err = second.communicate(timeout=10)
-    assert (second.returncode, out) == (130, "")
-    one_line(err, "stopped")
-
-
-def test_many_threads_of_this_process_fetch_one_after_the_other(hub):
-    """The lock belongs to an open file, so it holds between threads as well."""
-    digest = sha256_of(hub.body)
-    fetch = lambda: prepro.download(hub.url, "file", digest)
-    threads = [threading.Thread(target=fetch) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert content("file") == hub.body and names() == ["file"]
-    assert [path for path, _ in hub.seen] == ["/model", "/cdn/model"]
-
-
-@posix_only
-def test_a_lock_whose_file_has_gone_is_no_lock(empty_folder):
-    """Who waited for a process that has just deleted its lock must take the new file."""
-    with open("x.lock", "wb") as file:
-        assert prepro.take_lock(file)
-        os.remove("x.lock")
-        with open("x.lock", "wb") as newer:
-            assert prepro.take_lock(newer)
-            assert not prepro.take_lock(file)
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--inptu", "x"],
-        ["--val_fraction", "much", "--input", "x"],
-        ["x"],
-        ["--val_fraction", "0.2"],
-        ["--output_prefix", "x"],
-        ["--endoftext", "1"],
-        ["--replace", "1"],
-        ["--hellaswag"],
-        ["--input", "x", "--bytes", "1", "--endoftext", "1"],
-        ["--inp", "x"],
-    ],
-)
-def test_a_command_line_that_makes_no_sense_ends_with_2(empty_folder, capsys, flags):
-    with pytest.raises(SystemExit) as caught:
-        prepro.main(flags)
-    assert caught.value.code == 2 and "error: " in capsys.readouterr().err and names() == []
+    before = [os.stat(path).st_mtime_ns for path in paths]
+    assert prepro.provide("embedded") == paths
+    assert [os.stat(path).st_mtime_ns for path in paths] == before, "what agrees is not written"
