@@ -3158,7 +3158,7 @@ def find_data(args, name, found):
         found.training, found.validation = [[text] for text in texts]
         paths = [], []
     elif name == "d2" or V and not is_gpt2s(V):
-        paths = provide("embedded")
+        paths = provide("embedded")[:2]
     else:
         paths = in_data("tiny_shakespeare_train.bin"), in_data("tiny_shakespeare_val.bin")
         if not all(map(os.path.exists, paths)):
