@@ -3072,6 +3072,9 @@ def save_checkpoint(run):
     with kept(run, "a checkpoint"):
         write_safetensors(path, tensors, metadata, checksum=True)
         run.saved = run.step
+        for name, data in vocabulary_files(model.config.vocab_size, model.vocabulary).items():
+            with atomic_write(os.path.join(folder, name)) as file:
+                file.write(data)
         until_now = [other for other in list_checkpoints(folder) if other <= path]
         for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
             os.remove(old)
@@ -3272,21 +3275,26 @@ def find(args, checkpoint=""):
     tensors are None if the weights are to be drawn.
     """
     name = args.model or "gpt2"
-    found = SimpleNamespace(config=None, tensors=None, training=[], validation=[])
-    local = checkpoint or ("" if name in (*OPENAI, *FRESH) else name)
-    if local:  # an error before anything is fetched
-        found.config, found.tensors = open_weights(find_weights(local))
+    found = SimpleNamespace(config=None, tensors=None, vocabulary=None, training=[], validation=[])
 
+    def open_model(path):
+        found.config, found.tensors = open_weights(path)
+        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
+
+    if checkpoint or name not in (*OPENAI, *FRESH):
+        open_model(checkpoint or find_weights(name))  # an error before anything is fetched
     if not args.inference_only:
         find_data(args, name, found)
-    if local:
-        return found
-    if name in OPENAI:
-        found.config, found.tensors = open_weights(find_weights(name))
-        return found
-    require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
-    V = 256 if name == "bytes" else (found.training + found.validation)[0].vocab_size
-    found.config = GPT2Config(FRESH[name][0], V or 50257, *FRESH[name][1:])
+    if name in OPENAI and not checkpoint:
+        open_model(find_weights(name))
+
+    if found.config is None:
+        require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
+        shards = found.training + found.validation
+        V = 256 if name == "bytes" else shards[0].vocab_size or 50257
+        found.vocabulary = None if V == 256 else vocabulary_of(shards)
+        context, L, NH, C = FRESH[name]
+        found.config = GPT2Config(context, V, L, NH, C)
     return found
 
 
@@ -3328,21 +3336,20 @@ def find_data(args, name, found):
 def check_shards(shards, what, found, B, T):
     """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
     V = found.config.vocab_size
-    kinds = {0: "unknown", 256: "bytes", 50257: "GPT-2's"}
     facts = []
     for shard in shards:
-        name, theirs = getattr(shard, "path", "the text"), getattr(shard, "vocab_size", 256)
+        name = getattr(shard, "path", "the text")  # text_at_hand gives arrays
         crc32, highest = 0, 0
         for start in range(0, len(shard), 1 << 20):
             piece = np.ascontiguousarray(shard[start : start + (1 << 20)])
             crc32 = zlib.crc32(piece, crc32)
             highest = max(highest, int(piece.max()))
-        fits = theirs in (0, V) or theirs == 50257 and is_gpt2s(V)
+        fits = name == "the text" or belongs(shard, V, found.vocabulary)
+        how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL"
         require(
             fits and highest < V,
-            f"{name}: its tokens are {kinds.get(theirs, f'of {theirs}')}, up to {highest}, and "
-            f"those of the model are {kinds.get(V, f'of {V}')}: write its text anew with python "
-            "prepro_tinyshakespeare.py --input my.txt" + (" --bytes 1" if V == 256 else ""),
+            f"{name}: its tokens, of {getattr(shard, 'vocab_size', 256)} and up to {highest}, are "
+            f"not those of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
         )
         facts.append([len(shard), crc32])
     print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
@@ -3383,6 +3390,7 @@ def build(args, found, make=GPT2):
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
         read_weights(model.params, found.tensors)
+    model.vocabulary = found.vocabulary
     return model
 
 
@@ -3521,7 +3529,7 @@ def make_loader(args, shards):
 def open_tokenizer(args, model):
     """The tokenizer of a run. None, and a line that says why, if there can't be samples."""
     try:
-        tokens = tokenizer(model.config.vocab_size)
+        tokens = tokenizer(model.config.vocab_size, model.vocabulary)
         if args.prompt:
             tokens.encode(args.prompt)
         return tokens
@@ -3536,7 +3544,7 @@ def continue_prompt(args):
     args.batch_size = 1
     args.sequence_length = args.sequence_length or found.config.max_seq_len
     model = build(args, found)
-    tokens = tokenizer(model.config.vocab_size)
+    tokens = tokenizer(model.config.vocab_size, model.vocabulary)
     with contextlib.suppress(BrokenPipeError):  # a reader that has enough, as in `| head`
         for text in sample_text(args, model, tokens, args.max_new_tokens):
             print(text, end="", flush=True)
