@@ -72,11 +72,6 @@ def torch_name(name):
     return name[:-1] + (".weight" if name.endswith("w") else ".bias")
 
 
-def keep_nothing(name, x):
-    """What the reference does with an intermediate tensor unless a test wants it: pass it on."""
-    return x
-
-
 class TorchBlock(nn.Module):
     """One layer. keep(name, tensor) sees every intermediate, under the trainer's name."""
 
@@ -132,7 +127,7 @@ class TorchGPT2(nn.Module):
         owners = self.blocks if name in self.of_layers else [self]
         return [owner.get_parameter(torch_name(name)) for owner in owners]
 
-    def logits(self, inputs, keep=keep_nothing):
+    def logits(self, inputs, keep=lambda name, x: x):
         T = inputs.shape[1]
         residual = keep("encoded", self.wte(inputs) + self.wpe.weight[:T])
         for block in self.blocks:
@@ -140,7 +135,7 @@ class TorchGPT2(nn.Module):
         lnf = keep("lnf", self.lnf(residual))
         return keep("logits", F.linear(lnf, self.wte.weight))
 
-    def forward(self, inputs, targets, keep=keep_nothing):
+    def forward(self, inputs, targets, keep=lambda name, x: x):
         """The mean cross-entropy."""
         return keep("losses", torch_losses(self.logits(inputs, keep), targets)).mean()
 
@@ -469,8 +464,6 @@ def disagreement(name, ours, truth, tolerance):
     error = relative_error(ours, truth)
     if error <= tolerance:
         return None
-    if np.isnan(ours).any():
-        return f"{name}: {np.isnan(ours).sum()} of {ours.size} numbers are NaN, or were not written"
     gap = np.abs(ours - truth)
     worst = np.unravel_index(gap.argmax(), gap.shape)
     index = ", ".join(map(str, worst))
@@ -658,22 +651,17 @@ def test_logits_lie_in_the_gradients_while_these_are_unused(V, pieces, in_gradie
     monkeypatch.setattr(gpt2, "LOGITS_ROWS", 4)
     model = random_model(2, 8, np.float32, V=V, max_seq_len=8)
     rooms = []
-    watch(
-        monkeypatch, gpt2, "crossentropy_softmax_forward",
-        after=lambda losses, logits, targets: rooms.append(logits),
-    )  # fmt: skip
-
-    def numbers(train):
+    see = lambda losses, logits, targets: rooms.append(logits)
+    watch(monkeypatch, gpt2, "crossentropy_softmax_forward", before=see)
+    for train, expected in ((False, (4, 0)), (True, (pieces, in_gradients)), (True, (4, 0))):
         rooms.clear()
         model.forward(*random_tokens(B=2, T=8, V=V), train)
         assert sum(room.shape[1] for room in rooms) == 16
         assert not any(np.shares_memory(room, model.grads["wte"]) for room in rooms)
-        return len(rooms), sum(np.shares_memory(room, model.flat[1]) for room in rooms)
-
-    assert numbers(train=False) == (4, 0)
-    assert numbers(train=True) == (pieces, in_gradients)
-    model.backward()
-    assert numbers(train=True) == (4, 0)
+        in_flat = [np.shares_memory(room, model.flat[1]) for room in rooms]
+        assert (len(rooms), sum(in_flat)) == expected
+        if train:
+            model.backward()
 
 
 def test_recompute_changes_no_bit():
@@ -735,65 +723,51 @@ class Layer(NamedTuple):
     by_add: tuple = ()
 
 
-def torch_encoder(NH, tokens, wte, wpe):
-    return {"out": F.embedding(tokens, wte) + wpe[: tokens.shape[1]]}
-
-
-def torch_layernorm(NH, inp, weight, bias):
-    mean, rstd = torch_mean_rstd(inp)
-    return {"out": F.layer_norm(inp, weight.shape, weight, bias), "mean": mean, "rstd": rstd}
-
-
-def torch_matmul(NH, inp, weight, bias=None):
-    return {"out": F.linear(inp, weight, bias)}
-
-
-def torch_attention_and_lse(NH, qkv):
-    return {"out": torch_attention(qkv, NH), "lse": torch_lse(qkv, NH)}
-
-
-def torch_gelu(NH, inp):
-    return {"out": F.gelu(inp, approximate="tanh")}
-
-
-def torch_residual(NH, inp1, inp2):
-    return {"out": inp1 + inp2}
-
-
-def torch_crossentropy(NH, logits, targets):
-    return {"out": torch_losses(logits, targets), "probs": logits.softmax(-1)}
-
-
 LAYERS = {
     "encoder": Layer(
-        torch_encoder,
+        lambda NH, tokens, wte, wpe: {"out": F.embedding(tokens, wte) + wpe[: tokens.shape[1]]},
         lambda B, T, C, NH, V: {"tokens": (B, T), "wte": (V, C), "wpe": (T + 3, C)},
         added=("dwte",),
         by_add=("dwpe",),
     ),
     "layernorm": Layer(
-        torch_layernorm,
+        lambda NH, inp, weight, bias: {
+            "out": F.layer_norm(inp, weight.shape, weight, bias),
+            "mean": torch_mean_rstd(inp)[0],
+            "rstd": torch_mean_rstd(inp)[1],
+        },
         lambda B, T, C, NH, V: {"inp": (B, T, C), "weight": (C,), "bias": (C,)},
         added=("dinp",),
         by_add=("dweight", "dbias"),
     ),
     "matmul": Layer(
-        torch_matmul,
+        lambda NH, inp, weight, bias: {"out": F.linear(inp, weight, bias)},
         lambda B, T, C, NH, V: {"inp": (B, T, C), "weight": (3 * C, C), "bias": (3 * C,)},
         by_add=("dweight", "dbias"),
     ),
     "matmul without bias": Layer(
-        torch_matmul,
+        lambda NH, inp, weight: {"out": F.linear(inp, weight)},
         lambda B, T, C, NH, V: {"inp": (B, T, C), "weight": (V, C)},
         by_add=("dweight",),
     ),
-    "attention": Layer(torch_attention_and_lse, lambda B, T, C, NH, V: {"qkv": (B, T, 3 * C)}),
-    "gelu": Layer(torch_gelu, lambda B, T, C, NH, V: {"inp": (B, T, 4 * C)}),
+    "attention": Layer(
+        lambda NH, qkv: {"out": torch_attention(qkv, NH), "lse": torch_lse(qkv, NH)},
+        lambda B, T, C, NH, V: {"qkv": (B, T, 3 * C)},
+    ),
+    "gelu": Layer(
+        lambda NH, inp: {"out": F.gelu(inp, approximate="tanh")},
+        lambda B, T, C, NH, V: {"inp": (B, T, 4 * C)},
+    ),
     "residual": Layer(
-        torch_residual, lambda B, T, C, NH, V: {"inp1": (B, T, C), "inp2": (B, T, C)}
+        lambda NH, inp1, inp2: {"out": inp1 + inp2},
+        lambda B, T, C, NH, V: {"inp1": (B, T, C), "inp2": (B, T, C)},
     ),
     "crossentropy_softmax": Layer(
-        torch_crossentropy, lambda B, T, C, NH, V: {"logits": (B, T, V), "targets": (B, T)}
+        lambda NH, logits, targets: {
+            "out": torch_losses(logits, targets),
+            "probs": logits.softmax(-1),
+        },
+        lambda B, T, C, NH, V: {"logits": (B, T, V), "targets": (B, T)},
     ),
 }
 
@@ -830,6 +804,10 @@ def run_layer(name, inputs, dout, NH=1, add=False, trainer=gpt2):
         given |= {"dinp1": dout, "dinp2": dout}
     else:
         call_with(getattr(trainer, f"{name}_backward"), given)
+    if name == "gelu":  # dinp may be dout
+        in_place = dout.copy()
+        trainer.gelu_backward(in_place, in_place, inputs["inp"])
+        assert in_place.tobytes() == given["dinp"].tobytes()
     return outputs | {"d" + key: given["d" + key] for key in inputs if "d" + key in given}
 
 
@@ -851,9 +829,7 @@ def test_layernorm_by_hand(monkeypatch):
     monkeypatch.setattr(gpt2, "LN_EPS", 0.0)
     inp = np.array([[[1.0, 1, 3, 3]]])
     dout = np.array([[[1.0, 0, 0, 0]]])
-    results = run_layer(
-        "layernorm", {"inp": inp, "weight": np.ones(4), "bias": np.zeros(4)}, dout
-    )
+    results = run_layer("layernorm", {"inp": inp, "weight": np.ones(4), "bias": np.zeros(4)}, dout)
     expected = {
         "out": [-1, -1, 1, 1],
         "mean": [2],
@@ -868,9 +844,8 @@ def test_layernorm_by_hand(monkeypatch):
 def test_layernorm_of_equal_channels_is_its_bias():
     """The variance is 0, and eps = 1e-5 keeps rstd finite: it is 1 / sqrt(1e-5)."""
     inp = np.full((1, 1, 4), 7.0)
-    results = run_layer(
-        "layernorm", {"inp": inp, "weight": np.ones(4), "bias": np.arange(4.0)}, inp
-    )
+    given = {"inp": inp, "weight": np.ones(4), "bias": np.arange(4.0)}
+    results = run_layer("layernorm", given, inp)
     assert results["out"].tolist() == [[[0, 1, 2, 3]]]
     assert results["rstd"].item() == pytest.approx(100 * math.sqrt(10), rel=1e-15)
 
@@ -942,7 +917,6 @@ SHAPES = [  # B, T, C, NH, V
     (4, 64, 48, 2, 997),
     (1, 3, 512, 1, 2),  # rows so wide that a small block has two
 ]
-EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 WITHOUT_ADD = [(name, False) for name in LAYERS]
 WITH_ADD = [(name, True) for name in LAYERS if LAYERS[name].by_add]
 
@@ -988,9 +962,8 @@ def layer_truth(name, shape, inputs, dout, add=False):
 
 def test_no_layer_escapes():
     functions = [name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))]
-    assert {name.rpartition("_")[0] for name in functions} == {
-        name.partition(" ")[0] for name in LAYERS
-    }
+    layers = {name.rpartition("_")[0] for name in functions}
+    assert layers == LAYERS.keys() - {"matmul without bias"}
 
 
 @BOTH_FLOATS
@@ -1005,7 +978,7 @@ def test_layer_equals_pytorch(name, add, shape, dtype, version):
     assert_same_bits(inputs | {"dout": dout}, before)  # no layer writes into what it reads
 
 
-@EVERY_LAYER
+@pytest.mark.parametrize("name", LAYERS)
 def test_layer_gradient_equals_differences(name):
     """(f(x + h) - f(x - h)) / 2 is dx . h, for small random h and f = sum(out * dout)."""
     shape = (2, 5, 6, 2, 11)
@@ -1060,14 +1033,6 @@ def test_products_equal_numpys(m, k, n, add, bias, version, dtype, monkeypatch):
             assert_all_close({"out": out}, {"out": truth})
 
 
-@EVERY_VERSION
-def test_gelu_backward_may_work_in_place(version):
-    inputs, dout = layer_inputs("gelu", (2, 129, 16, 4, 50), np.float32)
-    expected = run_layer("gelu", inputs, dout)["dinp"]
-    VERSIONS[version].gelu_backward(dout, dout, inputs["inp"])
-    assert dout.tobytes() == expected.tobytes()
-
-
 def test_small_blocks_are_many(monkeypatch):
     """Or else these proofs would show nothing of them. The chapter knows of none."""
     counts = []
@@ -1088,19 +1053,15 @@ def test_small_blocks_are_many(monkeypatch):
 
 
 def test_parameters_stand_as_in_llm_c():
-    """Names and order are those of its files; the counts are those of OpenAI's four models."""
+    """Names and order are those of its files; the counts are those of OpenAI's models."""
     assert list(gpt2.Model.param_shapes(gpt2.GPT2Config())) == [
         "wte", "wpe", "ln1w", "ln1b", "qkvw", "qkvb", "attprojw", "attprojb",
         "ln2w", "ln2b", "fcw", "fcb", "fcprojw", "fcprojb", "lnfw", "lnfb",
     ]  # fmt: skip
 
-    for L, NH, C, parameters in [
-        (12, 12, 768, 124_439_808),
-        (24, 16, 1024, 354_823_168),
-        (36, 20, 1280, 774_030_080),
-        (48, 25, 1600, 1_557_611_200),
-    ]:
-        config = gpt2.GPT2Config(num_layers=L, num_heads=NH, channels=C)
+    sizes = {(12, 768): 124_439_808, (24, 1024): 354_823_168, (48, 1600): 1_557_611_200}
+    for (L, C), parameters in sizes.items():
+        config = gpt2.GPT2Config(num_layers=L, channels=C)
         assert gpt2.count(gpt2.Model.param_shapes(config)) == parameters
 
 
@@ -1127,6 +1088,7 @@ def test_views_lie_in_the_blob_side_by_side(layout):
 @pytest.mark.parametrize(
     "layout, kept",
     [
+        ("recompute 0", " ".join(gpt2.Model.layer_acts(gpt2.GPT2Config(), 1, 1))),
         ("recompute 1", "ln1_mean ln1_rstd qkv att_lse atty residual2 ln2_mean ln2_rstd fch "
                         "residual3"),
         ("recompute 2", "residual3"),
@@ -1134,22 +1096,13 @@ def test_views_lie_in_the_blob_side_by_side(layout):
     ],
 )  # fmt: skip
 def test_what_each_layer_keeps_for_itself(layout, kept):
-    """All others have one place, which the layers share; and recompute=0 shares nothing."""
+    """All others have one place, which the layers share. Only training needs a work space."""
     config = gpt2.GPT2Config(num_layers=3, num_heads=1, channels=4)
-    of_layers = gpt2.Model.layer_acts(config, 5, 6)
-    everything = gpt2.Model.act_shapes(config, 5, 6, recompute=0)
     shapes = gpt2.Model.act_shapes(config, 5, 6, **LAYOUTS[layout])
-    for name, shape in shapes.items():
-        if name not in of_layers:
-            assert shape == everything[name], name
-        else:
-            assert everything[name][0] == 3, name
-            assert shape == (3 if name in kept.split() else 1, *everything[name][1:]), name
-
-    work_space = {"dresidual", "dlnf", "dfch", "dln2", "datty", "dqkv", "dln1"}
-    assert everything.keys() - shapes.keys() == (
-        work_space if layout == "without training" else set()
-    )
+    for name, shape in gpt2.Model.layer_acts(config, 5, 6).items():
+        assert shapes[name] == (3 if name in kept.split() else 1, *shape), name
+    work_space = gpt2.Model.work_shapes(config, 5, 6).keys()
+    assert work_space & shapes.keys() == (set() if layout == "without training" else work_space)
 
 
 def test_fresh_weights_are_gpt2s():
@@ -1180,11 +1133,7 @@ def test_a_seed_decides_every_bit():
     def fresh(seed):
         return gpt2.Model(gpt2.GPT2Config(64, 256, 2, 2, 32), 1, 8, seed=seed).params
 
-    one, two = fresh(1), fresh(2)
-    assert_same_bits(one, fresh(1))
-    for name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"):
-        assert not np.array_equal(one[name], two[name]), name
-
+    assert_same_bits(fresh(1), fresh(1))
     # The weights of a seed stay what they were in earlier versions of this trainer.
     second = [float(fresh(1337)[name].flat[1]) for name in ("wte", "wpe", "qkvw", "fcprojw")]
     assert second == pytest.approx(
@@ -1194,65 +1143,26 @@ def test_a_seed_decides_every_bit():
 
 
 # --------------------------------------------------------------------------------------------------
-# The protocol: forward, backward, update
-#
-# A story is a sequence of calls, told in words. Which calls are refused is tested in
-# tests/test_model.py.
+# The protocol: forward, backward, update. Its order is tested in tests/test_model.py
 
 
-BATCHES = random_tokens(2, B=2, T=9)
-CALLS = {
-    "forward1": lambda model: model.forward(*BATCHES[0], grad_scale=0.5),
-    "forward2": lambda model: model.forward(*BATCHES[1], grad_scale=0.5),
-    "validate": lambda model: model.forward(*BATCHES[0], train=False),
-    "generate": lambda model: list(model.generate([1, 2, 3], 12)),
-    "tokens": lambda model: model.forward_tokens(BATCHES[0][0]),
-    "backward": lambda model: model.backward(),
-    "norm": lambda model: model.grad_norm(),
-    "update": lambda model: model.update(0.0),  # which leaves the parameters as they are
-    "zero": lambda model: model.zero_grad(),
-}
-
-
-def told(story, model=None):
-    """A model that has been through a story."""
-    model = model or random_model(2, 9)
-    for word in story.split():
-        CALLS[word](model)
-    return model
-
-
-@pytest.mark.parametrize(
-    "story, same_as",
-    [
-        # The first forward may be repeated, or forgotten.
-        ("forward1 forward2 backward", "forward2 backward"),
-        ("forward1 validate forward2 backward", "forward2 backward"),
-        # Gradients begin anew after an update, and after zero_grad.
-        ("forward1 backward update forward2 backward", "forward2 backward"),
-        ("forward1 backward zero forward2 backward", "forward2 backward"),
-        ("forward1 backward forward1 zero forward2 backward", "forward2 backward"),
-        # Validation and generation change no gradient.
-        ("forward1 backward validate generate norm tokens", "forward1 backward"),
-        (
-            "validate forward1 backward validate generate forward2 backward",
-            "forward1 backward forward2 backward",
-        ),
-    ],
-)
-def test_two_stories_end_with_the_same_gradients(story, same_as):
-    assert_same_bits(told(story).grads, told(same_as).grads)
-
-
-@pytest.mark.parametrize("make", [gpt2.Model, gpt2.GPT2])
-def test_the_protocol_is_the_number_of_micro_batches(make):
-    model = random_model(2, 9, make=make)
-    numbers = []
-    for word in "forward1 backward forward2 backward norm update".split():
-        numbers.append((model.micro_batch, model.updates))
-        told(word, model)
-    assert numbers == [(0, 0), (0, 0), (1, 0), (1, 0), (2, 0), (2, 0)]
-    assert (model.micro_batch, model.updates) == (0, 1)
+def test_gradients_are_of_the_micro_batches_since_the_update():
+    """The first overwrites what was there, the others add to it. A forward pass may be repeated."""
+    batches = random_tokens(3, B=2, T=9)
+    numbers, grads = [], []
+    for story in ([0, 1], [2, 0, 1]):
+        model = random_model(2, 9, make=gpt2.Model)
+        for number in story:
+            model.forward(*batches[2])
+            model.forward(*batches[0], train=False)
+            model.forward(*batches[number], grad_scale=0.5)
+            model.backward()
+            numbers.append((model.micro_batch, model.updates))
+            if number == 2:
+                model.update(0.0)  # which leaves the parameters as they are
+        grads.append(model.grads)
+    assert numbers == [(1, 0), (2, 0), (1, 0), (1, 1), (2, 1)]
+    assert_same_bits(*grads)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1288,9 +1198,12 @@ def test_ten_updates_equal_pytorchs(betas, eps, version):
 def test_the_model_counts_its_updates():
     """From where a numbered update left off."""
     expected, model = random_model(2, 9), random_model(2, 9)
+    batch = random_tokens(B=2, T=9)
     for step in (1, 2, 7, 8):
-        told("forward1 backward", expected).update(1e-2, step=step)
-        told("forward1 backward", model).update(1e-2, step=step if step == 7 else None)
+        for one, number in ((expected, step), (model, step if step == 7 else None)):
+            one.forward(*batch)
+            one.backward()
+            one.update(1e-2, step=number)
     assert_same_bits(model.params, expected.params)
 
 
@@ -1314,67 +1227,44 @@ def test_batches_follow_one_another_shard_after_shard():
     epochs = [[[0, 0, epoch], [0, 6, epoch], [1, 0, epoch]] for epoch in range(3)]
     assert positions == epochs[0] + epochs[1] + epochs[2][:1]
 
-    for position, expected in zip(positions[3:], first_epoch, strict=False):
-        loader.seek(position)
-        assert loader.next_batch()[0].tolist() == expected
-    assert positions[3:6] == epochs[1]  # seek() keeps a copy
+    loader.seek(positions[4])
+    assert loader.next_batch()[0].tolist() == first_epoch[1]
+    assert positions[3:6] == epochs[1]  # a position that someone keeps does not change
 
 
-@pytest.mark.parametrize(
-    "size, batches",
-    [(7, 1), (8, 1), (12, 1), (13, 2), (18, 2), (19, 3)],  # B * T is 6, with one target behind it
-)
-def test_what_does_not_fill_a_batch_is_left_out(size, batches):
-    loader = gpt2.DataLoader([np.arange(size)], 2, 3)
-    epochs = []
-    for _ in range(7):
-        epochs.append(loader.position[2])
-        loader.next_batch()
-    assert epochs == [i // batches for i in range(7)]
-
-
-@pytest.mark.parametrize("size", [13, 33, 34, 40, 45])
-def test_shuffled_batches_see_each_window_once_an_epoch(size):
+@pytest.mark.parametrize("shuffle_seed", [None, 7])
+@pytest.mark.parametrize("size", [13, 18, 33, 34, 40, 45])
+def test_an_epoch_has_each_window_once(size, shuffle_seed):
+    """Of each shard, but for those that do not fill a batch. Any position can be gone back to."""
     B, T = 3, 4
-    loader = gpt2.DataLoader([np.arange(size)], B, T, shuffle_seed=7)
-    batches, positions = [], []
-    while loader.position[2] < 20:
-        positions.append(loader.position)
-        batches.append(loader.next_batch())
-        assert np.array_equal(batches[-1][1], batches[-1][0] + 1)
-        assert np.array_equal(np.diff(batches[-1][0]), np.ones((B, T - 1)))
+    shards = [np.arange(size), np.arange(100, 100 + size)]
+    loader = gpt2.DataLoader(shards, B, T, shuffle_seed)
+    epochs, batches = {}, []
+    while loader.position[2] < 10:
+        shard, _, epoch = position = loader.position
+        inputs, targets = loader.next_batch()
+        assert np.array_equal(targets, inputs + 1)
+        assert np.array_equal(np.diff(inputs), np.ones((B, T - 1)))
+        epochs.setdefault((shard, epoch), []).extend(inputs[:, 0] - 100 * shard)
+        batches.append((position, inputs))
 
-    epochs = []
-    for epoch in range(20):
-        mine = [b for b, position in zip(batches, positions, strict=True) if position[2] == epoch]
-        starts = np.concatenate([inputs[:, 0] for inputs, targets in mine])
-        first = starts.min() % T
-        assert len(mine) == (size - 1 - first) // T // B
-        assert len(set(starts)) == len(starts) and set(starts % T) == {first}
-        assert starts.max() + T < size
-        epochs.append(starts.tolist())
-    assert len({str(starts) for starts in epochs}) > (15 if size > 13 else 3)  # the order differs
-    assert {starts[0] % T for starts in epochs} == set(range(min(T, size - B * T)))
+    for starts in epochs.values():
+        first = min(starts) % T
+        assert len(starts) == (size - 1 - first) // T // B * B
+        assert len(set(starts)) == len(starts) and {start % T for start in starts} == {first}
+        assert min(starts) >= 0 and max(starts) + T < size
+    if shuffle_seed is None:
+        assert all(starts == list(range(0, len(starts) * T, T)) for starts in epochs.values())
+    else:  # the seed, the shard and the epoch decide where the windows begin, and their order
+        assert {min(starts) % T for starts in epochs.values()} == set(range(min(T, size - B * T)))
+        assert len({str(starts) for starts in epochs.values()}) > (15 if size > 18 else 4)
+        other = gpt2.DataLoader(shards, B, T, shuffle_seed=9)
+        assert not np.array_equal(other.next_batch()[0], batches[0][1])
 
-    other = gpt2.DataLoader([np.arange(size)], B, T, shuffle_seed=7)
-    for i in (17, 3, 0, 11):
-        other.seek(positions[i])
-        assert np.array_equal(other.next_batch(), batches[i])
-        assert np.array_equal(other.next_batch(), batches[i + 1])
-
-
-def test_each_shard_and_each_seed_has_an_order_of_its_own():
-    def starts(shuffle_seed):
-        loader = gpt2.DataLoader([np.arange(200), np.arange(200)], 2, 3, shuffle_seed)
-        found = [], []
-        while loader.position[2] == 0:
-            shard = loader.position[0]
-            found[shard].append(loader.next_batch()[0][:, 0].tolist())
-        return found
-
-    one, two = starts(7)
-    assert one != two and len(one) >= 32
-    assert starts(7) == (one, two) != starts(8)
+    loader = gpt2.DataLoader(shards, B, T, shuffle_seed)
+    for position, inputs in batches[::-7]:
+        loader.seek(position)
+        assert np.array_equal(loader.next_batch()[0], inputs)
 
 
 def test_the_learning_rate_by_hand():
@@ -1536,11 +1426,8 @@ def test_a_run_has_the_losses_it_had_in_earlier_versions():
     model = gpt2.GPT2(gpt2.GPT2Config(64, 256, 2, 2, 32), 2, 32, seed=1337)
     tokens = np.random.default_rng(5).integers(0, 256, 800).astype(np.uint16)
     loader = gpt2.DataLoader([tokens], 2, 32)
-    losses, norms = [], []
-    for _ in range(20):
-        loss, norm = gpt2.train_step(model, loader, 1, 3e-3, weight_decay=0.1, grad_clip=1.0)
-        losses.append(loss)
-        norms.append(norm)
+    steps = [gpt2.train_step(model, loader, 1, 3e-3, 0.1, grad_clip=1.0) for _ in range(20)]
+    losses, norms = zip(*steps, strict=True)
     assert losses[:3] == pytest.approx([5.5423088, 5.5649328, 5.5573697], rel=1e-6)
     assert losses[17:] == pytest.approx([5.3341579, 5.3604186, 5.3455601], rel=1e-4)
     assert norms[17:] == pytest.approx([1.0394905, 0.9929439, 0.9981517], rel=1e-3)
@@ -1565,12 +1452,7 @@ def test_a_training_step_allocates_nothing_that_grows(monkeypatch):
     finally:
         tracemalloc.stop()
     smallest = min(model.acts["dln1"].nbytes, model.params["attprojw"][0].nbytes)
-    if peak >= smallest:
-        pytest.fail(
-            f"a step allocates {peak:,} bytes at once, expected less than {smallest:,}. This says "
-            "nothing about its results: they may be right",
-            pytrace=False,
-        )
+    assert peak < smallest, "this says nothing about the results: they may be right"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1587,31 +1469,19 @@ GOLDEN_LOSSES = [
 
 
 def overfit(model, inputs, targets, learning_rate, decay):
-    """The losses before each of ten updates on one batch.
-
-    llm.c's test decays all parameters; update() only matrices and embeddings, so the others are
-    done here.
-    """
+    """The losses before each of ten updates on one batch."""
+    model.is_decayed = lambda name: True  # llm.c's test decays all parameters
     losses = []
-    for step in range(1, 11):
+    for _ in range(10):
         losses.append(model.forward(inputs, targets))
         model.backward()
-        for name, view in model.params.items():
-            if not model.is_decayed(name):
-                view *= 1 - learning_rate * decay
-        model.update(learning_rate, weight_decay=decay, step=step)
+        model.update(learning_rate, weight_decay=decay)
     return losses
 
 
 def whole_model(source):
     """(model, inputs, targets): what from_pretrained knows, and 4 x 64 tokens, real ones if any."""
     model = gpt2.GPT2.from_pretrained(source, 4, 64, recompute=0)
-    # What has not been written yet takes no memory so far. This is for the trainer and PyTorch.
-    need = 4 * (9 * gpt2.count(model.param_table) + 6 * gpt2.count(model.act_table))
-    free = gpt2.available_memory()
-    if need > free:
-        raise MemoryError(f"this takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
-
     V = model.config.vocab_size
     if V >= 50257 and os.path.exists(GOLDEN_TOKENS):
         return model, *gpt2.DataLoader([gpt2.TokenFile(GOLDEN_TOKENS)], 4, 64).next_batch()
@@ -1651,7 +1521,7 @@ def main(argv=None):
         columns = {}
         try:
             columns["float32"], golden = compared_model(source)
-        except (InputError, OSError, MemoryError) as error:
+        except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
 
@@ -1674,24 +1544,16 @@ def main(argv=None):
     return 0
 
 
-# function: what is replaced in its text, by what, and the first tensor that must not agree
-FAULTS = [
+FAULTS = [  # function, what is replaced in its text, by what, the first tensor that is wrong
     ("encoder_forward", "out += wpe", "pass", "encoded", "forward"),
-    ("layernorm_forward", "out, out) / C", "out, out) / (C - 1)", "ln1", "forward, layer 0"),
     ("products", "out += bias", "pass", "qkv", "forward, layer 0"),
-    ("attention_forward", "* hs**-0.5", "* 1", "att_lse", "forward, layer 0"),
-    ("residual_forward", "inp1, inp2, out", "inp1, inp1, out", "residual2", "forward, layer 0"),
-    ("gelu_forward", "* GELU_CUBE", "* 0.05", "fch_gelu", "forward, layer 0"),
-    ("gelu_forward", "np.divide(inp, out,", "np.divide(0, 0,", "fch_gelu", "forward, layer 0"),
+    ("gelu_forward", "np.divide(inp,", "np.divide(np.nan,", "fch_gelu", "forward, layer 0"),
     ("crossentropy_softmax_forward", "losses += np.log(total)", "pass", "losses", "forward"),
-    ("crossentropy_softmax_backward", "dlogits *= dloss", "pass", "dlogits", "backward"),
     ("layernorm_backward", "dnorm -= norm", "dnorm += norm", "dresidual3", "backward, layer 1"),
-    ("matmul_backward", "ones, dout, add", "2 * ones, dout, add", "dfcprojb", "backward, layer 1"),
-    ("gelu_backward", "* 3 * GELU", "* 2 * GELU", "dfch", "backward, layer 1"),
     ("attention_backward", "dq_sum, scale,", "dq_sum, 1,", "dqkv", "backward, layer 1"),
     ("encoder_backward", "dwte[token] += row", "dwte[token] = row", "dwte", "backward"),
     ("adamw", "p *= 1 - decay", "pass", "params 1", UPDATES),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("name, old, new, tensor, where", FAULTS)
@@ -1719,19 +1581,13 @@ def test_the_table_of_a_sound_trainer(capsys, tmp_path):
     random_model(4, 64, np.float32).save_pretrained(str(tmp_path))
     assert main(["--model", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "\nforward, all layers\n" in text and "float64" not in text
-    assert text.splitlines()[-1].endswith(" lines agree, to 1e-05 in float32.")
+    assert "\nforward, all layers\n" in text and text.endswith(" agree, to 1e-05 in float32.\n")
 
 
-def test_what_can_not_be_compared_is_one_line(tmp_path, capsys, monkeypatch):
+def test_what_can_not_be_compared_is_one_line(tmp_path, capsys):
     assert main(["--model", str(tmp_path / "nothing")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "nothing" in error and error.count("\n") == 1
-    random_model(4, 64, np.float32).save_pretrained(str(tmp_path))
-    monkeypatch.setattr(gpt2, "available_memory", lambda: 1e6)
-    assert main(["--model", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: this takes 0.") and error.endswith("and 0.0 GB are free\n")
 
 
 @pytest.mark.parametrize("missing, name", [("torch", "PyTorch"), ("pytest", "pytest")])
