@@ -183,8 +183,7 @@ def test_a_malformed_model_is_one_line(change, expected, here, call):
     assert sorted(os.listdir(here)) == ["data", "m.bin"]
 
 
-@pytest.mark.parametrize("flags, place", [([], "data"), (["--output_dir", "a/b"], "a/b")])
-def test_all_that_a_port_begins_with(flags, place, here, call, monkeypatch):
+def test_all_that_a_port_begins_with(here, call, monkeypatch):
     V = 50257
     model = random_model(4, 64, np.float32, V=V, L=1, NH=1, C=6)
     model.save_pretrained("model")
@@ -195,9 +194,9 @@ def test_all_that_a_port_begins_with(flags, place, here, call, monkeypatch):
     monkeypatch.setattr(gpt2, "tokenizer", lambda vocab_size: words)
 
     names = "gpt2_0M", "gpt2_0M_bf16", "gpt2_0M_debug_state", "gpt2_tokenizer"
-    paths = [f"{place}/{name}.bin" for name in names]
+    paths = [f"a/b/{name}.bin" for name in names]
     expected = "\n".join([*paths, "train.bin", "val.bin", ""])
-    assert call(llmc.main, "--model", "model", *flags) == (0, expected, "")
+    assert call(llmc.main, "--model", "model", "--output_dir", "a/b") == (0, expected, "")
     weights, weights16, state, tokenizer = ((here / path).read_bytes() for path in paths)
     assert weights == model_file(model) and weights16 == model_file(model, 5)
     spelled = [b"%d" % i for i in range(50256)] + [b"<|endoftext|>"]
@@ -460,16 +459,12 @@ def test_the_kit_itself_and_one_of_float32_agree(compared):
 @pytest.mark.parametrize(
     "function, call_number, argument, found",
     [
-        ("encoder_forward", 0, 0, "encoded"),
         ("layernorm_forward", 2, 1, "ln1_mean of layer 1"),
         ("matmul_forward", 8, 0, "logits"),
         ("crossentropy_softmax_backward", 0, 0, "dlogits"),
         ("layernorm_backward", 0, 0, "dresidual3 of layer 1"),
         ("matmul_backward", 1, 0, "dfch_gelu of layer 1"),
-        ("gelu_backward", 0, 0, "dfch of layer 1"),
-        ("layernorm_backward", 1, 0, "dresidual2 of layer 1"),
         ("layernorm_backward", 4, 0, "dencoded"),
-        ("encoder_backward", 0, 0, "grads/wte"),
         ("adamw", 16, 2, "step2/m/wte"),
     ],
 )
