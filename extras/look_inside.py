@@ -17,14 +17,14 @@ In a program, attention() and logit_lens() give the same as arrays:
     for logits in logit_lens(model):    # L + 1 times (B, T, V)
 """
 
-import argparse
 import sys
 import unicodedata
 
 import numpy as np
 
 import train_gpt2 as gpt2
-from train_gpt2 import InputError, require
+from extras import command_line, exit_code_of
+from train_gpt2 import GPT2, require
 
 PROMPT = "First Citizen:\nBefore we proceed any further, hear me speak."
 
@@ -91,7 +91,7 @@ def logits_of(model, residual):
 def kept_by_layers(model, name):
     """acts[name] (L, ...). InputError if there was no forward pass, or layers share the memory."""
     # rstd is 0 until it is computed. After generate(), not all activations are of one text.
-    computed = model.keys_owner is None and model.acts["lnf_rstd"].all()
+    computed = not model.keys and model.acts["lnf_rstd"].all()
     require(computed, "there was no forward pass: call model.forward(inputs, targets) first")
 
     view = model.acts[name]
@@ -198,39 +198,41 @@ def show_attention(model, texts, l, h):
 
 
 def look(source, prompt, l, h):
-    """All lines that the program prints; those of attention unless l and h are None."""
-    config, tensors = gpt2.open_weights(gpt2.find_weights(source))
+    """Print all that the program shows; attention unless l and h are None."""
+    weights = GPT2.from_pretrained(source, 1, 1, training=False)
+    config = weights.config
     if l is not None:
         check_number("layer", l, config.num_layers)
         check_number("head", h, config.num_heads)
 
-    tokenizer = gpt2.tokenizer(config.vocab_size)
+    tokenizer = gpt2.tokenizer(config.vocab_size, weights.vocabulary)
     tokens = tokenizer.encode(prompt)
     T, most = len(tokens), config.max_seq_len
     require(0 < T <= most, f"the prompt has {T} tokens: write one of 1 to {most} for this model")
 
-    model = gpt2.GPT2(config, 1, T, None, recompute=0)
-    gpt2.read_weights(model.params, tensors)
+    model = GPT2(config, 1, T, None, recompute=0)
+    model.params = weights.params  # its own were never written: they take no memory
     targets = [*tokens[1:], 0]  # what follows the last one is not known, and its loss not shown
     model.forward([tokens], [targets], train=False)
 
-    texts = [shown(tokenizer.decode(token)) for token in tokens]
-    yield from show_tokens(model, texts, tokenizer.decode)
-    yield ""
-    yield from show_lens(model, texts, tokenizer.decode)
+    def decode(token):
+        ends_a_text = tokenizer.lengths[token] == 0 and tokenizer.decode(token) == b"\n"
+        return gpt2.END_OF_TEXT if ends_a_text else tokenizer.decode(token)
+
+    texts = [shown(decode(token)) for token in tokens]
+    parts = [show_tokens(model, texts, decode), show_lens(model, texts, decode)]
     if l is not None:
-        yield ""
-        yield from show_attention(model, texts, l, h)
+        parts.append(show_attention(model, texts, l, h))
+    for number, lines in enumerate(parts):
+        if number > 0:
+            print()
+        for line in lines:
+            print(line.rstrip(), flush=True)
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, 1 after what its user can mend, 130 at Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.look_inside",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command line. Returns the exit code."""
+    parser = command_line("look_inside", __doc__)
     add = parser.add_argument
     add("--model", default="gpt2", metavar="X", help="as of the trainer (default: gpt2)")
     add("--prompt", default=PROMPT, metavar="TEXT", help=f"the text (default: {PROMPT!r})")
@@ -239,24 +241,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if (args.layer is None) != (args.head is None):
         parser.error("--layer and --head go together")
-
-    try:
-        for line in look(args.model, args.prompt, args.layer, args.head):
-            print(line.rstrip(), flush=True)
-    except BrokenPipeError:
-        return 0  # the reader has enough, as in `| head`
-    except KeyboardInterrupt:
-        print("stopped: run it again", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(look, args.model, args.prompt, args.layer, args.head)
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a token may hold what a terminal can't show
-    exit_code = main()
-    gpt2.flush_at_last()
-    sys.exit(exit_code)
+    sys.exit(main())

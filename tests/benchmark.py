@@ -73,11 +73,11 @@ def random_params(config):
 
 
 def peak_mb():
-    """The most memory that this process ever had in RAM."""
+    """The most memory that this process ever had in RAM, in MB of 1,000,000 bytes."""
     import resource
 
-    unit = 1e6 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def timed_steps(passes, steps, started):

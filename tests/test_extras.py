@@ -1,0 +1,543 @@
+"""The programs in extras/ but for the tutor and the processes, and the picture of a run."""
+
+import inspect
+import json
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import astuple
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt2 as gpt2
+from extras import exit_code_of, hellaswag, llmc, look_inside, porting_kit
+from test_gpt2 import (
+    TorchGPT2,
+    assert_all_close,
+    assert_same_bits,
+    one_thread_for_pytorch,  # noqa: F401, a fixture that every test here uses
+    random_model,
+    random_tokens,
+    torch_grads,
+    torch_heads,
+    torch_run,
+)
+
+TOP = os.path.dirname(os.path.abspath(gpt2.__file__))
+SIZES = {"V": 61, "L": 2, "NH": 3, "C": 24, "max_seq_len": 11}
+letters = lambda text: [ord(c) for c in text]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with data/ in it, where the programs are called."""
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def call(capsys):
+    """call(main, *flags): a program in this process: (exit code, stdout, stderr)."""
+
+    def run(main, *flags):
+        capsys.readouterr()
+        code = main(list(map(str, flags)))
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def assert_refused(result, *parts):
+    """The program has said one line, which has these parts, and printed nothing."""
+    code, stdout, stderr = result
+    assert code == 1 and stdout == "" and stderr.count("\n") == 1, result
+    assert stderr.startswith("error: ") and [part for part in parts if part not in stderr] == []
+
+
+@pytest.mark.parametrize(
+    "outcome, code, said",
+    [
+        (gpt2.InputError("what to do"), 1, "error: what to do\n"),
+        (OSError("disk full"), 1, "error: disk full\n"),
+        (KeyboardInterrupt(), 130, "stopped: run it again\n"),
+    ],
+)
+def test_how_a_program_ends(outcome, code, said, capsys):
+    def work():
+        raise outcome
+
+    assert exit_code_of(work) == code and capsys.readouterr().err == said
+    assert exit_code_of(print) == 0 and exit_code_of(lambda: 1) == 1
+    pytest.raises(ZeroDivisionError, exit_code_of, lambda: 1 / 0)  # a fault keeps its traceback
+
+
+def test_a_reader_may_leave():
+    code = "import sys, extras; sys.exit(extras.exit_code_of(print, 'x'))"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=TOP, stdout=pipe, stderr=pipe) as it:
+        it.stdout.close()
+        assert it.stderr.read() == b""
+    assert it.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "program, flags, expected",
+    [
+        (llmc, "--model nowhere", "'nowhere': no such model"),
+        (llmc, "--model nowhere.bin", "No such file or directory: 'nowhere.bin'"),
+        (llmc, "--model own", "own: its 300 tokens are not GPT-2's, which llm.c's files hold"),
+        (hellaswag, "--model own", "own: its 300 tokens are not GPT-2's, which HellaSwag is"),
+        (hellaswag, "--limit -1", "a limit of -1 questions: expected 0, for all, or more"),
+        (look_inside, "--model bytes --prompt aaaaaaaaaaaa", "12 tokens: write one of 1 to 11 "),
+        (look_inside, "--model bytes --prompt=", "the prompt has 0 tokens: write one of 1 to 11 "),
+        (look_inside, "--model bytes --layer 3 --head 0", "layer 3: expected 0 to 2"),
+        (look_inside, "--model bytes --layer 0 --head -1", "head -1: expected 0 to 2"),
+        (porting_kit, "--compare nowhere", "No such file or directory: 'nowhere'"),
+        (porting_kit, "--compare own/model.safetensors", "data/kit.safetensors: no kit: run "),
+        (porting_kit, "--kit K --compare K", "K: not a kit: run python -m extras"),
+    ],
+)
+def test_what_can_not_be_is_one_line(program, flags, expected, here, call):
+    for name, V, T in (("own", 300, 64), ("bytes", 256, 11)):
+        random_model(1, 8, np.float32, V=V, max_seq_len=T).save_pretrained(name)
+    (here / "K").write_bytes((here / "own" / "model.safetensors").read_bytes())
+    assert_refused(call(program.main, *flags.split()), expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# llm.c's files, by hand from their description
+
+ORDER = "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb fcprojw fcprojb lnfw lnfb"
+
+
+def file_of(numbers, views, version=3, between=b""):
+    """A header, what stands between, and the 16 tensors, wte with rows of zeros at its end."""
+    kind = torch.bfloat16 if version == 5 else torch.float32
+    padding = 0 if version == 1 else -len(views["wte"]) % 128
+    views = views | {"wte": np.pad(views["wte"], ((0, padding), (0, 0)))}
+    tensors = [torch.tensor(views[name]).to(kind).view(torch.uint8) for name in ORDER.split()]
+    header = struct.pack("<256i", *numbers, *[0] * (256 - len(numbers)))
+    return header + between + b"".join(tensor.numpy().tobytes() for tensor in tensors)
+
+
+def model_file(model, version=3):
+    padded = [] if version == 1 else [-(-model.config.vocab_size // 128) * 128]
+    return file_of([20240326, version, *astuple(model.config), *padded], model.params, version)
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+@pytest.mark.parametrize("V", [61, 128])
+def test_a_model_in_every_version(version, V, here, call):
+    """Read, written byte for byte, and written as a folder that has the same bits."""
+    model = random_model(2, 8, np.float32, **SIZES | {"V": V})
+    edges = [-0.0, 1e-45, -1e-39, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, 3e38, -1e-3]
+    model.params["wpe"][-1, :8] = edges  # of bfloat16, two are half-way between neighbours
+    (here / "m.bin").write_bytes(model_file(model, version))
+    config, params = llmc.read_model("m.bin")
+    kind = torch.bfloat16 if version == 5 else torch.float32
+    truth = {name: torch.tensor(x).to(kind).float().numpy() for name, x in model.params.items()}
+    assert config == model.config
+    assert_same_bits(params, truth)
+    if version > 1:
+        llmc.write_model("new.bin", model.config, model.params, version)
+        assert (here / "new.bin").read_bytes() == model_file(model, version)
+    assert call(llmc.main, "--model", "m.bin") == (0, "m\n", "")
+    assert_same_bits(gpt2.GPT2.from_pretrained("m", 2, 8).params, truth)
+    assert_refused(call(llmc.main, "--model", "m.bin"), "m/model.safetensors is there already")
+
+
+def with_number(at, value, code="i"):
+    return lambda data: data[: 4 * at] + struct.pack(f"<{code}", value) + data[4 * at + 4 :]
+
+
+LAST_BIAS = -2 * SIZES["C"] - 1  # the last number of fcprojb, counted from the end of the file
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda d: b"", "begins with 0, expected 20240326"),
+        (lambda d: d[:512], "has 512 bytes, its header describes"),
+        (lambda d: d[:-1], "bytes, its header describes"),
+        (lambda d: d + bytes(4), "bytes, its header describes"),
+        (lambda d: np.frombuffer(d, "<i4").astype(">i4").tobytes(), "not llm.c's model"),
+        (with_number(1, 2), "version 2, expected 1 or 3 (float32) or 5 (bfloat16)"),
+        (with_number(1, 5), "bytes, its header describes"),
+        (with_number(2, 0), "max_seq_len=0"),
+        (with_number(5, 5), "num_heads=5"),
+        (with_number(4, 2**31 - 1), "bytes, its header describes"),
+        (with_number(7, 2**31 - 1), "bytes, its header describes"),
+        (with_number(7, 60), "a padded vocabulary of 60"),
+        (with_number(LAST_BIAS, np.nan, "f"), "fcprojb holds a number that is not finite"),
+        (with_number(LAST_BIAS, -np.inf, "f"), "fcprojb holds a number that is not finite"),
+    ],
+)
+def test_a_malformed_model_is_one_line(change, expected, here, call):
+    (here / "m.bin").write_bytes(change(model_file(random_model(2, 8, np.float32, **SIZES))))
+    assert_refused(call(llmc.main, "--model", "m.bin"), "m.bin: ", expected)
+    assert sorted(os.listdir(here)) == ["data", "m.bin"]
+
+
+def test_all_that_a_port_begins_with(here, call, monkeypatch):
+    V = 50257
+    model = random_model(4, 64, np.float32, V=V, L=1, NH=1, C=6)
+    model.save_pretrained("model")
+    tokens = np.random.default_rng(1).integers(0, V, 300)
+    (here / "val.bin").write_bytes(bytes(1024) + tokens.astype("<u2").tobytes())
+    monkeypatch.setattr(gpt2, "provide", lambda what: ("train.bin", "val.bin"))
+    words = SimpleNamespace(decode=lambda i: b"%d" % i, first=50256)
+    monkeypatch.setattr(gpt2, "tokenizer", lambda vocab_size: words)
+
+    names = "gpt2_0M", "gpt2_0M_bf16", "gpt2_0M_debug_state", "gpt2_tokenizer"
+    paths = [f"a/b/{name}.bin" for name in names]
+    expected = "\n".join([*paths, "train.bin", "val.bin", ""])
+    assert call(llmc.main, "--model", "model", "--output_dir", "a/b") == (0, expected, "")
+    weights, weights16, state, tokenizer = ((here / path).read_bytes() for path in paths)
+    assert weights == model_file(model) and weights16 == model_file(model, 5)
+    spelled = [b"%d" % i for i in range(50256)] + [b"<|endoftext|>"]
+    body = b"".join(bytes([len(word)]) + word for word in spelled)
+    assert tokenizer == struct.pack("<4i", 20240328, 2, V, 50256).ljust(1024, b"\0") + body
+
+    inputs, targets = tokens[:256].reshape(4, 64), tokens[1:257].reshape(4, 64)
+    loss = model.forward(inputs, targets)
+    model.backward()
+    batch = inputs.astype("<i4").tobytes() + targets.astype("<i4").tobytes()
+    logits = state[1024 + len(batch) :][: 4 * 256 * V]
+    between = batch + logits + struct.pack("<f", loss)
+    assert state == file_of([20240327, 2, 4, 64], model.grads, between=between)
+    reference = TorchGPT2(model.config, model.params).double()
+    truth = reference.logits(torch.from_numpy(inputs)).detach().numpy()
+    assert_all_close({"logits": np.frombuffer(logits, "<f4").reshape(4, 64, V)}, {"logits": truth})
+
+
+# --------------------------------------------------------------------------------------------------
+# HellaSwag
+
+ITEM = {"ctx": "ab", "endings": ["c", "de", "f", "g"], "label": 2}
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["no JSON", "[1]", "", "[" * 99999, '{"ctx": "a", "label": 1}']
+    + [json.dumps(ITEM | {"label": label}) for label in (4, -1, "1", None)]
+    + [json.dumps(ITEM | {"endings": endings}) for endings in (["b"] * 3, ["b", "c", "d", 4], 4)],
+    ids=lambda line: line[:60],
+)
+def test_a_question_that_is_none_is_one_line(line, here):
+    (here / "q.jsonl").write_text(json.dumps(ITEM) + "\n" + line + "\n")
+    with pytest.raises(gpt2.InputError, match="^q.jsonl, line 2: expected JSON with ctx, 4 end"):
+        hellaswag.read_questions("q.jsonl", letters)
+
+
+def test_a_score_from_the_command_line(here, call, monkeypatch):
+    """The least sum is that of the first ending, the least mean that of the second."""
+    random_model(1, 8, np.float32, V=50257, L=1, NH=1, C=6).save_pretrained("model")
+    monkeypatch.setattr(gpt2, "tokenizer", lambda vocab_size: SimpleNamespace(encode=letters))
+    monkeypatch.setattr(hellaswag, "PRINT_EVERY", 3)
+    lines = [ITEM | {"ctx": "a\u2028 long context", "label": label} for label in (0, 1, 1, 3)]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path = here / "data" / "hellaswag_val.jsonl"
+    path.write_text(text, encoding="utf-8")
+    asked = []
+
+    def told(self, context, endings):
+        assert context == letters("context") and endings[1] == letters(" de")  # 10 tokens in all
+        asked.append(context)
+        if len(asked) == 8:
+            raise KeyboardInterrupt
+        return [np.array(loss) for loss in ([3.0], [2.0, 2.0], [9.0], [9.0])]
+
+    monkeypatch.setattr(gpt2.GPT2, "token_losses", told)
+    so_far = "hellaswag 2/3 acc_norm 0.6667 acc 0.3333"
+    whole = f"{so_far}\nhellaswag 2/4 acc_norm 0.5000 acc 0.2500\n"
+    stopped = f"{so_far}\n{so_far} (stopped after 3 of 4)\n"
+    first = "hellaswag 0/1 acc_norm 0.0000 acc 1.0000\n"
+    flags = "--model", "model"
+    assert call(hellaswag.main, *flags) == (0, whole, "")
+    assert call(hellaswag.main, *flags) == (130, stopped, "stopped: run it again\n")
+    assert call(hellaswag.main, *flags, "--limit", 1) == (0, first, "")
+    path.write_text(json.dumps(ITEM | {"endings": ["c", "a" * 10, "f", "g"]}))
+    too_long = "an ending has 11 tokens, and the model reads 10"
+    assert_refused(call(hellaswag.main, *flags), too_long)
+    path.unlink()
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # where no server listens
+    assert_refused(call(hellaswag.main, *flags), "can't fetch HellaSwag", path.name)
+
+
+# --------------------------------------------------------------------------------------------------
+# A look inside
+
+
+def sharp_model(B, T):
+    """One whose attention and predictions are not even."""
+    model = random_model(B, T, np.float32, recompute=0, V=256)
+    for name in ("wte", "wpe", "qkvw"):
+        model.params[name] *= 5
+    return model
+
+
+def test_arrays_equal_pytorchs():
+    """Of more positions than attention takes at a time."""
+    model = sharp_model(2, 140)
+    batch = random_tokens(B=2, T=140, V=256)
+    new = gpt2.GPT2(model.config, 2, 140)
+    shared = gpt2.GPT2(model.config, 2, 140, recompute=2)
+    for one in (model, shared):
+        one.forward(*batch, train=False)
+    future = torch.ones(140, 140, dtype=torch.bool).triu(1)
+    for l in range(3):
+        q, k, _ = torch_heads(torch.tensor(model.acts["qkv"][l]).double(), 3)
+        truth = (q @ k.mT / 8**0.5).masked_fill(future, -torch.inf).softmax(-1).numpy()
+        np.testing.assert_allclose(look_inside.attention(model, l), truth, 0, 1e-5)
+    reference = TorchGPT2(model.config, model.params)
+    stream = [model.acts["encoded"], *model.acts["residual3"]]
+    for start in (0, 137):
+        for x, ours in zip(stream, look_inside.logit_lens(model, start), strict=True):
+            truth = reference.lnf(torch.tensor(x[:, start:])) @ reference.wte.weight.T
+            np.testing.assert_allclose(ours, truth.detach().numpy(), 1e-4, 1e-4)
+
+    list(model.generate([1, 2], 3))  # whose activations are not all of one text
+    for one in (new, model):
+        with pytest.raises(gpt2.InputError, match="^there was no forward pass"):
+            look_inside.attention(one, 0)
+    with pytest.raises(gpt2.InputError, match=r"^acts\['qkv'\] is not kept for each layer"):
+        look_inside.attention(shared, 0)
+
+
+def test_what_is_printed_is_what_the_model_computes(here, call):
+    """Column by column. The picture of attention has 33 columns, the text a byte more."""
+    prompt = "a é\n\tone byte too long: it has 34"
+    tokens = list(prompt.encode())
+    texts = ["a", "·", r"\xc3", r"\xa9", r"\n", r"\t", *prompt[5:].replace(" ", "·")]
+    model = sharp_model(1, 34)
+    model.save_pretrained("m")
+    flags = "--model", "m", "--prompt", prompt, "--layer", 1, "--head", 2
+    code, stdout, stderr = call(look_inside.main, *flags)
+    assert (code, stderr) == (0, "") and max(map(len, stdout.splitlines())) <= 80
+    _, rows, _, lens, _, picture = (part.splitlines() for part in stdout.split("\n\n"))
+
+    model.forward([tokens], [[*tokens[1:], 0]], train=False)
+    losses = ["", *(f"{loss:.2f}" for loss in model.acts["losses"][0])]
+    lines = [f"{t:4} {text:7} {losses[t]:>7}" for t, text in enumerate(texts)]
+    assert [row[:20] for row in rows] == lines
+    logits = [x[0] for x in look_inside.logit_lens(model)]
+    for row, x in zip(rows, logits[-1], strict=True):
+        probs = np.exp(x - np.logaddexp.reduce(x))
+        found = [row[i : i + 4] for i in range(20, 80, 12)]
+        assert found == [f"{100 * p:4.0f}" for p in np.sort(probs)[:-6:-1]]
+        assert row[25:32].rstrip() == look_inside.shown(bytes([x.argmax()])).rstrip()
+    assert lens[0].split() == ["after", *texts[-6:]]
+    assert [row[:8].rstrip() for row in lens[1:]] == ["encoded", "layer 0", "layer 1", "layer 2"]
+    for row, of_layer in zip(lens[1:], logits, strict=True):
+        likeliest = [look_inside.shown(bytes([i])).rstrip() for i in of_layer[-6:].argmax(axis=1)]
+        assert [row[i : i + 7].rstrip() for i in range(13, 80, 12)] == likeliest
+
+    att = look_inside.attention(model, 1)[0, 2, 1:, 1:]
+    shades = np.select([att < 0.02, att < 0.1, att < 0.25, att < 0.5], list(" ░▒▓"), "█")
+    drawn = np.array([list(row[13:].ljust(66)) for row in picture[-33:]])
+    assert (drawn == shades.repeat(2, axis=1)).all() and set(shades.flat) == set(" ░▒▓█")
+    above = zip(*[row[13:].ljust(66)[::2] for row in picture[:-33]], strict=True)
+    assert ["".join(column).strip() for column in above] == texts[1:]
+
+
+def test_a_folders_own_tokens_are_shown(here, call):
+    vocabulary = [bytes([i]) for i in range(256)] + [b"th", b"the", gpt2.END_OF_TEXT]
+    model = random_model(1, 8, np.float32, V=259)
+    model.vocabulary = vocabulary
+    model.params["lnfw"][...] = 0
+    model.params["lnfb"][...] = model.params["wte"][258] = 1  # so it is always the likeliest
+    model.save_pretrained("m")
+    _, stdout, stderr = call(look_inside.main, "--model", "m", "--prompt", "the then")
+    rows = stdout.split("\n\n")[1].splitlines()
+    assert [row[5:12].rstrip() for row in rows] == ["the", "·", "the", "n"] and stderr == ""
+    assert {row[20:32] for row in rows} == {" 100 <|endo~"}
+
+
+@pytest.mark.parametrize(
+    "data, text",
+    [(b"\n\x00 ", r"\n\x00·"), (b"\xff\xc3\xa9", r"\xffé"), ("e\u0301".encode(), r"e\u0301"),
+     ("中文".encode(), r"\u4e2d~"), (b"seventy", "seventy"), (b" seventy", "·seven~")],
+)  # fmt: skip
+def test_a_token_takes_seven_columns(data, text):
+    assert look_inside.shown(data) == f"{text:7}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The porting kit
+
+KIT = porting_kit.make_kit()
+CONFIG = porting_kit.CONFIG
+
+
+def test_every_tensor_of_a_pass_equals_pytorch_and_of_a_step_the_trainer():
+    """The names, too, must be the same."""
+    tensors = KIT.tensors
+    params = {name: tensors[f"params/{name}"] for name in gpt2.GPT2.param_shapes(CONFIG)}
+    batch = tensors["inputs"].astype(int), tensors["targets"].astype(int)
+    reference = TorchGPT2(CONFIG, params)
+    loss, seen = torch_run(reference, *batch)
+    truth = {"loss": np.array([loss])}
+    without_gradient = {"ddlosses", "dattproj", "dfcproj", "dlosses", "dresidual"}
+    for name in seen.keys() - without_gradient:
+        truth[name] = np.stack(seen[name]) if len(seen[name]) > 1 else seen[name][0]
+    truth["dwte_classifier"] = np.einsum("btv,btc->vc", truth["dlogits"], truth["lnf"])
+    truth |= {f"grads/{name}": grad for name, grad in torch_grads(reference, params).items()}
+
+    model = gpt2.GPT2(CONFIG, porting_kit.B, porting_kit.T, seed=None, dtype=np.float64)
+    for name, x in params.items():
+        model.params[name][...] = x
+    for step in ("step1", "step2", "step3"):
+        loss = model.forward(*batch)
+        model.backward()
+        found = {"loss": loss} | {f"grads/{name}": x.copy() for name, x in model.grads.items()}
+        norm = model.grad_norm()
+        found = {} if step == "step1" else found
+        found |= {"grad_norm": norm, "grad_scale": 0.5 / norm}
+        model.update(2**-8, 1 - 2**-3, 1 - 2**-5, 2**-12, 2**-3, grad_scale=0.5 / norm)
+        for part in ("m", "v", "params"):
+            found |= {f"{part}/{name}": x.copy() for name, x in getattr(model, part).items()}
+        truth |= {f"{step}/{name}": np.array(x, ndmin=1) for name, x in found.items()}
+    computed = {name for name, _, writer in KIT.order if writer}
+    ours = {name: tensors[name] for name in computed if not name.startswith("case/")}
+    assert_all_close(ours, truth)
+    assert all(truth[f"step{i}/grad_scale"] < 0.8 for i in (1, 2, 3))  # each of them is clipped
+
+
+def test_a_case_is_what_the_plain_function_does():
+    """And each function has its cases. That it does the right thing is proven in test_gpt2.py."""
+    cases = {name.split("/")[1] for name in KIT.tensors if name.startswith("case/")}
+    plain = {case: case.removesuffix("_add").removesuffix("_no_bias") for case in cases}
+    functions = {name for name in vars(gpt2) if name.endswith(("_forward", "_backward"))}
+    assert set(plain.values()) == functions | {"adamw"}
+    assert sum(case.endswith("_add") for case in cases) == 4
+    for case, function in plain.items():
+        run = inspect.unwrap(getattr(gpt2, function))
+        names = list(inspect.signature(run).parameters)
+        args = [KIT.tensors.get(f"case/{case}/before/{name}") for name in names]
+        args = [x if x is None else x.copy() if x.size > 1 else x.item() for x in args]
+        run(*args)
+        ours = {f"case/{case}/after/{name}": x for name, x in zip(names, args, strict=True)}
+        after = {name: KIT.tensors[name] for name in ours if name in KIT.tensors}
+        assert_all_close({name: ours[name] for name in after}, after)
+        assert after and all(np.isfinite(x).all() for x in after.values())
+
+
+@pytest.fixture
+def compared(here, call):
+    """compared(tensors): what the program says of a port's file: (exit code, its lines)."""
+    call(porting_kit.main)
+
+    def compare(tensors):
+        porting_kit.write_tensors("mine.safetensors", tensors, [])
+        code, stdout, stderr = call(porting_kit.main, "--compare", "mine.safetensors")
+        assert stderr == ""
+        return code, stdout.splitlines()
+
+    return compare
+
+
+def test_the_kit_itself_and_one_of_float32_agree(compared):
+    stored, _ = gpt2.read_safetensors("data/kit.safetensors")
+    assert_same_bits({name: x.array for name, x in stored.items()}, KIT.tensors)
+    with open(os.path.join(TOP, "figures", "FORMATS.md"), encoding="utf-8") as file:
+        assert f"The kit holds {len(KIT.tensors)} tensors" in " ".join(file.read().split())
+    single = porting_kit.make_kit(np.float32).tensors
+    single = {k: x.astype("<f4") if x.dtype.kind == "f" else x for k, x in single.items()}
+    for tensors in (KIT.tensors, single):
+        assert compared(tensors) == (0, [f"{len(KIT.order)} agree, 0 differ, 0 are missing"])
+    code, lines = compared({name: KIT.tensors[name] for name in ("lnf", "ln1", "inputs")})
+    assert code == 0 and lines[0].startswith("4 agree, 0 differ, ")
+    assert lines[0].endswith(" are missing, first case/encoder_forward/after/out")
+    assert compared({})[0] == 1
+
+
+@pytest.mark.parametrize(
+    "function, call_number, argument, found",
+    [
+        ("layernorm_forward", 2, 1, "ln1_mean of layer 1"),
+        ("matmul_forward", 8, 0, "logits"),
+        ("crossentropy_softmax_backward", 0, 0, "dlogits"),
+        ("layernorm_backward", 0, 0, "dresidual3 of layer 1"),
+        ("matmul_backward", 1, 0, "dfch_gelu of layer 1"),
+        ("layernorm_backward", 4, 0, "dencoded"),
+        ("adamw", 16, 2, "step2/m/wte"),
+    ],
+)
+def test_a_fault_is_found_where_it_is_made(
+    function, call_number, argument, found, compared, monkeypatch
+):
+    """One call writes numbers that are 0.1 % too large. All that follows differs."""
+    calls = []
+    original = getattr(gpt2, function)
+
+    def faulty(*args):
+        original(*args)
+        if len(calls) == call_number:
+            args[argument][...] *= 1.001
+        calls.append(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(porting_kit, "put_cases", lambda *args: None)
+        patch.setattr(gpt2, function, faulty)
+        mine = porting_kit.make_kit().tensors
+    code, lines = compared(mine)
+    assert code == 1 and lines[0] == f"the first to differ is {found}"
+    assert lines[2] == f"{function} of train_gpt2.py computes it"
+
+
+def put(x, place, value):
+    x[place] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    "name, change, expected",
+    [
+        ("case/gelu_forward/after/out", lambda x: 2 * x, "gelu_forward of train_gpt2.py computes"),
+        ("qkv", lambda x: x[0], "it is F64 (5, 7, 36), expected F32 or F64, and (2, 5, 7, 36)"),
+        ("ln2", lambda x: put(x, (0, 1, 2, 3), np.nan), "most wrong is ln2[0, 1, 2, 3]: nan, "),
+        ("ln2", lambda x: put(x, (1, 1, 2, 3), np.inf), "the first to differ is ln2 of layer 1"),
+        ("targets", lambda x: put(x, (4, 6), -1), "targets[4, 6]: -1, expected "),
+        ("lnf", lambda x: x * (1 + 2e-10), "2.0e-10, expected at most 1e-10"),
+        ("lnf", lambda x: (x * (1 + 2e-5)).astype("<f4"), "2.0e-05, expected at most 1e-05"),
+        ("ln1_means", lambda x: x, "'ln1_means' is not in the kit"),
+    ],
+)  # fmt: skip
+def test_what_differs_is_said(name, change, expected, compared):
+    x = KIT.tensors.get(name, np.zeros(3))
+    code, lines = compared({"ln1": KIT.tensors["ln1"], name: change(x.copy())})
+    assert code == 1 and expected in "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------
+# The picture of a run
+
+
+def test_a_picture_of_runs(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install matplotlib")
+
+    def plot(*words, **options):
+        command = [sys.executable, os.path.join(TOP, "figures", "plot_run.py"), *words]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", **options)
+        return done.returncode, done.stdout, done.stderr
+
+    runs = tmp_path / "_one", tmp_path / r"$\frac$"
+    lines = ['{"step": 0, "val_loss": 5}', '{"step": 1, "train_loss": 4, "lr": 0.1}', '{"step": 2']
+    for folder in runs:
+        folder.mkdir()
+        (folder / "main.jsonl").write_text("\n".join(lines))  # the last line is half a line
+    both = tmp_path / "both.svg"
+    assert plot(*runs, "--output", both) == (0, f"{both}\n", "")
+    assert "_one, training" in both.read_text() and "$" in both.read_text()
+
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    without = os.environ | {"PYTHONPATH": str(tmp_path)}
+    assert_refused(plot(runs[0], env=without), "pip install matplotlib")
+    for text, what in (("", "is empty"), ('{"step": 1}\n[]\n', "line 2"), ('{"x": 1}\n', "line 1")):
+        (runs[0] / "main.jsonl").write_text(text)
+        assert_refused(plot(runs[0]), "main.jsonl", what)
