@@ -233,6 +233,7 @@ def main(argv=()):
         code, message = 1, traceback.format_exc()
     time.sleep(comm.rank > 0)  # the first may be about to say the same, and to end all
     print_now(message, end="", to="stderr")
+    time.sleep(0.5)  # for mpiexec to pass it on
     comm.Abort(code)
 
 

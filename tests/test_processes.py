@@ -70,6 +70,7 @@ def folder(tmp_path):
         header = struct.pack("<4i", 20240520, 1, n, 256).ljust(1024, b"\0")
         tokens = rng.integers(97, 105, n).astype("<u2")
         (tmp_path / f"{name}.bin").write_bytes(header + tokens.tobytes())
+    gpt2.GPT2(gpt2.GPT2Config(16, 256, 1, 1, 4), 1, 1).save_pretrained(tmp_path / "model")
     return tmp_path
 
 
@@ -173,3 +174,73 @@ def test_a_signal_to_one_process(name, rank, code, saved, folder):
     assert steps == saved and ("stopped: 6 updates" in stdout) == (name != "SIGKILL")
     trained(2, folder, "--resume", 1)
     assert_same(left_in(folder / "run"), left_in(folder / "whole"), exactly=True)
+
+
+@needs_mpi
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_mpiexec_and_ctrl_c(number, folder):
+    """Ctrl-C goes to mpiexec and to all that it has started, the others to mpiexec alone."""
+    run = subprocess.Popen(
+        command(2, "--num_iterations", 10**6), cwd=folder, env=ENVIRONMENT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        for line in run.stdout:
+            if line.startswith("step 2/"):
+                break
+        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
+        stdout, _ = run.communicate(timeout=20)
+    finally:
+        run.kill()
+    steps = left_in(folder / "run")[2]
+    assert f"stopped: {steps[0]} updates" in stdout and f"step {steps[0] + 1}/" not in stdout
+
+
+FULL_DISK = """
+import resource
+save_checkpoint = gpt2.save_checkpoint
+
+def save(run):
+    limit = 2_500_000 if rank == 0 and run.step in {full} else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    save_checkpoint(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+gpt2.save_checkpoint = save
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("full, code, saved", [([3], 0, [8, 6]), ([6, 8], 1, [3])])
+def test_a_disk_that_is_full_amid_the_moments(full, code, saved, folder):
+    """The first process can't write checkpoints for a while, or to the end. No other one waits."""
+    stdout, stderr = trained(2, folder, fault=FULL_DISK.format(full=full), code=code)
+    assert stdout.count("can't write a checkpoint: ") == 1 and "step 8/8" in stdout
+    assert ("lacks a checkpoint: make room" in stderr) == (code == 1)
+    assert left_in(folder / "run")[2] == saved
+
+
+ON_ONE = "if rank == 1:\n    "
+FAULTS = {  # flags, lines that run first, what is said, exit code
+    "flag": (["--colour", "red"], "", "error: unrecognized arguments: --colour red", 2),
+    "prompt": (["--model", "model", "--inference_only", 1], "", "error: one process continues a prompt", 1),
+    "total": (["--total_batch_size", 96], "", "is not a multiple of B*T * 2 processes = 64: try", 1),
+    "file": (["--input_bin", "none.bin"], "", "error: none.bin", 1),
+    "nan": (["--learning_rate", 1e18], "", "error: update 2: the loss is nan: try", 1),
+    "memory": ([], f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),
+    "fault": ([], f"{ON_ONE}processes.adamw = None", "'NoneType' object is not callable", 1),
+    "flags": ([], f"{ON_ONE}sys.argv += ['--grad_clip', '2']", "processes have different flags", 1),
+    "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "have different flags or", 1),
+    "weights": ([], f"{ON_ONE}gpt2.LN_EPS = gpt2.GPT2.init_weights = lambda *_: 0", "weights", 1),
+}
+
+
+@needs_mpi
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_is_said_once_and_ends_all(fault, folder):
+    flags, lines, said, code = FAULTS[fault]
+    _, stderr = trained(2, folder, *flags, fault=lines, code=code)
+    ours = [line for line in stderr.splitlines() if "rror: " in line]
+    assert len(ours) == 1 and said in ours[0], stderr
+    assert ("Traceback" in stderr) == (fault == "fault")
