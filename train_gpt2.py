@@ -1359,6 +1359,8 @@ class GPT2(Model):
     Several threads may use one model: one passes through the layers at a time, the others wait.
     """
 
+    SHARES = 1  # into which m and v are divided, if several processes train one model
+
     def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1,
                  training=True, dtype=np.float32):  # fmt: skip
         self.check_config(config)
@@ -3372,7 +3374,7 @@ def build(args, found, make=GPT2):
 
     plan = {"parameters": params, "activations": activations(B)}
     if training:
-        plan |= {"gradients": params, "moments": 2 * params}
+        plan |= {"gradients": params, "moments": 2 * params // make.SHARES}
     need, free = sum(plan.values()), available_memory()
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
@@ -3417,7 +3419,8 @@ def open_run(argv, make=GPT2, first=True):
             raise  # what was asked for by name is not replaced by something else
         print_now(f"{error.cause}\n--> so a small GPT will learn from scratch")
         args, found = small_run(argv)
-        lock = lock or (lock_folder(args.output_dir) if args.output_dir else None)
+    if args.output_dir and first and not lock:  # a new folder
+        lock = lock_folder(args.output_dir)
 
     B, T = args.batch_size, args.sequence_length
     data = {
@@ -3443,7 +3446,6 @@ def open_run(argv, make=GPT2, first=True):
         loader.seek(state["position"])
         run.entries = entries_until(args.output_dir, run.step)
         print_now(f"resuming from {checkpoint}")
-    describe(run)
     return run
 
 
@@ -3591,6 +3593,7 @@ def main(argv=()):
             continue_prompt(args)
             return 0
         run = open_run(argv)
+        describe(run)
         before = note_signals(run.signals)
         complete = train(run)
         finish(run, complete)

@@ -2,249 +2,240 @@
 Several processes, on one machine or on several, train one model.
 
     pip install mpi4py mpich
-    mpiexec -n 4 python train_gpt2.py ...
+    mpiexec -n 4 python -m extras.processes FLAGS
 
-starts the trainer four times. Each process has all parameters and all gradients, and takes its own
-batches. And each owns a quarter of the flat vector: it alone updates that part of the parameters,
-and it alone has AdamW's m and v for it. It never touches the rest of m and v, which therefore costs
-no memory (ZeRO, stage 1; Rajbhandari et al., 2020). The processes exchange numbers by MPI.
-
-The training loop knows nothing of this. It is given a model whose forward, grad_norm and update are
-those of all processes together, and a loader that gives each process its own batches.
+The flags are the trainer's; --batch_size is that of each process. Each process has all parameters
+and gradients, and runs the trainer's loop on batches of its own. And each owns a quarter of the
+flat vector: it alone updates that part, and has AdamW's m and v for it. It never touches the rest
+of m and v, which therefore costs no memory (ZeRO, stage 1; Rajbhandari et al., 2020). They exchange
+numbers by MPI. The first process prints, samples and writes files.
 """
 
-import contextlib
 import json
 import math
 import os
 import sys
-import threading
 import time
+import traceback
+import warnings
 import zlib
 
 import numpy as np
 
-PIECE = 1 << 20  # elements that are sent at a time
-PATIENCE = 60.0  # seconds without an answer, after which a process says what it waits for
+import train_gpt2 as gpt2
+from train_gpt2 import adamw, print_now, require
+
+PIECE = 1 << 20  # numbers that are sent at a time
 
 
-def join():
-    """The Processes that mpiexec has started. ValueError if mpi4py is missing."""
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"mpiexec needs mpi4py, which is not there ({error}): pip install mpi4py mpich"
-        ) from None
-    return Processes(MPI.COMM_WORLD, MPI)
+class SharedGPT2(gpt2.GPT2):
+    """A GPT-2 that several processes train by train_step. What one of them calls, all must call.
 
-
-def say(line):
-    """Print a line on stderr at one go, so that it doesn't mix with those of other processes."""
-    if sys.stderr:  # None, if it was closed before the program began
-        sys.stderr.write(f"{line}\n")
-        sys.stderr.flush()
-
-
-class Processes:
-    """All processes of a run.
-
-    comm         MPI's communicator
-    rank, size   this is number `rank` of `size` processes
-    local_size   how many of them share this machine
-    asked        the numbers of the signals that have come to this process
-    stopped      those that all processes know of
+    comm      MPI's communicator of all processes, the same for every model
+    parts     the slices of the flat vector that they own; `own` is that of this process
+    asked     the numbers of the signals that have come to this process
+    signals   those that all processes know of
     """
 
-    def __init__(self, comm, MPI):
-        self.comm = comm
-        self.MPI = MPI
-        self.rank = comm.rank
-        self.size = comm.size
-        self.local_size = comm.Split_type(MPI.COMM_TYPE_SHARED).size
-        self.asked = []
-        self.stopped = []
-        self.waiting = None  # (what for, since when), while another process is needed
-        if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
-        threading.Thread(target=self.watch, daemon=True).start()
+    comm = None
 
-    @contextlib.contextmanager
-    def waiting_for(self, what):
-        """While this lasts, the other processes are needed."""
-        self.waiting = (what, time.monotonic())
-        try:
-            yield
-        finally:
-            self.waiting = None
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts = gpt2.cut(self.flat.shape[1], self.comm.size)
+        self.lengths = [part.stop - part.start for part in self.parts]
+        self.own = self.parts[self.comm.rank]
+        self.asked, self.signals = [], []
 
-    def watch(self):
-        """Say on stderr if another process, or the network, has not answered for a long time."""
-        said = None
-        while True:
-            time.sleep(min(1.0, PATIENCE / 4))
-            waiting = self.waiting
-            if waiting and waiting is not said and time.monotonic() - waiting[1] > PATIENCE:
-                said = waiting
-                say(
-                    f"process {self.rank} of {self.size} has waited {PATIENCE:.0f} s for "
-                    f"{waiting[0]} of the others: is one of them, or the network, gone?"
-                )
+    def together(self, number):
+        """A list of one number of each process. Here all learn of a signal that came to one, so all
+        leave the loop at the same place.
+        """
+        every = np.empty((self.comm.size, 2))
+        self.comm.Allgather(np.array([number, (self.asked or [0])[0]], float), every)
+        self.signals += {int(signal) for signal in every[:, 1]} - {0, *self.signals}
+        return every[:, 0].tolist()
 
-    def gathered(self, value, what):
-        """A list of one value of each process."""
-        with self.waiting_for(what):
-            return self.comm.allgather(value)
+    def forward(self, inputs, targets, train=True, grad_scale=1.0):
+        """The mean loss of all processes' batches. The gradients will be those of this mean."""
+        size = self.comm.size
+        return sum(self.together(super().forward(inputs, targets, train, grad_scale / size))) / size
 
-    # What the command line needs
+    def batch_losses(self, inputs, targets):
+        """The loss of each token of B rows for each process, (B * processes, T), in nats."""
+        start = self.comm.rank * self.batch_size
+        rows = slice(start, start + self.batch_size)
+        self.forward(inputs[rows], targets[rows], train=False)
+        losses = np.empty(inputs.shape, self.blob.dtype)
+        self.comm.Allgather(self.acts["losses"], losses)
+        return losses
 
-    def difference(self, facts):
-        """A text that says in which of the facts {name: value} the processes differ, or ""."""
-        text = {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
-        hashes = {name: zlib.crc32(value.encode()) for name, value in text.items()}
-        for rank, other in enumerate(self.gathered(hashes, "the settings")):
-            for name in hashes:
-                if other[name] != hashes[name]:
-                    return f"process {rank} has other {name} than process {self.rank}"
-        return ""
+    def grad_norm(self):
+        """The norm of the sum of all gradients, of which this process has its own part afterwards.
 
-    def share_model(self, model):
-        """The model of all processes."""
-        return SharedModel(self, model)
+        MPI takes what goes to the owners side by side. It is copied there, a piece of each part at
+        a time, so that there is no second copy of the whole.
+        """
+        size = self.comm.size
+        width = min(PIECE // size, max(self.lengths))
+        side_by_side = np.zeros((size, width), self.blob.dtype)
+        total = np.empty(width, self.blob.dtype)
+        with self.whole("grad_norm()", "gradients"):
+            for start in range(0, max(self.lengths), width):
+                pieces = [self.flat[1, part][start : start + width] for part in self.parts]
+                for row, piece in zip(side_by_side, pieces, strict=True):
+                    row[: len(piece)] = piece
+                self.comm.Reduce_scatter_block(side_by_side, total)
+                own = pieces[self.comm.rank]
+                own[...] = total[: len(own)]
+            return math.sqrt(sum(self.together(gpt2.sum_of_squares(self.flat[1, self.own]))))
 
-    def share_loader(self, loader):
-        """A loader of which each process gets its own batches."""
-        return SharedLoader(self, loader)
+    def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
+               grad_scale=1.0):  # fmt: skip
+        """After grad_norm: GPT2.update of this part. The others then come from their owners."""
+        from mpi4py import MPI
 
-    def part(self, n, rank=None):
-        """The slice of a vector of n elements that a process owns: this one, or another."""
-        rank = self.rank if rank is None else rank
-        width = math.ceil(n / self.size)
-        return slice(min(n, rank * width), min(n, (rank + 1) * width))
+        step = self.updates + 1 if step is None else step
+        with self.whole("update()", "gradients"):
+            self.keys = []  # they are those of the old parameters
+            for name, place in gpt2.places(self.param_table).items():
+                decay = learning_rate * weight_decay if self.is_decayed(name) else 0.0
+                part = slice(max(place.start, self.own.start), min(place.stop, self.own.stop))
+                if part.start < part.stop:
+                    p, g, m, v = self.flat[:, part]
+                    adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
+            starts = [part.start for part in self.parts]
+            self.comm.Allgatherv(MPI.IN_PLACE, [self.flat[0], (self.lengths, starts)])
+            self.updates = step
+            self.micro_batch = 0
 
-    def pieces(self, row):
-        """A row of m or v (n,), piece by piece, for process 0. The other processes send theirs."""
-        for owner in range(self.size):
-            part = row[self.part(len(row), owner)]
-            for start in range(0, len(part), PIECE):
-                piece = part[start : start + PIECE]
-                with self.waiting_for("a checkpoint's part"):
-                    if owner > 0 and self.rank == owner:
-                        self.comm.Send(piece, dest=0)
-                    if owner > 0 and self.rank == 0:
-                        piece = np.empty_like(piece)
-                        self.comm.Recv(piece, source=owner)
-                yield piece
+    def generate(self, *args):
+        """GPT2.generate, in the first process. The others have nothing to say."""
+        return super().generate(*args) if self.comm.rank == 0 else iter(())
 
-    def report(self, line):
-        """Print an error, once if all processes have the same one."""
-        if self.rank > 0:
-            time.sleep(1)  # process 0 may be about to say the same, and to end this one
-        say(line)
+    @property
+    def moments(self):
+        """AdamW's m and v, for checkpoints."""
+        return Moments(self)
 
-    def end_all(self, code):
-        """End all processes because this one can't go on."""
-        time.sleep(0.5)  # so that mpiexec passes on what was printed, before it ends everything
-        self.comm.Abort(code)
-        return code
+
+class Moments:
+    """AdamW's m and v, (2, parameters). moments[...] = array takes this process's part of an array.
+
+    An iteration gives the parts of all, piece by piece. It reads the other processes' memory, while
+    they do something else, through the windows that run() opens.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        self.shape = model.flat[2:].shape
+
+    def __setitem__(self, everything, array):
+        self.model.flat[2:, self.model.own] = array[:, self.model.own]
+
+    def __iter__(self):
+        for window in self.model.windows:
+            for rank, length in enumerate(self.model.lengths):
+                for start in range(0, length, PIECE):
+                    piece = np.empty(min(PIECE, length - start), self.model.blob.dtype)
+                    window.Lock(rank)
+                    window.Get(piece, rank, start)
+                    window.Unlock(rank)
+                    yield piece
 
 
 class SharedLoader:
-    """A loader that gives each process in turn one of the batches of another loader."""
+    """A loader that gives each process in turn one of another's batches. B and position are those
+    of all processes.
+    """
 
-    def __init__(self, processes, loader):
-        self.processes = processes
-        self.loader = loader
+    def __init__(self, loader, comm):
+        self.loader, self.comm = loader, comm
+        self.B, self.T = loader.B * comm.size, loader.T
 
     @property
     def position(self):
         return self.loader.position
 
-    def seek(self, position):
-        self.loader.seek(position)
-
     def next_batch(self):
-        batches = [self.loader.next_batch() for _ in range(self.processes.size)]
-        return batches[self.processes.rank]
+        batches = [self.loader.next_batch() for _ in range(self.comm.size)]
+        return batches[self.comm.rank]
 
 
-class SharedModel:
-    """A model that several processes train together, with those methods of GPT2 that a run uses."""
+def share_batch(run, comm):
+    """Make the batch of a run that of all processes. InputError if they can't share it out."""
+    args = run.args
+    if not run.loader:
+        args.batch_size *= comm.size  # the rows that are evaluated at a time
+        return
+    run.loader = SharedLoader(run.loader, comm)
+    batch = run.loader.B * run.loader.T
+    # In a run that goes on, 0 is the batch of the one process that began it.
+    total = args.total_batch_size or (batch if run.step == 0 else batch // comm.size)
+    require(
+        total % batch == 0,
+        f"--total_batch_size {total} is not a multiple of B*T * {comm.size} processes = {batch}: "
+        f"try {max(1, total // batch) * batch}, or fewer processes",
+    )
+    args.total_batch_size = total
 
-    def __init__(self, processes, model):
-        self.processes = processes
-        self.model = model
-        self.config, self.flat = model.config, model.flat
-        self.params, self.grads, self.acts = model.params, model.grads, model.acts
-        self.own = processes.part(len(model.flat[0]))
 
-    def together(self, value, what):
-        """A list of one value of each process.
+def run(argv, comm, MPI):
+    """Train, in each process. Returns the exit code, the same in all."""
+    if comm.rank > 0:
+        comm.Barrier()
+    run = gpt2.open_run(argv, SharedGPT2, first=comm.rank == 0)
+    if comm.rank == 0:
+        comm.Barrier()  # so the others find what it had to fetch
+    model = run.model
+    require(not run.args.inference_only, "one process continues a prompt: python train_gpt2.py")
+    share_batch(run, comm)
+    facts = json.dumps([vars(run.args) | {"output_dir": ""}, run.data, run.step])
+    for what, found in ("flags or data", facts.encode()), ("weights", model.flat[0]):
+        same = len(set(model.together(zlib.crc32(found)))) == 1
+        require(same, f"the processes have different {what}: give all machines the same files")
+    print_now(f"processes: {comm.size}; memory and threads are those of each")
+    gpt2.describe(run)
 
-        All processes learn here of the signals that have come to one of them. So all leave the loop
-        at the same place.
-        """
-        asked, stopped = self.processes.asked, self.processes.stopped
-        values = self.processes.gathered((value, asked), what)
-        for _, signals in values:
-            stopped += [number for number in signals if number not in stopped]
-        return [value for value, _ in values]
+    run.signals = model.signals
+    gpt2.note_signals(model.asked)
+    rows = model.flat[2:, model.own]
+    model.windows = [MPI.Win.Create(row, row.itemsize, comm=comm) for row in rows]
+    complete = gpt2.train(run)
+    comm.Barrier()  # a process that had left MPI would not let the first read its moments
+    for window in model.windows:
+        window.Free()
+    if comm.rank == 0:
+        gpt2.finish(run, complete)
+    return 0 if complete else 128 + run.signals[0]
 
-    def forward(self, inputs, targets, train=True, grad_scale=1.0):
-        """The mean loss of all processes' batches; the gradients will be those of this mean."""
-        size = self.processes.size
-        loss = self.model.forward(inputs, targets, train, grad_scale / size)
-        return sum(self.together(loss, "the loss")) / size
 
-    def backward(self):
-        self.model.backward()
+def main(argv=()):
+    """The command line of one of the processes. Returns the exit code."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        print_now(f"error: no mpi4py: {error}: pip install mpi4py mpich", to="stderr")
+        return 1
+    comm = SharedGPT2.comm = MPI.COMM_WORLD
+    SharedGPT2.SHARES = comm.size
+    gpt2.share_cores(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="train_gpt2")
 
-    def grad_norm(self):
-        """Add up the gradients of all processes. Each part of the sum goes to its owner."""
-        self.sum_gradients(self.flat[1])
-        squares = self.together(self.model.grad_norm(self.own) ** 2, "the gradient's norm")
-        return math.sqrt(sum(squares))
+    if comm.rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        return run(argv, comm, MPI)
+    except SystemExit as error:  # a flag makes no sense, which parse_args has said
+        code, message = error.code, ""
+    except (gpt2.InputError, OSError, MemoryError) as error:
+        code, message = 1, f"error: {error}\n"
+    except BaseException:
+        code, message = 1, traceback.format_exc()
+    time.sleep(comm.rank > 0)  # the first may be about to say the same, and to end all
+    print_now(message, end="", to="stderr")
+    time.sleep(0.5)  # for mpiexec to pass it on
+    comm.Abort(code)
 
-    def update(self, learning_rate, **kwargs):
-        """Update the part of this process, and fill in those that other processes have updated."""
-        self.model.update(learning_rate, part=self.own, **kwargs)
-        n, processes = len(self.flat[0]), self.processes
-        parts = [processes.part(n, rank) for rank in range(processes.size)]
-        starts = [part.start for part in parts]
-        lengths = [part.stop - part.start for part in parts]
-        with processes.waiting_for("the parameters"):
-            in_place = processes.MPI.IN_PLACE
-            processes.comm.Allgatherv(in_place, [self.flat[0], (lengths, starts)])
 
-    def sum_gradients(self, grads):
-        """Replace this process's part of the gradients (n,) by its sum over all processes.
-
-        MPI takes the pieces for all owners side by side. They are copied there, a piece of each
-        part at a time, so that there is no second copy of the whole.
-        """
-        processes = self.processes
-        size, n = processes.size, len(grads)
-        parts = [grads[processes.part(n, rank)] for rank in range(size)]
-        side_by_side = np.zeros((size, PIECE // size), grads.dtype)
-        total = np.empty(PIECE // size, grads.dtype)
-
-        with processes.waiting_for("the gradients"):
-            for start in range(0, len(parts[0]), len(total)):
-                piece = slice(start, start + len(total))
-                for rank, part in enumerate(parts):
-                    side_by_side[rank, : len(part[piece])] = part[piece]
-                processes.comm.Reduce_scatter_block(side_by_side, total)
-                own = parts[processes.rank][piece]
-                own[...] = total[: len(own)]
-
-    def token_losses(self, context, continuations):
-        """GPT2.token_losses; each process computes some of the continuations."""
-        rank, size = self.processes.rank, self.processes.size
-        mine = list(continuations)[rank::size]
-        losses = self.model.token_losses(context, mine) if mine else []
-        theirs = self.together(losses, "the losses of a text")
-        return [theirs[i % size][i // size] for i in range(len(continuations))]
-
-    def generate(self, *args):
-        """GPT2.generate, in process 0. The others have nothing to say."""
-        return self.model.generate(*args) if self.processes.rank == 0 else iter(())
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
