@@ -263,52 +263,49 @@ class LlamaConfig:
 
 
 class LlamaModel(Model):
-    """What is not as in Model: tables, forward, and backward in reverse order."""
+    """What is not as in Model, where it is said what each method does.
+
+    First the tables: those of GPT-2, without what has gone, with what is new or has another shape.
+    Then forward, and backward in reverse order.
+    """
 
     CLASSIFIER = "lmhead"
 
-    # The tables: those of GPT-2, without what has gone, and with what is new or has another shape.
-
     @staticmethod
     def layer_params(config):
-        """The parameters of a layer. fcw has the gates' rows first, and qkvw the queries'."""
         C, F = config.channels, config.ffn_channels
         shapes = Model.layer_params(config)
         weights = {name: shapes[name] for name in shapes if name.endswith("w")}
         return weights | {
-            "qkvw": (config.grouped_channels, C),
-            "fcw": (2 * F, C),
+            "qkvw": (config.grouped_channels, C),  # rows for the queries, keys and values
+            "fcw": (2 * F, C),  # rows for gates and up
             "fcprojw": (C, F),
         }
 
     @classmethod
     def param_shapes(cls, config):
-        """The parameters of the whole model."""
         shapes = super().param_shapes(config)
         del shapes["wpe"], shapes["lnfb"]
         return {"lmhead": shapes["wte"], **shapes}
 
     @staticmethod
     def layer_acts(config, B, T):
-        """The activations of a layer. grouped is what qkvw makes; rope rotates it in place."""
         shapes = Model.layer_acts(config, B, T)
         del shapes["ln1_mean"], shapes["ln2_mean"], shapes["fch_gelu"]
         return shapes | {
-            "grouped": (B, T, config.grouped_channels),
+            "grouped": (B, T, config.grouped_channels),  # what qkvw makes; rope rotates it in place
             "fch": (B, T, 2 * config.ffn_channels),
             "fch_swiglu": (B, T, config.ffn_channels),
         }
 
     @staticmethod
     def shared_by_layers(names, recompute, training):
-        """As in Model. repkv and rope are linear, so backward does not read grouped."""
-        if training and recompute == 1:
+        if training and recompute == 1:  # rope and repkv are linear: backward reads no grouped
             return ["ln1", "grouped", "attproj", "ln2", "fch_swiglu", "fcproj"]
         return Model.shared_by_layers(names, recompute, training)
 
     @staticmethod
     def work_shapes(config, B, T):
-        """The backward pass's work space."""
         return Model.work_shapes(config, B, T) | {
             "dfch": (B, T, 2 * config.ffn_channels),
             "dfch_swiglu": (B, T, config.ffn_channels),
@@ -317,20 +314,17 @@ class LlamaModel(Model):
 
     @classmethod
     def act_shapes(cls, config, B, T, recompute=1, training=True):
-        """All activations, then the work space."""
         shapes = super().act_shapes(config, B, T, recompute, training)
         del shapes["lnf_mean"]
         return shapes
 
     def cut_blob(self):
-        """As in Model. cos and sin (T, hs / 2) are those of rope_forward."""
         super().cut_blob()
         angles = np.outer(np.arange(self.sequence_length), rope_frequencies(self.config))
-        self.cos = np.cos(angles).astype(self.blob.dtype)
+        self.cos = np.cos(angles).astype(self.blob.dtype)  # (T, hs / 2): see rope_forward
         self.sin = np.sin(angles).astype(self.blob.dtype)
 
     def forward_tokens(self, tokens, start=0):
-        """As in Model."""
         B, n = tokens.shape
         params, acts = self.params, self.acts
 
@@ -348,7 +342,6 @@ class LlamaModel(Model):
         return lnf
 
     def forward_layer(self, p, a, residual, whole=True):
-        """As in Model."""
         NH, NKV, eps = self.config.num_heads, self.config.num_kv_heads, self.config.norm_eps
         B, n = residual.shape[:2]
         T = a.qkv.shape[1]  # n, except in generation
@@ -372,7 +365,6 @@ class LlamaModel(Model):
             gpt2.residual_forward(a.residual3, a.residual2, a.fcproj)
 
     def backward(self):
-        """As in Model. wte is used once, so its gradient follows rule 3."""
         params, grads, acts = self.params, self.grads, self.acts
         B, T = self.inputs.shape
         add = self.micro_batch > 0
@@ -391,12 +383,11 @@ class LlamaModel(Model):
             self.backward_layer(p, self.params_of(grads, l), a, w, residual, add)
 
         if not add:
-            grads["wte"][...] = 0
+            grads["wte"][...] = 0  # by rule 3; in GPT-2 the classifier has written its part here
         np.add.at(grads["wte"], self.inputs, w.dresidual)
         self.micro_batch += 1
 
     def backward_layer(self, p, g, a, w, residual, add):
-        """As in Model."""
         NH, NKV = self.config.num_heads, self.config.num_kv_heads
         B, T = residual.shape[:2]
         positions = np.tile(np.arange(T), (B, 1))
@@ -418,7 +409,6 @@ class LlamaModel(Model):
         rmsnorm_backward(w.dresidual, g.ln1w, w.dln1, residual, a.ln1_rstd, p.ln1w, add)
 
     def compute_again(self, p, a, residual):
-        """As in Model."""
         if self.recompute == 1:
             eps = self.config.norm_eps
             rmsnorm_forward(a.ln1, a.ln1_rstd, residual, p.ln1w, eps)
@@ -542,36 +532,30 @@ def huggingface_views(config, params):
 def open_llama(folder):
     """(LlamaConfig, {Hugging Face's name: Stored}) of a folder. InputError if it is no Llama."""
     path = os.path.join(folder, "config.json")
-    told = {"rope_theta": 10000.0} | gpt2.read_json(path)
+    told = gpt2.read_json(path)
     tied = told.pop("tie_word_embeddings", False)
+    tensors, _ = gpt2.read_parts(folder)
+    if tied and "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
-    # Newer files have rope_parameters. In older ones rope_theta stands by itself, and the rest of
-    # them is in rope_scaling. A rope_type was first called type.
+    # In older files rope_theta stands by itself, and rope_scaling has what else newer ones have in
+    # rope_parameters. A rope_type was first called type.
     rope = told.pop("rope_parameters", None) or told.get("rope_scaling") or {}
-    told["rope_theta"] = rope.pop("rope_theta", told["rope_theta"])
+    told["rope_theta"] = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.pop("type", rope.get("rope_type"))
-    told["rope_scaling"] = None if rope["rope_type"] in (None, "default") else rope
+    told["rope_scaling"] = rope if rope["rope_type"] not in (None, "default") else None
 
-    numbers = [told.get(name) for name in HF_SIZES]
-    if told["rope_scaling"]:
-        numbers += [rope.get(name) for name in HF_SCALING]
-    config = LlamaConfig(*numbers)
+    found = told | {"num_hidden_layers": sum(name.endswith(".q_proj.weight") for name in tensors)}
+    names = [*HF_SIZES, *HF_SCALING] if told["rope_scaling"] else HF_SIZES
+    config = LlamaConfig(*[(found | rope).get(name) for name in names])
     try:
         Llama.check_config(config)
         params = {n: np.broadcast_to(0, shape) for n, shape in Llama.param_shapes(config).items()}
     except ValueError as error:  # an InputError, or NumPy's of a shape that can't be
         raise InputError(f"{path}: {error}") from None
     for key, expected in huggingface_config(config).items():
-        found = told.get(key)
-        right = found is None or found == expected
-        require(right, f"{path} says {key} = {found!r}, expected {expected!r}")
-
-    tensors, _ = gpt2.read_parts(folder)
-    if tied and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    layers = sum(name.endswith(".input_layernorm.weight") for name in tensors)
-    found = f"{folder} holds {layers} layers of a Llama"
-    require(layers == config.num_layers, f"{found}, its config.json says {config.num_layers}")
+        right = told.get(key) is None or told[key] == expected
+        require(right, f"{path} says {key} = {told.get(key)!r}, expected {expected!r}")
     gpt2.check_tensors(folder, huggingface_views(config, params), tensors)
     return config, tensors
 
@@ -590,15 +574,17 @@ def compare(updates):
     names, text, held_back = gpt2.text_at_hand()
     models = [GPT2(gpt2.BYTES_CONFIG, B, T), Llama(SMALL, B, T)]
     loaders = [gpt2.DataLoader([text], B, T, shuffle_seed=1337) for _ in models]
+    val_loader = gpt2.DataLoader([held_back], B, T)
+    val_batches = [val_loader.next_batch() for _ in range(30720 // (B * T))]
     print(*models, f"text: {names}", sep="\n")
     print("update  training loss: GPT-2, Llama  validation loss: GPT-2, Llama")
 
-    losses = []  # of both models, since the last line
+    losses = [[math.nan, math.nan]]  # of both models, since the last line
     for step in range(updates + 1):
         if step % BUDGET.val_loss_every == 0 or step == updates:
-            train = np.mean(losses or [[math.nan, math.nan]], axis=0)
-            val = [validation_loss(model, held_back) for model in models]
-            print("{:6}{:21.4f}{:8.4f}{:23.4f}{:8.4f}".format(step, *train, *val), flush=True)
+            val = [[m.forward(*batch, train=False) for m in models] for batch in val_batches]
+            means = *np.mean(losses, axis=0), *np.mean(val, axis=0)
+            print("{:6}{:21.4f}{:8.4f}{:23.4f}{:8.4f}".format(step, *means), flush=True)
             losses = []
         if step == updates:
             return models[1]
@@ -607,17 +593,10 @@ def compare(updates):
             step, updates, BUDGET.learning_rate,
             BUDGET.warmup_iters, BUDGET.learning_rate_decay_frac,
         )  # fmt: skip
-        more = 1, rate, BUDGET.weight_decay, BUDGET.grad_clip
-        done = [gpt2.train_step(m, loader, *more) for m, loader in zip(models, loaders, strict=True)]
+        decay, clip = BUDGET.weight_decay, BUDGET.grad_clip
+        pairs = zip(models, loaders, strict=True)
+        done = [gpt2.train_step(model, loader, 1, rate, decay, clip) for model, loader in pairs]
         losses.append([loss for loss, _ in done])
-
-
-def validation_loss(model, text):
-    """The mean loss of the first 30,720 bytes of a text, as the trainer validates."""
-    B, T = model.batch_size, model.sequence_length
-    loader = gpt2.DataLoader([text], B, T)
-    batches = [loader.next_batch() for _ in range(min(30720, len(text) - 1) // (B * T))]
-    return np.mean([model.forward(*batch, train=False) for batch in batches])
 
 
 def run(args):

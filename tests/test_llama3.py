@@ -2,7 +2,6 @@
 
 import json
 import math
-import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,17 +12,24 @@ import torch.nn.functional as F
 import train_gpt2 as gpt2
 from extras import llama3
 from extras.llama3 import Llama, LlamaConfig, LlamaModel
-from test_gpt2 import BOTH_FLOATS, assert_all_close, assert_same_bits, random_tokens
+from test_gpt2 import (
+    BOTH_FLOATS,
+    assert_all_close,
+    assert_same_bits,
+    random_tokens,
+    torch_attention,
+    torch_losses,
+    torch_lse,
+)  # fmt: skip
 from train_gpt2 import InputError, Model
 
-SCALED = {"rope_factor": 8.0, "original_max_seq_len": 16}
 SHAPES = {
     "two share a key": {},
     "all share a key": {"num_kv_heads": 1},
     "none share a key": {"num_kv_heads": 4, "num_layers": 1},
-    "scaled": SCALED,
+    "in blocks": {"channels": 512, "ffn_channels": 700, "num_layers": 1},  # if T is 131
+    "scaled": {"rope_factor": 8.0, "original_max_seq_len": 16},
 }
-EVERY_SHAPE = pytest.mark.parametrize("shape", SHAPES)
 
 
 def random_llama(B, T, dtype=np.float64, recompute=1, training=True, **changed):
@@ -35,8 +41,9 @@ def random_llama(B, T, dtype=np.float64, recompute=1, training=True, **changed):
     model.blob[...] = np.nan
     model.flat[2:] = 0  # AdamW's m and v
     rng = np.random.default_rng(1)
+    size = 1.5 / model.config.channels**0.5
     for name, view in model.params.items():
-        view[...] = 0.3 * rng.standard_normal(view.shape, np.float32) + name.startswith("ln")
+        view[...] = size * rng.standard_normal(view.shape, np.float32) + name.startswith("ln")
     return model
 
 
@@ -46,17 +53,13 @@ def random_llama(B, T, dtype=np.float64, recompute=1, training=True, **changed):
 
 def torch_rotated(x, config):
     """(B, T, heads, hs), turned as complex numbers x[i] + j * x[i + hs/2]."""
-    T, hs = x.shape[1], x.shape[3]
-    freq = config.rope_theta ** (-torch.arange(0, hs, 2, dtype=torch.float64) / hs)
-    for i, f in enumerate(freq.tolist()):  # by wavelengths, as Meta's own code says it
-        wavelength, old = 2 * math.pi / f, config.original_max_seq_len
-        low, high = config.low_freq_factor, config.high_freq_factor
-        if wavelength > old / low:
-            freq[i] = f / config.rope_factor
-        elif wavelength > old / high:
-            smooth = (old / wavelength - low) / (high - low)
-            freq[i] = (1 - smooth) * f / config.rope_factor + smooth * f
-    angles = torch.outer(torch.arange(T).double(), freq)
+    freq = config.rope_theta ** (-torch.arange(0, x.shape[3], 2).double() / x.shape[3])
+    low, high = config.low_freq_factor, config.high_freq_factor
+    for i, f in enumerate(freq.tolist()):
+        turns = config.original_max_seq_len / (2 * math.pi / f)
+        smooth = 0 if turns < low else 1 if turns > high else (turns - low) / (high - low)
+        freq[i] = (1 - smooth) * f / config.rope_factor + smooth * f
+    angles = torch.outer(torch.arange(x.shape[1]).double(), freq)
     turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.cat([turned.real, turned.imag], -1)
 
@@ -78,36 +81,24 @@ def torch_llama(config, params, inputs, targets, keep):
         keep("grouped", torch.cat([q, k, v], 2).flatten(2))
         k, v = (x.repeat_interleave(NH // NKV, 2) for x in (k, v))
         qkv = keep("qkv", torch.cat([q, k, v], 2).flatten(2))
-        q, k, v = (x.transpose(1, 2) for x in qkv.unflatten(-1, (3 * NH, -1)).split(NH, 2))
-        future = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-        scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(future, -math.inf)
-        keep("att_lse", scores.logsumexp(-1).transpose(1, 2))
-        atty = keep("atty", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        keep("att_lse", torch_lse(qkv, NH))
+        atty = keep("atty", torch_attention(qkv, NH))
         residual = keep("residual2", residual + keep("attproj", F.linear(atty, p.attprojw)))
         gate, up = keep("fch", F.linear(norm(residual, "ln2", p.ln2w), p.fcw)).chunk(2, -1)
         fcproj = keep("fcproj", F.linear(keep("fch_swiglu", F.silu(gate) * up), p.fcprojw))
         residual = keep("residual3", residual + fcproj)
     logits = F.linear(norm(residual, "lnf", params["lnfw"]), params["lmhead"])
-    return keep("losses", F.cross_entropy(logits.mT, torch.tensor(targets), reduction="none")).mean()
+    return keep("losses", torch_losses(logits, torch.tensor(targets))).mean()
 
 
 @BOTH_FLOATS
-@EVERY_SHAPE
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("B, T, rows", [(2, 9, 256), (1, 131, 50)], ids=["short", "long, pieces"])
 def test_every_tensor_equals_pytorch(B, T, rows, shape, dtype, monkeypatch):
-    """Of two micro-batches, and of all tables: a tensor that is not compared is a failure."""
+    """All that stands in the tables, of two micro-batches."""
     monkeypatch.setattr(gpt2, "LOGITS_ROWS", rows)
     model = random_llama(B, T, dtype, recompute=0, **SHAPES[shape])
-    config, work = model.config, []
-    params = {name: torch.tensor(view).double().requires_grad_()
-              for name, view in model.params.items()}  # fmt: skip
-    backward_layer = LlamaModel.backward_layer
-
-    def watched(self, p, g, a, w, *others):
-        backward_layer(self, p, g, a, w, *others)
-        work.append({name: view.copy() for name, view in vars(w).items()})
-
-    monkeypatch.setattr(LlamaModel, "backward_layer", watched)
+    params = {n: torch.tensor(x).double().requires_grad_() for n, x in model.params.items()}
     ours, truth = {}, {}
     for part, (inputs, targets) in enumerate(random_tokens(2, B=B, T=T)):
         kept = {}
@@ -117,42 +108,33 @@ def test_every_tensor_equals_pytorch(B, T, rows, shape, dtype, monkeypatch):
             kept.setdefault(name, []).append(x)
             return x
 
-        true_loss = torch_llama(config, params, inputs, targets, keep)
+        true_loss = torch_llama(model.config, params, inputs, targets, keep)
         (true_loss * 0.75).backward()
         assert model.forward(inputs, targets, grad_scale=0.75) == pytest.approx(true_loss.item())
         model.backward()
 
-        for name in model.acts.keys() - model.work_shapes(config, B, T) - {"logits"}:
+        grads = {"d" + name: [x.grad for x in tensors] for name, tensors in kept.items()}
+        grads["dgrouped"] = grads["draw"]  # after rope_backward
+        grads["dresidual"] = grads["dencoded"]
+        for name in model.acts.keys() - {"logits"}:
+            of_layers = kept[name] if name in kept else grads[name][:1]  # all write to one place
             ours[part, name] = model.acts[name].copy()
-            layers = [x.detach().numpy() for x in kept[name]]
-            truth[part, name] = np.stack(layers) if len(layers) > 1 else layers[0]
-            truth[part, name] = truth[part, name].reshape(ours[part, name].shape)
-        grads = {name: [x.grad for x in layers] for name, layers in kept.items()}
-        grads["grouped"] = grads["raw"]  # after rope_backward
-        grads["residual"] = grads["encoded"] + grads["residual3"]  # of the input of each layer
-        grads["lnf"] *= config.num_layers
-        for l in range(config.num_layers):
-            for name, view in work.pop().items():
-                ours[part, name, l], truth[part, name, l] = view, grads[name[1:]][l].numpy()
+            values = torch.stack(of_layers).detach().numpy()
+            truth[part, name] = values.reshape(ours[part, name].shape)
     truth |= {name: params[name].grad.numpy() for name in model.grads}
     assert_all_close(ours | dict(model.grads), truth)
-    assert {key[1] for key in truth if isinstance(key, tuple)} == model.acts.keys() - {"logits"}
 
 
 @pytest.mark.parametrize("recompute", [1, 2])
 def test_recompute_changes_no_bit(recompute):
-    found = []
+    grads = []
     for model in (random_llama(2, 9, recompute=0), random_llama(2, 9, recompute=recompute)):
         for inputs, targets in random_tokens(2, B=2, T=9):
             model.forward(inputs, targets)
             model.backward()
-        found.append(model.grads)
-        assert len(model.acts["residual3"]) == 3 and not np.isnan(model.flat[1]).any()
-    assert_same_bits(*found)
-
-
-# --------------------------------------------------------------------------------------------------
-# Layers by hand, and in blocks
+        grads.append(model.grads)
+    assert_same_bits(*grads)
+    assert len(model.acts["fch_swiglu"]) == 1
 
 
 def test_layers_by_hand():
@@ -170,80 +152,40 @@ def test_layers_by_hand():
     llama3.swiglu_forward(out, inp)
     llama3.swiglu_backward(dinp, np.ones((1, 1, 1)), inp)
     assert np.round([*out.flat, *dinp.flat], 3).tolist() == [1.648, 1.912, 0.824]
-    llama3.swiglu_forward(out, np.array([[[-1e4, 2]]], np.float32))
-    assert out == 0
-
-    qkv, grouped = np.empty((1, 1, 6)), np.array([[[1.0, 2, 3, 4]]])
-    llama3.repkv_forward(qkv, grouped, 2, 1)
-    assert qkv.tolist() == [[[1, 2, 3, 3, 4, 4]]]
-    llama3.repkv_backward(grouped, np.array([[[1.0, 2, 3, 4, 5, 6]]]), 2, 1)
-    assert grouped.tolist() == [[[1, 2, 7, 11]]]
-
-
-def test_blocks_change_no_number():
-    """The layers as they are wrapped beside the plain ones, on arrays of several blocks."""
-    rng = np.random.default_rng(5)
-    wide, half, row = (rng.standard_normal((2, 150, *n)) for n in [(2048,), (1024,), ()])
-    positions = np.tile(np.arange(150), (2, 1))
-    cos, sin = rng.standard_normal((2, 150, 32))
-    calls = {
-        "rmsnorm_forward": (half, row, wide[..., :1024], wide[0, 0, :1024], 1e-5),
-        "rmsnorm_backward": (half, wide[0, 0, :1024], half + 1, half + 2, row, wide[1, 1, :1024], True),
-        "rope_forward": (wide, positions, cos, sin, 20),
-        "rope_backward": (wide, positions, cos, sin, 20),
-        "repkv_forward": (np.empty((2, 150, 3 * 1024)), wide, 16, 8),
-        "repkv_backward": (wide, np.repeat(half, 3, axis=2), 16, 8),
-        "swiglu_forward": (half, wide),
-        "swiglu_backward": (wide.copy(), half, wide),
-    }
-    for name, args in calls.items():
-        layer, found = getattr(llama3, name), []
-        for version in (layer, getattr(layer, "__wrapped__", layer)):
-            own = [x.copy() if isinstance(x, np.ndarray) else x for x in args]
-            version(*own)
-            found.append(dict(enumerate(own[:2])))
-        assert_all_close(*found, 1e-13)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is written, and what a person holds
+# What it inherits
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_with_keys_equals_generation_without(training, temperature):
     """Also where the window is full and its older half is dropped."""
-    model = random_llama(2, 9, training=training)
-    model.keys = [1, 2]  # what acts["qkv"] does not hold: generate() must forget it
-    written = list(model.generate([1, 2, 3, 4], 30, temperature, rng=3))
-    plain = random_llama(2, 9, training=training)
+    model, plain = (random_llama(2, 9, training=training) for _ in range(2))
     plain.next_logits = lambda tokens: Model.next_logits(plain, tokens)
+    written = list(model.generate([1, 2, 3, 4], 30, temperature, rng=3))
     rng = np.random.default_rng(3)
     assert written == list(gpt2.generate(plain, [1, 2, 3, 4], 30, temperature, 0, rng))
-    assert len(set(written)) > 3
-    assert_all_close({0: model.acts["logits"][0, 0]}, {0: plain.acts["logits"][0, 0]})
+    assert_all_close(*({0: each.acts["logits"][0, 0]} for each in (model, plain)))
 
 
-def test_the_calls_of_gpt2_are_checked_here_too():
+def test_it_trains_and_is_checked_as_gpt2_is():
     model = random_llama(2, 9, np.float32)
-    inputs, targets = random_tokens(B=2, T=9)
-    with pytest.raises(InputError, match="backward.. can't follow"):
+    text = np.random.default_rng(4).integers(0, 53, (2, 10))
+    inputs, targets = text[:, :-1], text[:, 1:]
+    with pytest.raises(InputError, match="can't follow"):
         model.backward()
-    with pytest.raises(InputError, match="53"):
-        model.forward(inputs + 53, targets)
-    loss = model.forward(inputs, targets, train=False)
-    losses = model.acts["losses"][0].tolist()
-    scored = model.token_losses(inputs[0, :3], [targets[0, 2:], targets[0, 2:5]])
-    assert scored[0] == pytest.approx(losses[2:], rel=1e-4) and len(scored[1]) == 3
-    twin = pickle.loads(pickle.dumps(model))
+    before = model.forward(inputs, targets, train=False)
+    scored, _ = model.token_losses(text[0, :3], [text[0, 3:], text[0, 3:5]])
+    assert scored.tolist() == pytest.approx(model.acts["losses"][0, 2:].tolist(), rel=1e-4)
     loader = SimpleNamespace(next_batch=lambda: (inputs, targets))
-    for step in range(20):
-        found = {gpt2.train_step(m, loader, 1, 1e-2, 0.1, 1.0) for m in (model, twin)}
-    assert len(found) == 1 and found.pop()[0] < loss / 2
+    losses = [gpt2.train_step(model, loader, 1, 1e-2, 0.1, 1.0)[0] for _ in range(20)]
+    assert losses[0] == before and losses[-1] < before / 2
 
 
 # --------------------------------------------------------------------------------------------------
-# Hugging Face's files
+# Hugging Face's files, and the program
 
 
 @pytest.mark.parametrize("shape", ["two share a key", "none share a key", "scaled"])
@@ -254,35 +196,23 @@ def test_transformers_finds_the_same_logits_and_gradients(shape, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     inputs, targets = random_tokens(B=2, T=40)
     logits = theirs(torch.tensor(inputs)).logits
-    F.cross_entropy(logits.mT, torch.tensor(targets)).backward()
+    torch_losses(logits, torch.tensor(targets)).mean().backward()
     ours.forward(inputs, targets)
     ours.backward()
     found = llama3.huggingface_views(ours.config, ours.grads)
-    assert_all_close(found, {n: p.grad.numpy() for n, p in theirs.named_parameters()}, 1e-5)
+    truth = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     for t in (0, 20, 39):
-        next_logits = ours.next_logits(inputs[1, : t + 1].tolist())
-        assert_all_close({t: next_logits}, {t: logits[1, t].detach().numpy()}, 1e-5)
+        found[t] = ours.next_logits(inputs[1, : t + 1].tolist())
+        truth[t] = logits[1, t].detach().numpy()
+    assert_all_close(found, truth, 1e-5)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        theirs.to(dtype).save_pretrained(tmp_path / str(dtype), max_shard_size="5KB")
-        again = Llama.from_pretrained(tmp_path / str(dtype), 1, 8)
-        assert len(list((tmp_path / str(dtype)).glob("*.safetensors"))) > 2
-        assert again.config == ours.config
+        folder = tmp_path / str(dtype)
+        theirs.to(dtype).save_pretrained(folder, max_shard_size="5KB")
+        again = Llama.from_pretrained(folder, 1, 8)
+        assert len(list(folder.glob("*.safetensors"))) > 2 and again.config == ours.config
         truth = {name: p.detach().float().numpy() for name, p in theirs.named_parameters()}
         assert_same_bits(llama3.huggingface_views(again.config, again.params), truth)
-
-
-def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
-    model = random_llama(1, 8, np.float32)
-    model.save_pretrained(tmp_path)
-    tensors = llama3.huggingface_views(model.config, model.params)
-    del tensors["lm_head.weight"]
-    gpt2.write_safetensors(tmp_path / "model.safetensors", tensors, {})
-    with pytest.raises(InputError, match="lm_head.weight"):
-        Llama.from_pretrained(tmp_path)
-    changed_config(tmp_path, tie_word_embeddings=True)
-    model.params["lmhead"][...] = model.params["wte"]
-    assert_same_bits(Llama.from_pretrained(tmp_path, 1, 8).params, model.params)
 
 
 def changed_config(folder, **changed):
@@ -290,31 +220,34 @@ def changed_config(folder, **changed):
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
 
 
-YARN = {"rope_type": "yarn", "factor": 4.0}
+def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
+    model = random_llama(1, 8, np.float32)
+    model.params["lmhead"][...] = model.params["wte"]
+    model.save_pretrained(tmp_path)
+    tensors = llama3.huggingface_views(model.config, model.params)
+    del tensors["lm_head.weight"]
+    gpt2.write_safetensors(tmp_path / "model.safetensors", tensors, {})
+    changed_config(tmp_path, tie_word_embeddings=True)
+    assert_same_bits(Llama.from_pretrained(tmp_path, 1, 8).params, model.params)
 
 
 @pytest.mark.parametrize(
     "changed, message",
     [
         ({"model_type": "mistral"}, "model_type = 'mistral', expected 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"head_dim": 8}, "head_dim = 8, expected 6"),
-        ({"rope_scaling": YARN}, "low_freq_factor is None"),
-        ({"rope_scaling": YARN | {"type": "linear"}}, "low_freq_factor is None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "low_freq_factor is None"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta is -1"),
         ({"num_key_value_heads": 3}, "4 heads of queries can't share 3"),
-        ({"num_attention_heads": 24}, "24 channels can't be shared by 24"),
-        ({"num_hidden_layers": 1 << 40}, "3 layers"),
+        ({"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
         ({"hidden_size": 1 << 62}, "config.json: "),
         ({"vocab_size": 54}, "lm_head.weight"),
-        ({"rms_norm_eps": "1e-5"}, "norm_eps is '1e-5'"),
         ({"rms_norm_eps": None}, "norm_eps is None"),
     ],
-)
+)  # fmt: skip
 def test_another_model_is_one_line(changed, message, tmp_path, capsys):
     random_llama(1, 8, np.float32).save_pretrained(tmp_path)
-    assert Llama.from_pretrained(tmp_path, 1, 8).config.channels == 24
     changed_config(tmp_path, **changed)
     assert llama3.main(["--model", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -323,14 +256,12 @@ def test_another_model_is_one_line(changed, message, tmp_path, capsys):
 
 def test_the_program(tmp_path, capsys):
     folder = str(tmp_path / "small")
-    assert llama3.main(["--num_iterations", "20", "--output_dir", folder]) == 0
+    assert llama3.main(["--num_iterations", "5", "--output_dir", folder]) == 0
     first, last = [line.split() for line in capsys.readouterr().out.splitlines()[4:6]]
-    assert first[0] == "0" and last[0] == "20"
-    assert all(float(after) < float(before) - 1 for before, after in zip(first[3:], last[3:]))
+    assert float(last[3]) < float(first[3]) and float(last[4]) < float(first[4])
     assert llama3.main(["--output_dir", folder]) == 1
     assert "holds a model" in capsys.readouterr().err
-    command = ["--model", folder, "--prompt_ids", "10,20", "--max_new_tokens", "3"]
-    assert llama3.main([*command, "--temperature", "0"]) == 0
-    model = Llama.from_pretrained(folder)
-    ids = list(model.generate([10, 20], 3, temperature=0))
+    flags = "--prompt_ids 10,20 --max_new_tokens 3 --temperature 0".split()
+    assert llama3.main(["--model", folder, *flags]) == 0
+    ids = Llama.from_pretrained(folder).generate([10, 20], 3, temperature=0)
     assert capsys.readouterr().out.split() == [str(i) for i in ids]
