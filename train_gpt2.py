@@ -2480,7 +2480,12 @@ def open_weights(path):
     config = find_config(path, tensors, metadata)
     shapes = GPT2.param_shapes(config)
     params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
-    views = huggingface_views(params)
+    check_tensors(path, huggingface_views(params), tensors)
+    return config, tensors
+
+
+def check_tensors(path, views, tensors):
+    """InputError unless tensors {name: Stored} are what views {name: array} expect."""
     for name, view in views.items():
         array, dtype = tensors.get(name, (np.empty(0), "none"))
         require(
@@ -2489,8 +2494,7 @@ def open_weights(path):
             f"{', '.join(FLOATS)}",
         )
     extra = sorted(tensors.keys() - views.keys())
-    require(not extra, f"{path}: tensor {extra[:1]} is not part of a GPT-2")
-    return config, tensors
+    require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
 
 
 def read_weights(params, tensors):
@@ -2498,7 +2502,12 @@ def read_weights(params, tensors):
 
     tensors is empty afterwards, so that no file stays mapped.
     """
-    for name, out in huggingface_views(params).items():
+    copy_tensors(huggingface_views(params), tensors)
+
+
+def copy_tensors(views, tensors):
+    """read_weights, of which views {name: float32 array} are the parameters by the files' names."""
+    for name, out in views.items():
         array, dtype = tensors.pop(name)
         if dtype == "BF16":
             bits = out.view(np.uint32)
