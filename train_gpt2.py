@@ -2817,17 +2817,17 @@ def lines_every(args):
 
 def describe(run):
     """Print what the run is, and what is normal for it."""
-    args, V, T = run.args, run.model.config.vocab_size, run.args.sequence_length
-    print_now(f"{THREADS} threads")
-    if run.loader:
-        kept_in = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
-        print_now(f"what it learns is kept {kept_in}")
-        tokens = args.total_batch_size or run.loader.B * T
-        epochs = args.num_iterations * tokens / sum(n for n, _ in run.data["training"])
-        print_now(f"{args.num_iterations:,} updates of {tokens:,} tokens, {epochs:.3g} epochs")
-        if epochs > 10 and not args.overfit_single_batch:
-            print_now("it may learn so small a text by heart: the least val loss is what counts")
-    if args.warmup_iters > args.num_iterations > 0:
+    args, loader, V = run.args, run.loader, run.model.config.vocab_size
+    if not loader:
+        return
+    updates, tokens = args.num_iterations, args.total_batch_size or loader.B * loader.T
+    epochs = updates * tokens / sum(n for n, _ in run.data["training"])
+    where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
+    print_now(f"{updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs, on {THREADS} threads")
+    print_now(f"what it learns is kept {where}")
+    if epochs > 10 and not args.overfit_single_batch:
+        print_now("it may learn so small a text by heart: the least val loss is what counts")
+    if args.warmup_iters > updates:
         print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
     if run.step == 0 and args.model in FRESH:
         print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
@@ -3445,7 +3445,12 @@ def open_run(argv, make=GPT2, first=True):
             )
     loader = make_loader(args, found.training)
     model = build(args, found, make)
-    tokens = open_tokenizer(args, model)
+    tokens = None
+    try:
+        tokens = tokenizer(model.config.vocab_size, model.vocabulary)
+        tokens.encode(args.prompt)
+    except InputError as error:
+        print_now(f"no samples: {error}")
     folder = args.output_dir if first else ""
     run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
     if state:
@@ -3535,18 +3540,6 @@ def make_loader(args, shards):
         f"{max(1, total // (B * T)) * B * T}",
     )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
-
-
-def open_tokenizer(args, model):
-    """The tokenizer of a run. None, and a line that says why, if there can't be samples."""
-    try:
-        tokens = tokenizer(model.config.vocab_size, model.vocabulary)
-        if args.prompt:
-            tokens.encode(args.prompt)
-        return tokens
-    except InputError as error:
-        print_now(f"no samples: {error}")
-        return None
 
 
 def continue_prompt(args):
