@@ -2823,7 +2823,7 @@ def describe(run):
     updates, tokens = args.num_iterations, args.total_batch_size or loader.B * loader.T
     epochs = updates * tokens / sum(n for n, _ in run.data["training"])
     where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
-    print_now(f"{updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs, on {THREADS} threads")
+    print_now(f"{updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs, {THREADS} threads")
     print_now(f"what it learns is kept {where}")
     if epochs > 10 and not args.overfit_single_batch:
         print_now("it may learn so small a text by heart: the least val loss is what counts")
