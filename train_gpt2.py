@@ -2120,8 +2120,9 @@ class TokenFile:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = np.fromfile(file, "<u4", 5).tolist()
+            right = len(header) == 5 and header[:2] == [TOKENS, 1]
             require(
-                header[:2] == [TOKENS, 1] and size == 1024 + 2 * header[2] > 1024,
+                right and size == 1024 + 2 * header[2] > 1024,
                 f"{path}: no whole token file: {size} bytes that begin with {header[:3]}, expected "
                 f"{TOKENS}, 1, the number of tokens: write it with {PREPRO}",
             )
@@ -2237,10 +2238,10 @@ def read_vocabulary(path):
     try:
         tokens = [base64.b64decode(word, validate=True) for word in words[::2]]
         right = [int(word) for word in words[1::2]] == list(range(len(tokens)))
-    except ValueError:
-        right = False
-    require(right, f"{path} is no vocabulary: expected lines of base64 and the line's number")
-    merges_of(tokens)
+        require(right, "expected base64 and the number of the line in each line")
+        merges_of(tokens)
+    except ValueError as error:
+        raise InputError(f"{path} is no vocabulary: {error}") from None
     return [*tokens, END_OF_TEXT]
 
 
@@ -2262,10 +2263,10 @@ def vocabulary_of(shards):
         require(same, f"{shard.path} and {shards[0].path} are of different vocabularies")
     if crc32 == 0:
         return None
-    path = re.sub(r"(_train|_val|\.bin)[^/\\]*$", "", shards[0].path) + ".tiktoken"
+    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path) + ".tiktoken"
     require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
     vocabulary = read_vocabulary(path)
-    same = vocabulary_crc(vocabulary) == crc32
+    same = (len(vocabulary), vocabulary_crc(vocabulary)) == (shards[0].vocab_size, crc32)
     require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
     return vocabulary
 
@@ -2321,7 +2322,7 @@ def read_safetensors(path):
             dtype, shape = np.dtype(ARRAY_TYPES[entry["dtype"]]), entry["shape"]
             begin = end
             end += math.prod(shape) * dtype.itemsize
-            right &= entry["data_offsets"] == [begin, end] and min(shape, default=0) >= 0
+            right &= entry["data_offsets"] == [begin, end]
             array = data[begin:end].view(dtype).reshape(shape)
             tensors[name] = Stored(array, entry["dtype"])
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
@@ -2664,7 +2665,7 @@ def saved_vocabulary(path, vocab_size):
         if right and is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
             return None
         merges_of(vocabulary[:-1])
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, LookupError, TypeError, ValueError):
         right = False
     return vocabulary if right and len(vocabulary) == vocab_size else []
 
