@@ -1359,7 +1359,7 @@ class GPT2(Model):
     Several threads may use one model: one passes through the layers at a time, the others wait.
     """
 
-    SHARES = 1  # into which m and v are divided, if several processes train one model
+    PROCESSES = 1  # that train one model, and have a part of m and v each: extras/processes.py
 
     def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1,
                  training=True, dtype=np.float32):  # fmt: skip
@@ -2770,7 +2770,7 @@ def update(run):
     started = time.perf_counter()
     run.began = run.began or (run.step, started)
 
-    tokens = args.total_batch_size or loader.B * loader.T
+    tokens = args.total_batch_size
     rate = scheduled_rate(args, run.step)
     micro_batches = tokens // (loader.B * loader.T)
     try:
@@ -2821,7 +2821,7 @@ def describe(run):
     args, loader, V = run.args, run.loader, run.model.config.vocab_size
     if not loader:
         return
-    updates, tokens = args.num_iterations, args.total_batch_size or loader.B * loader.T
+    updates, tokens = args.num_iterations, args.total_batch_size
     epochs = updates * tokens / sum(n for n, _ in run.data["training"])
     where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
     print_now(f"{updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs, {THREADS} threads")
@@ -3004,7 +3004,7 @@ def finish(run, complete):
         summary.append(f"train loss {losses['train'][0]:.4f} -> {losses['train'][-1]:.4f}")
     if run.began:
         seconds = time.perf_counter() - run.began[1]
-        number = (run.step - run.began[0]) * (args.total_batch_size or run.loader.B * run.loader.T)
+        number = (run.step - run.began[0]) * args.total_batch_size
         summary += [f"{seconds:.1f} s", f"{number / seconds:.0f} tok/s"]
     go_on = f"go on with {quoted('--output_dir', folder, '--resume', '1')}"
     if not folder:
@@ -3384,7 +3384,7 @@ def build(args, found, make=GPT2):
 
     plan = {"parameters": params, "activations": activations(B)}
     if training:
-        plan |= {"gradients": params, "moments": 2 * params // make.SHARES}
+        plan |= {"gradients": params, "moments": 2 * params // make.PROCESSES}
     need, free = sum(plan.values()), available_memory()
     sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
@@ -3444,7 +3444,7 @@ def open_run(argv, make=GPT2, first=True):
                 state["data"].get(what, facts) == facts,
                 f"the {what} data has changed since this run began: put it back, or start another",
             )
-    loader = make_loader(args, found.training)
+    loader = make_loader(args, found.training, make.PROCESSES)
     model = build(args, found, make)
     tokens = None
     try:
@@ -3461,6 +3461,7 @@ def open_run(argv, make=GPT2, first=True):
         loader.seek(state["position"])
         run.entries = entries_until(args.output_dir, run.step)
         print_now(f"resuming from {checkpoint}")
+    describe(run)
     return run
 
 
@@ -3517,8 +3518,10 @@ def resumed_args(argv, args, state):
     return args
 
 
-def make_loader(args, shards):
+def make_loader(args, shards, processes=1):
     """The DataLoader of a run; None if nothing is trained. Shards that fill no batch are left out.
+
+    args.total_batch_size, if it is 0, becomes the tokens of one batch of all processes.
     """
     if not shards:
         return None
@@ -3534,11 +3537,13 @@ def make_loader(args, shards):
         print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
     if args.overfit_single_batch:
         long = [long[0][: B * T + 1]]
-    total = args.total_batch_size
+    batch = B * T * processes
+    total = args.total_batch_size = args.total_batch_size or batch
+    what = "B*T" if processes == 1 else f"B*T * {processes} processes"
     require(
-        total % (B * T) == 0,
-        f"--total_batch_size {total} is not a multiple of B*T = {B * T}: try "
-        f"{max(1, total // (B * T)) * B * T}",
+        total % batch == 0,
+        f"--total_batch_size {total} is not a multiple of {what} = {batch}: try "
+        f"{max(1, total // batch) * batch}",
     )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
@@ -3596,7 +3601,6 @@ def main(argv=()):
             continue_prompt(args)
             return 0
         run = open_run(argv)
-        describe(run)
         before = note_signals(run.signals)
         complete = train(run)
         finish(run, complete)

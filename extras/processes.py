@@ -122,7 +122,7 @@ class Moments:
     """AdamW's m and v, (2, parameters). moments[...] = array takes this process's part of an array.
 
     An iteration gives the parts of all, piece by piece. It reads the other processes' memory, while
-    they do something else, through the windows that run() opens.
+    they do something else, through the windows that train_together opens.
     """
 
     def __init__(self, model):
@@ -161,49 +161,33 @@ class SharedLoader:
         return batches[self.comm.rank]
 
 
-def share_batch(run, comm):
-    """Make the batch of a run that of all processes. InputError if they can't share it out."""
-    args = run.args
-    if not run.loader:
-        args.batch_size *= comm.size  # the rows that are evaluated at a time
-        return
-    run.loader = SharedLoader(run.loader, comm)
-    batch = run.loader.B * run.loader.T
-    # In a run that goes on, 0 is the batch of the one process that began it.
-    total = args.total_batch_size or (batch if run.step == 0 else batch // comm.size)
-    require(
-        total % batch == 0,
-        f"--total_batch_size {total} is not a multiple of B*T * {comm.size} processes = {batch}: "
-        f"try {max(1, total // batch) * batch}, or fewer processes",
-    )
-    args.total_batch_size = total
-
-
-def run(argv, comm, MPI):
+def train_together(argv, comm, MPI):
     """Train, in each process. Returns the exit code, the same in all."""
     if comm.rank > 0:
         comm.Barrier()
     run = gpt2.open_run(argv, SharedGPT2, first=comm.rank == 0)
     if comm.rank == 0:
         comm.Barrier()  # so the others find what it had to fetch
-    model = run.model
-    require(not run.args.inference_only, "one process continues a prompt: python train_gpt2.py")
-    share_batch(run, comm)
-    facts = json.dumps([vars(run.args) | {"output_dir": ""}, run.data, run.step])
+    args, model = run.args, run.model
+    require(not args.inference_only, "one process continues a prompt: python train_gpt2.py")
+
+    facts = json.dumps([vars(args) | {"output_dir": ""}, run.data, run.step])
     for what, found in ("flags or data", facts.encode()), ("weights", model.flat[0]):
         same = len(set(model.together(zlib.crc32(found)))) == 1
         require(same, f"the processes have different {what}: give all machines the same files")
-    print_now(f"processes: {comm.size}; memory and threads are those of each")
-    gpt2.describe(run)
+    print_now(f"processes: {comm.size}, with so many threads and so much memory each")
 
+    if run.loader:
+        run.loader = SharedLoader(run.loader, comm)
+    else:
+        args.batch_size *= comm.size  # the rows that are evaluated at a time
     run.signals = model.signals
     gpt2.note_signals(model.asked)
     rows = model.flat[2:, model.own]
     model.windows = [MPI.Win.Create(row, row.itemsize, comm=comm) for row in rows]
     complete = gpt2.train(run)
-    comm.Barrier()  # a process that had left MPI would not let the first read its moments
     for window in model.windows:
-        window.Free()
+        window.Free()  # when all are here: from one that had left MPI, the first could not read
     if comm.rank == 0:
         gpt2.finish(run, complete)
     return 0 if complete else 128 + run.signals[0]
@@ -217,25 +201,27 @@ def main(argv=()):
         print_now(f"error: no mpi4py: {error}: pip install mpi4py mpich", to="stderr")
         return 1
     comm = SharedGPT2.comm = MPI.COMM_WORLD
-    SharedGPT2.SHARES = comm.size
+    SharedGPT2.PROCESSES = comm.size
     gpt2.share_cores(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="train_gpt2")
 
     if comm.rank > 0:
         sys.stdout = open(os.devnull, "w")
     try:
-        return run(argv, comm, MPI)
-    except SystemExit as error:  # a flag makes no sense, which parse_args has said
-        code, message = error.code, ""
+        return train_together(argv, comm, MPI)
+    except (SystemExit, KeyboardInterrupt) as error:  # all that is to be said has been said
+        code, message = getattr(error, "code", 130), ""
     except (gpt2.InputError, OSError, MemoryError) as error:
         code, message = 1, f"error: {error}\n"
     except BaseException:
         code, message = 1, traceback.format_exc()
-    time.sleep(comm.rank > 0)  # the first may be about to say the same, and to end all
+    if comm.rank > 0:
+        time.sleep(1)  # the first may be about to say the same, and to end all
     print_now(message, end="", to="stderr")
     time.sleep(0.5)  # for mpiexec to pass it on
     comm.Abort(code)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what a terminal can't show
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Several processes: mpiexec -n N python -m extras.processes.
 
-What several processes compute is compared with the trainer by itself. Faults are put into one of
+What several processes compute is compared with the trainer by itself. A fault is put into one of
 them by a few lines that run before main(): they know the number `rank` of their process.
 """
 
@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,43 +19,42 @@ import pytest
 import train_gpt2 as gpt2
 
 TRAINER = os.path.abspath(gpt2.__file__)
-MPIEXEC = os.path.join(os.path.dirname(sys.executable), "mpiexec")
-MPIEXEC = MPIEXEC if os.path.exists(MPIEXEC) else shutil.which("mpiexec")
-needs_mpi = pytest.mark.skipif(
+BESIDE = os.path.join(os.path.dirname(sys.executable), "mpiexec")
+MPIEXEC = BESIDE if os.path.exists(BESIDE) else shutil.which("mpiexec")
+pytestmark = pytest.mark.skipif(
     os.name == "nt" or not MPIEXEC or not importlib.util.find_spec("mpi4py"),
-    reason="needs MPI and mpi4py: pip install mpi4py mpich",
+    reason="needs MPI and mpi4py, and signals: pip install mpi4py mpich, not on Windows",
 )
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.path.dirname(TRAINER),
-    "OPENBLAS_NUM_THREADS": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",  # Open MPI
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.path.dirname(TRAINER), "OPENBLAS_NUM_THREADS": "1"}
 FLAGS = """--model bytes --input_bin train_0.bin train_1.bin --input_val_bin val.bin --batch_size 2
     --sequence_length 16 --total_batch_size 256 --warmup_iters 3 --num_iterations 8
-    --learning_rate_decay_frac 1 --val_loss_every 4 --val_max_steps 0 --sample_every 0
-    --checkpoint_every 3 --log_every 1 --output_dir run""".split()
+    --learning_rate_decay_frac 1 --val_loss_every 4 --sample_every 0 --checkpoint_every 3
+    --log_every 1 --output_dir run""".split()
 
-# Small pieces, so that a part of the model has several. In the end, what belongs to others is 0.
+# Small pieces, so that a part of the model has several. The first process opens its run before the
+# others do, and in the end a process holds no moments but its own.
 PROGRAM = """if True:
-    import os, signal, sys, time
-    import numpy as np
+    import os, resource, signal, sys
     import train_gpt2 as gpt2
     from extras import processes
     rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     processes.PIECE = 50_000
-    train = gpt2.train
+    open_run, train = gpt2.open_run, gpt2.train
 
-    def checked(run):
+    def open_in_order(*args, first):
+        assert first or os.path.exists("opened")
+        run = open_run(*args, first=first)
+        open("opened", "w").close()
+        return run
+
+    def train_and_look(run):
         complete = train(run)
         moments = run.model.flat[2:].copy()
         moments[:, run.model.own] = 0
         assert not moments.any()
         return complete
 
-    gpt2.train = checked
+    gpt2.open_run, gpt2.train = open_in_order, train_and_look
     {fault}
     sys.exit(processes.main(sys.argv[1:]))
 """
@@ -64,7 +62,7 @@ PROGRAM = """if True:
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with two shards of training data and one for validation."""
+    """A folder with two shards of training data, one for validation, and a model."""
     rng = np.random.default_rng(0)
     for name, n in (("train_0", 1500), ("train_1", 900), ("val", 700)):
         header = struct.pack("<4i", 20240520, 1, n, 256).ljust(1024, b"\0")
@@ -76,11 +74,9 @@ def folder(tmp_path):
 
 def command(n, *flags, fault=""):
     """The command with which n processes train; 0 is the trainer by itself."""
-    flags = [*FLAGS, *map(str, flags)]
-    if n == 0:
-        return [sys.executable, TRAINER, *flags]
     program = PROGRAM.format(fault=fault.strip().replace("\n", "\n    "))
-    return [MPIEXEC, "-n", str(n), sys.executable, "-c", program, *flags]
+    several = [MPIEXEC, "-n", str(n), sys.executable, "-c", program]
+    return [*(several if n else [sys.executable, TRAINER]), *FLAGS, *map(str, flags)]
 
 
 def trained(n, folder, *flags, fault="", code=0):
@@ -94,8 +90,8 @@ def trained(n, folder, *flags, fault="", code=0):
 
 
 def left_in(folder):
-    """What a run has left: (losses and norms of each update, all numbers of its last checkpoint,
-    the steps of its checkpoints, position).
+    """What a run has left: what it measured, all numbers of its last checkpoint, the steps of its
+    checkpoints, and the position in its data.
     """
     paths = gpt2.list_checkpoints(str(folder))
     gpt2.check_crc32(paths[0])
@@ -103,140 +99,136 @@ def left_in(folder):
     numbers = [tensor.array.ravel() for name, tensor in tensors.items() if name != "crc32"]
     entries = [json.loads(line) for line in (folder / "main.jsonl").read_text().splitlines()]
     names = ("step", "train_loss", "norm", "val_loss", "val_tokens")
-    losses = [[entry.get(name, 0) for name in names] for entry in entries]
+    measured = [[entry.get(name, 0) for name in names] for entry in entries]
     steps = [int(path[-20:-12]) for path in paths]
-    return losses, np.concatenate(numbers), steps, json.loads(metadata["state"])["position"]
+    return measured, np.concatenate(numbers), steps, json.loads(metadata["state"])["position"]
 
 
 def assert_same(found, expected, exactly=False):
-    """Two runs have left the same, to float32's rounding or to the bit."""
+    """Two runs have left the same: to the bit, or to what the order of a sum changes."""
     assert found[2:] == expected[2:]
     for one, other in zip(found[:2], expected[:2], strict=True):
         assert np.array_equal(one, other) if exactly else np.allclose(one, other, 1e-3, 2e-5)
 
 
-@needs_mpi
-@pytest.mark.parametrize("n", [2, pytest.param(1, marks=pytest.mark.slow), 4])
+def or_slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("n", [or_slow(1), or_slow(2), 4])
 def test_n_processes_equal_one(n, folder):
-    """Losses, validations, norms, weights, moments, position; and what is printed."""
+    """In losses, norms, validations, weights, moments, position, and in what they print."""
     flags = ["--sample_every", 4, "--max_new_tokens", 20, "--temperature", 0]
     stdout, _ = trained(0, folder, *flags, "--output_dir", "alone")
-    alone = left_in(folder / "alone")
     found, stderr = trained(n, folder, *flags)
     several = left_in(folder / "run")
-    assert_same(several, alone)
-    assert stderr == "" and np.abs(several[1]).max() > 1
+    assert_same(several, left_in(folder / "alone"))
+    assert stderr == "" and len(several[1]) == 3 * 437_760 and np.abs(several[1]).max() > 1
 
-    lines = [line for line in found.splitlines() if not line.startswith("processes: ")]
-    assert [line.split()[:2] for line in lines] == [line.split()[:2] for line in stdout.splitlines()]
-    sample = [text.split("--- sample")[-1].split("train loss")[0] for text in (stdout, found)]
-    assert sample[0] == sample[1]
+    lines = [[line.split()[:2] for line in text.splitlines()] for text in (stdout, found)]
+    assert [words for words in lines[1] if words != ["processes:", f"{n},"]] == lines[0]
+    samples = [text.split("--- sample")[-1].split("train loss")[0] for text in (stdout, found)]
+    assert samples[0] == samples[1]
 
     trained(n, folder, *flags, "--output_dir", "again")
     assert_same(left_in(folder / "again"), several, exactly=True)
 
 
-@needs_mpi
-@pytest.mark.parametrize("numbers", [(1, 2, 4), pytest.param((4, 0, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("numbers", [(1, 2, 4), or_slow((4, 0, 2))])
 def test_a_run_goes_on_with_another_number_of_processes(numbers, folder):
-    """0 is the trainer by itself. What is read is what was written."""
+    """0 is the trainer by itself."""
     trained(0, folder, "--output_dir", "alone")
     for n, until in zip(numbers, (2, 5, 8), strict=True):
-        before = left_in(folder / "run") if until > 2 else None
         stdout, _ = trained(n, folder, "--num_iterations", until, "--resume", 1)
         assert (f"resuming from run/checkpoint_{until - 3:08d}" in stdout) == (until > 2)
     assert_same(left_in(folder / "run"), left_in(folder / "alone"))
-    assert len(before[1]) == 3 * 437_760
 
 
-AT_UPDATE_5 = """
-backward = processes.SharedGPT2.backward
+def test_an_evaluation_is_shared(folder):
+    """44 passages, which are no multiple of 6 rows. The last passage is a short one."""
+    flags = ["--num_iterations", 0, "--model", "model", "--batch_size", 3]
+    printed = [trained(n, folder, *flags, "--output_dir", f"run{n}")[0] for n in (0, 2)]
+    losses = [text[text.index("val loss ") :] for text in printed]
+    assert losses[0] == losses[1] and "perplexity" in losses[0]
 
-def backward_with_a_signal(self):
-    backward(self)
-    if self.updates == 5 and self.micro_batch == 1 and rank == {rank}:
+
+AT_UPDATE_6 = """
+update = gpt2.update
+
+def update_with_a_signal(run):
+    if run.step == 5 and rank == {rank}:
         os.kill(os.getpid(), signal.{name})
+    update(run)
 
-processes.SharedGPT2.backward = backward_with_a_signal
+gpt2.update = update_with_a_signal
 """
 
 
-@needs_mpi
 @pytest.mark.parametrize(
     "name, rank, code, saved",
-    [("SIGTERM", 1, 143, [6, 3]), ("SIGKILL", 1, 9, [3]), ("SIGINT", 0, 130, [6, 3])],
+    [("SIGTERM", 1, 143, [6, 3]), or_slow("SIGINT", 0, 130, [6, 3]), ("SIGKILL", 1, 9, [3])],
 )
 def test_a_signal_to_one_process(name, rank, code, saved, folder):
-    """All finish the update, or all end; the run then goes on to the same bits."""
+    """All finish the update, or all end at once. The run then goes on to the same bits."""
     trained(2, folder, "--output_dir", "whole")
-    stdout, _ = trained(2, folder, fault=AT_UPDATE_5.format(rank=rank, name=name), code=code)
+    stdout, _ = trained(2, folder, fault=AT_UPDATE_6.format(rank=rank, name=name), code=code)
     steps = [int(path[-20:-12]) for path in gpt2.list_checkpoints(str(folder / "run"))]
     assert steps == saved and ("stopped: 6 updates" in stdout) == (name != "SIGKILL")
     trained(2, folder, "--resume", 1)
     assert_same(left_in(folder / "run"), left_in(folder / "whole"), exactly=True)
 
 
-@needs_mpi
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_mpiexec_and_ctrl_c(number, folder):
-    """Ctrl-C goes to mpiexec and to all that it has started, the others to mpiexec alone."""
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_to_all(name, folder):
+    """Ctrl-C goes to mpiexec and to all that it has started, SIGTERM to mpiexec alone."""
     run = subprocess.Popen(
         command(2, "--num_iterations", 10**6), cwd=folder, env=ENVIRONMENT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    try:
-        for line in run.stdout:
-            if line.startswith("step 2/"):
-                break
-        os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
-        stdout, _ = run.communicate(timeout=20)
-    finally:
-        run.kill()
-    steps = left_in(folder / "run")[2]
-    assert f"stopped: {steps[0]} updates" in stdout and f"step {steps[0] + 1}/" not in stdout
+    while not run.stdout.readline().startswith("step 2/"):
+        assert run.poll() is None
+    send = os.killpg if name == "SIGINT" else os.kill
+    send(run.pid, getattr(signal, name))
+    stdout, _ = run.communicate(timeout=20)
+    step = left_in(folder / "run")[2][0]
+    assert f"stopped: {step} updates" in stdout and f"step {step + 1}/" not in stdout
 
 
 FULL_DISK = """
-import resource
 save_checkpoint = gpt2.save_checkpoint
 
 def save(run):
-    limit = 2_500_000 if rank == 0 and run.step in {full} else resource.RLIM_INFINITY
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    if rank == 0 and run.step >= 6:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, resource.RLIM_INFINITY))
     save_checkpoint(run)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 gpt2.save_checkpoint = save
 """
 
 
-@needs_mpi
-@pytest.mark.parametrize("full, code, saved", [([3], 0, [8, 6]), ([6, 8], 1, [3])])
-def test_a_disk_that_is_full_amid_the_moments(full, code, saved, folder):
-    """The first process can't write checkpoints for a while, or to the end. No other one waits."""
-    stdout, stderr = trained(2, folder, fault=FULL_DISK.format(full=full), code=code)
+def test_a_disk_that_is_full_amid_the_moments(folder):
+    """The first process does not get to the end of a checkpoint. The other one goes on with it."""
+    stdout, stderr = trained(2, folder, fault=FULL_DISK, code=1)
     assert stdout.count("can't write a checkpoint: ") == 1 and "step 8/8" in stdout
-    assert ("lacks a checkpoint: make room" in stderr) == (code == 1)
-    assert left_in(folder / "run")[2] == saved
+    assert "error: run lacks a checkpoint: make room" in stderr
+    assert left_in(folder / "run")[2] == [3]
 
 
 ON_ONE = "if rank == 1:\n    "
 FAULTS = {  # flags, lines that run first, what is said, exit code
     "flag": (["--colour", "red"], "", "error: unrecognized arguments: --colour red", 2),
-    "prompt": (["--model", "model", "--inference_only", 1], "", "error: one process continues a prompt", 1),
-    "total": (["--total_batch_size", 96], "", "is not a multiple of B*T * 2 processes = 64: try", 1),
-    "file": (["--input_bin", "none.bin"], "", "error: none.bin", 1),
+    "prompt": (["--model", "model", "--inference_only", 1], "", "one process continues", 1),
+    "total": (["--total_batch_size", 96], "", "of B*T * 2 processes = 64: try 64", 1),
+    "folder": (["--output_dir", "model"], "", "model holds a run: go on with --resume 1", 1),
     "nan": (["--learning_rate", 1e18], "", "error: update 2: the loss is nan: try", 1),
     "memory": ([], f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),
     "fault": ([], f"{ON_ONE}processes.adamw = None", "'NoneType' object is not callable", 1),
-    "flags": ([], f"{ON_ONE}sys.argv += ['--grad_clip', '2']", "processes have different flags", 1),
-    "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "have different flags or", 1),
-    "weights": ([], f"{ON_ONE}gpt2.LN_EPS = gpt2.GPT2.init_weights = lambda *_: 0", "weights", 1),
+    "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "different flags or data", 1),
+    "weights": ([], f"{ON_ONE}gpt2.GPT2.init_weights = print", "different weights", 1),
 }
 
 
-@needs_mpi
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_error_is_said_once_and_ends_all(fault, folder):
     flags, lines, said, code = FAULTS[fault]
@@ -244,3 +236,21 @@ def test_an_error_is_said_once_and_ends_all(fault, folder):
     ours = [line for line in stderr.splitlines() if "rror: " in line]
     assert len(ours) == 1 and said in ours[0], stderr
     assert ("Traceback" in stderr) == (fault == "fault")
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        ("import train_gpt2 as program", "mpiexec -n N python -m extras.processes FLAGS"),
+        ("sys.modules['mpi4py'] = None; from extras import processes as program", "pip install"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(lines, said, folder):
+    """The trainer itself is started under mpiexec, or there is no mpi4py."""
+    program = f"import sys; {lines}; sys.exit(program.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *FLAGS], cwd=folder, env=ENVIRONMENT | {"PMI_SIZE": "2"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and said in done.stderr
