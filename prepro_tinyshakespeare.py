@@ -21,6 +21,7 @@ import glob
 import hashlib
 import heapq
 import importlib
+import itertools
 import json
 import os
 import re
@@ -576,27 +577,86 @@ def write_vocabulary(path, vocabulary):
 def read_vocabulary(path):
     """The bytes of each token, a list by id, from a .tiktoken file or the folder of a saved model.
 
-    A folder's vocab.json has a character for each byte: its own, or another if that can't be seen.
-    InputError if the vocabulary does not begin with the 256 bytes.
+    InputError unless they are the 256 bytes and, in their order, merges of two earlier tokens.
     """
     try:
         if os.path.isdir(path):
-            seen = [i for i in range(256) if chr(i).isprintable() and i != ord(" ")]
-            unseen = [i for i in range(256) if i not in seen]
-            byte = {chr(i): i for i in seen} | {chr(256 + n): i for n, i in enumerate(unseen)}
-            vocab = json.loads(Path(path, "vocab.json").read_bytes())
-            vocab.pop(END_OF_TEXT, None)
-            ids = {bytes(map(byte.get, token)): i for token, i in vocab.items()}
+            other = Path(path, "tokenizer.json")
+            found = json.loads((other if other.exists() else Path(path, "vocab.json")).read_bytes())
+            found = found["model"]["vocab"] if other.exists() else found
+            unspelled = {letter: i for i, letter in LETTERS.items()}
+            ids = {name.translate(unspelled).encode("latin1"): i for name, i in found.items()}
+            require(ids.pop(END_OF_TEXT.encode()) == len(ids), f"{END_OF_TEXT} is not the last")
         else:
             lines = Path(path).read_bytes().splitlines()
-            ids = {b64decode(token): int(i) for token, i in map(bytes.split, lines)}
+            ids = {b64decode(token, validate=True): int(i) for token, i in map(bytes.split, lines)}
+            require(len(ids) == len(lines), "a token is there twice")
         vocabulary = sorted(ids, key=ids.get)
-    except (ValueError, TypeError, AttributeError) as error:
+        in_order = [ids[token] for token in vocabulary] == list(range(len(ids)))
+        require(in_order and len(ids) < 65536, "expected the ids from 0 on, up to 65535")
+        merges_of(vocabulary)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no vocabulary: {error}") from None
-    right = [ids[token] for token in vocabulary] == list(range(len(ids))) and len(ids) < 65536
-    right = right and sorted(vocabulary[:256]) == [bytes([i]) for i in range(256)]
-    require(right, f"{path}: expected the bytes and up to 65279 merges, found {len(ids)} ids")
     return vocabulary
+
+
+# Hugging Face keeps a vocabulary in two files: vocab.json has the ids, merges.txt the merges in
+# their order. They spell a byte as the character of its number, or, if that can't be seen, as one
+# of the characters from 256 on. Of GPT-2 they are the files that tiktoken keeps.
+
+UNSEEN = [i for i in range(256) if not chr(i).isprintable() or chr(i) == " "]
+LETTERS = {i: 256 + n for n, i in enumerate(UNSEEN)}
+BYTES = [bytes([i]) for i in range(256)]
+
+
+def spelled(token):
+    """A token's bytes as Hugging Face's files spell them, a str."""
+    return token.decode("latin1").translate(LETTERS)
+
+
+def merges_of(tokens):
+    """The lines of merges.txt for a vocabulary without its <|endoftext|>: a list of str.
+
+    A token merges the two parts that all earlier merges, made in their order, leave of it.
+    InputError if that is not so, or if the first 256 tokens are not the bytes.
+    """
+    require(sorted(tokens[:256]) == BYTES, "a vocabulary's first 256 tokens must be the bytes")
+    ranks = {token: i for i, token in enumerate(tokens[:256])}
+    lines = []
+    for token in tokens[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = enumerate(map(b"".join, itertools.pairwise(parts)))
+            rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in pairs)
+            if rank == len(ranks):
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        right = len(parts) == 2 and token not in ranks
+        require(right, f"a vocabulary's token {token} does not merge two others")
+        lines.append(f"{spelled(parts[0])} {spelled(parts[1])}")
+        ranks[token] = len(ranks)
+    return lines
+
+
+def huggingface_files(vocab_size, vocabulary):
+    """Hugging Face's two files: {name: bytes}. Nothing if the vocabulary is not at hand.
+
+    vocabulary: bytes by id, with <|endoftext|> as the last; None is that of bytes, or GPT-2's
+    """
+    if vocab_size == 256:
+        vocabulary = [*BYTES, END_OF_TEXT.encode()]  # transformers needs one, and no text has it
+    if vocabulary:
+        ids = {spelled(token): i for i, token in enumerate(vocabulary)}
+        lines = ["#version: 0.2", *merges_of(vocabulary[:-1]), ""]
+        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
+    files = {}
+    if vocabulary is None and 50257 <= vocab_size <= 50304:
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
+        for name, source in (("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")):
+            cached = hashlib.sha1((VOCABULARY + source).encode()).hexdigest()
+            with contextlib.suppress(OSError):
+                files[name] = Path(folder, cached).read_bytes()
+    return files
 
 
 # --------------------------------------------------------------------------------------------------

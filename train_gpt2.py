@@ -1285,7 +1285,6 @@ def demo(path=__file__, steps=1000):
 # what they need.
 
 import argparse
-import base64
 import codecs
 import contextlib
 import ctypes
@@ -2037,22 +2036,27 @@ class FetchError(InputError):
         self.cause = cause
 
 
-def provide(what):
-    """The path, or paths, of what a run needs: see provide in prepro_tinyshakespeare.py.
+def prepro(function, *args):
+    """Call a function of prepro_tinyshakespeare.py, which does not lie beside a copy of this file.
 
-    FetchError if it can't be had, InputError if what is there can't be used.
+    Its errors become ours. FetchError if it is not there.
     """
     try:
-        import prepro_tinyshakespeare as prepro
+        import prepro_tinyshakespeare as module
     except ImportError:
         cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
         raise FetchError(f"{cause}: get it from where this file comes from", cause) from None
     try:
-        return prepro.provide(what)
-    except prepro.FetchError as error:
+        return getattr(module, function)(*args)
+    except module.FetchError as error:
         raise FetchError(str(error), error.cause) from None
-    except prepro.InputError as error:
+    except module.InputError as error:
         raise InputError(str(error)) from None
+
+
+def provide(what):
+    """The path, or paths, of what a run needs: see provide in prepro_tinyshakespeare.py."""
+    return prepro("provide", what)
 
 
 def in_data(name):
@@ -2173,7 +2177,7 @@ def text_at_hand():
 
 BYTES = [bytes([i]) for i in range(256)]
 END_OF_TEXT = b"<|endoftext|>"
-SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+GPT2_CRC = 2990262213  # of GPT-2's vocabulary: see vocabulary_crc
 
 
 def tokenizer(vocab_size, vocabulary=None):
@@ -2190,14 +2194,14 @@ def tokenizer(vocab_size, vocabulary=None):
     encode = lambda text: list(text.encode(errors="surrogateescape"))
     if vocabulary:
         first = vocabulary.index(b"\n")
-        encode = lambda text: encoding_of(vocabulary).encode_ordinary(text)
+        encode = lambda text: prepro("encoding_of", vocabulary[:-1]).encode_ordinary(text)
     elif vocab_size == 256:
         vocabulary = BYTES
     else:
         known = vocabulary is None and is_gpt2s(vocab_size)
         message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
         require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
-        gpt2 = encoding_of(None)
+        gpt2 = prepro("get_encoding")
         vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
         first, encode = gpt2.eot_token, gpt2.encode_ordinary
 
@@ -2214,44 +2218,6 @@ def is_gpt2s(vocab_size):
     return 50257 <= vocab_size <= 50304
 
 
-def encoding_of(vocabulary):
-    """tiktoken's Encoding of a vocabulary; None is GPT-2's."""
-    try:
-        import tiktoken
-    except ImportError:
-        raise InputError("tokens other than bytes need tiktoken: pip install tiktoken") from None
-    if vocabulary:
-        ranks = {token: i for i, token in enumerate(vocabulary[:-1])}
-        return tiktoken.Encoding("own", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:  # of its files or of its network, whatever it is
-        raise InputError(f"tiktoken can't load GPT-2's vocabulary: {error}") from None
-
-
-def read_vocabulary(path):
-    """The vocabulary in a file of tiktoken's format: a line for each id, base64 and the id."""
-    with open(path, "rb") as file:
-        words = file.read().split()
-    try:
-        tokens = [base64.b64decode(word, validate=True) for word in words[::2]]
-        right = [int(word) for word in words[1::2]] == list(range(len(tokens)))
-        require(right, "expected base64 and the number of the line in each line")
-        merges_of(tokens)
-    except ValueError as error:
-        raise InputError(f"{path} is no vocabulary: {error}") from None
-    return [*tokens, END_OF_TEXT]
-
-
-def vocabulary_crc(vocabulary):
-    """The CRC-32 of that file, by which token files name their vocabulary. 0 if there is none."""
-    tokens = enumerate(vocabulary[:-1] if vocabulary else [])
-    lines = [b"%s %d\n" % (base64.b64encode(token), i) for i, token in tokens]
-    return zlib.crc32(b"".join(lines))
-
-
 def vocabulary_of(shards):
     """The vocabulary of token files, which lies beside them: PREFIX.tiktoken for PREFIX_train.bin.
 
@@ -2265,10 +2231,30 @@ def vocabulary_of(shards):
         return None
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path) + ".tiktoken"
     require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
-    vocabulary = read_vocabulary(path)
+    vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
     same = (len(vocabulary), vocabulary_crc(vocabulary)) == (shards[0].vocab_size, crc32)
     require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
     return vocabulary
+
+
+def vocabulary_crc(vocabulary):
+    """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
+    return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
+
+
+def saved_vocabulary(path, vocab_size):
+    """The vocabulary that lies beside weights, as Hugging Face keeps it."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+    names = ("vocab.json", "tokenizer.json")
+    if vocab_size == 256 or not any(os.path.exists(os.path.join(folder, name)) for name in names):
+        return None
+    try:
+        vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
+    except InputError:
+        return []
+    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
+        return None
+    return vocabulary if len(vocabulary) == vocab_size else []
 
 
 def belongs(shard, vocab_size, vocabulary):
@@ -2590,84 +2576,11 @@ def find_config(path, tensors, metadata):
     return config
 
 
-# Hugging Face keeps a vocabulary in two files: vocab.json has the ids, merges.txt the merges in
-# their order. They spell a byte as the character of its number, or, if that can't be seen, as one
-# of the characters from 256 on. Of GPT-2 they are the files that tiktoken keeps.
-
-UNSEEN = [i for i in range(256) if not chr(i).isprintable() or chr(i) == " "]
-LETTERS = {i: 256 + n for n, i in enumerate(UNSEEN)}
-GPT2_CRC = 2990262213
-GPT2_FILES = {  # by the SHA-1 of their addresses
-    "vocab.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    "merges.txt": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-}
-
-
-def spelled(token):
-    """A token's bytes as Hugging Face's files spell them, a str."""
-    return token.decode("latin1").translate(LETTERS)
-
-
-def merges_of(tokens):
-    """The lines of merges.txt for a vocabulary without its <|endoftext|>: a list of str.
-
-    A token merges the two parts that all earlier merges, made in their order, leave of it.
-    InputError if that is not so, or if the first 256 tokens are not the bytes.
-    """
-    require(sorted(tokens[:256]) == BYTES, "a vocabulary's first 256 tokens must be the bytes")
-    ranks = {token: i for i, token in enumerate(tokens[:256])}
-    lines = []
-    for token in tokens[256:]:
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            pairs = enumerate(map(b"".join, itertools.pairwise(parts)))
-            rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in pairs)
-            if rank == len(ranks):
-                break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        right = len(parts) == 2 and token not in ranks
-        require(right, f"a vocabulary's token {token} does not merge two others")
-        lines.append(f"{spelled(parts[0])} {spelled(parts[1])}")
-        ranks[token] = len(ranks)
-    return lines
-
-
 def vocabulary_files(vocab_size, vocabulary):
-    """Hugging Face's two files: {name: bytes}. Nothing if the vocabulary is not at hand."""
-    if vocab_size == 256:
-        vocabulary = [*BYTES, END_OF_TEXT]  # transformers needs one, and no text has it
-    if vocabulary:
-        ids = {spelled(token): i for i, token in enumerate(vocabulary)}
-        lines = ["#version: 0.2", *merges_of(vocabulary[:-1]), ""]
-        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
-    files = {}
-    if vocabulary is None and is_gpt2s(vocab_size):
-        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
-        for name, cached in GPT2_FILES.items():
-            with contextlib.suppress(OSError), open(os.path.join(folder, cached), "rb") as file:
-                files[name] = file.read()
-    return files
-
-
-def saved_vocabulary(path, vocab_size):
-    """The vocabulary that lies beside weights, in vocab.json or tokenizer.json."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
-    own, other = os.path.join(folder, "vocab.json"), os.path.join(folder, "tokenizer.json")
-    if vocab_size == 256 or not (os.path.exists(own) or os.path.exists(other)):
-        return None
-    try:
-        ids = read_json(own) if os.path.exists(own) else read_json(other)["model"]["vocab"]
-        names = sorted(ids, key=ids.get)
-        bytes_of = {letter: i for i, letter in LETTERS.items()}
-        vocabulary = [name.translate(bytes_of).encode("latin1") for name in names]
-        right = [ids[name] for name in names] == list(range(len(ids)))
-        right = right and vocabulary[-1] == END_OF_TEXT
-        if right and is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
-            return None
-        merges_of(vocabulary[:-1])
-    except (AttributeError, LookupError, TypeError, ValueError):
-        right = False
-    return vocabulary if right and len(vocabulary) == vocab_size else []
+    """Hugging Face's files of a vocabulary: {name: bytes}. Nothing if it is not at hand."""
+    with contextlib.suppress(FetchError):  # this file stands alone
+        return prepro("huggingface_files", vocab_size, vocabulary)
+    return {}
 
 
 MODEL_CARD = """\
