@@ -339,6 +339,7 @@ def test_what_is_printed_is_what_the_model_computes(here, call):
 
     att = look_inside.attention(model, 1)[0, 2, 1:, 1:]
     shades = np.select([att < 0.02, att < 0.1, att < 0.25, att < 0.5], list(" ░▒▓"), "█")
+    assert [row[:12].ljust(12) for row in picture[-33:]] == [line[:12] for line in lines[1:]]
     drawn = np.array([list(row[13:].ljust(66)) for row in picture[-33:]])
     assert (drawn == shades.repeat(2, axis=1)).all() and set(shades.flat) == set(" ░▒▓█")
     above = zip(*[row[13:].ljust(66)[::2] for row in picture[:-33]], strict=True)
@@ -421,6 +422,7 @@ def test_a_case_is_what_the_plain_function_does():
         args = [KIT.tensors.get(f"case/{case}/before/{name}") for name in names]
         args = [x if x is None else x.copy() if x.size > 1 else x.item() for x in args]
         run(*args)
+        assert dict(zip(names, args, strict=True)).get("add", "_add" in case) == ("_add" in case)
         ours = {f"case/{case}/after/{name}": x for name, x in zip(names, args, strict=True)}
         after = {name: KIT.tensors[name] for name in ours if name in KIT.tensors}
         assert_all_close({name: ours[name] for name in after}, after)
@@ -444,6 +446,7 @@ def compared(here, call):
 def test_the_kit_itself_and_one_of_float32_agree(compared):
     stored, _ = gpt2.read_safetensors("data/kit.safetensors")
     assert_same_bits({name: x.array for name, x in stored.items()}, KIT.tensors)
+    assert all(x.array.ctypes.data % x.array.itemsize == 0 for x in stored.values())
     with open(os.path.join(TOP, "figures", "FORMATS.md"), encoding="utf-8") as file:
         assert f"The kit holds {len(KIT.tensors)} tensors" in " ".join(file.read().split())
     single = porting_kit.make_kit(np.float32).tensors
@@ -503,6 +506,7 @@ def put(x, place, value):
         ("ln2", lambda x: put(x, (0, 1, 2, 3), np.nan), "most wrong is ln2[0, 1, 2, 3]: nan, "),
         ("ln2", lambda x: put(x, (1, 1, 2, 3), np.inf), "the first to differ is ln2 of layer 1"),
         ("targets", lambda x: put(x, (4, 6), -1), "targets[4, 6]: -1, expected "),
+        ("inputs", lambda x: x + 1, "it is given"),
         ("lnf", lambda x: x * (1 + 2e-10), "2.0e-10, expected at most 1e-10"),
         ("lnf", lambda x: (x * (1 + 2e-5)).astype("<f4"), "2.0e-05, expected at most 1e-05"),
         ("ln1_means", lambda x: x, "'ln1_means' is not in the kit"),
