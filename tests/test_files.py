@@ -644,7 +644,6 @@ def test_bytes_and_tokens_that_are_not_known():
 @pytest.fixture
 def gpt2_words():
     """GPT-2's tokens, bytes by id."""
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or "data/tiktoken"
     if len(prepro.huggingface_files(50257, None)) < 2:
         pytest.skip("needs GPT-2's vocabulary: run python prepro_tinyshakespeare.py")
     encoding = prepro.get_encoding()
