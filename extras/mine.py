@@ -1,5 +1,5 @@
 """
-A work sheet: the layers of GPT-2, their wiring and AdamW, without their bodies. Write them yourself.
+A work sheet: the layers of GPT-2, their wiring and AdamW, without their bodies. Write them.
 
     python -m extras.exercises mine.py
 
@@ -26,11 +26,11 @@ All other arguments are only read. Arrays are float64 when the tutor asks, and f
 
 A course of three evenings, in the order of the sheet:
 
-    1. Numbers and rows: from residual_forward to encoder_backward. Begin with gelu_backward on
-       paper. Then you can train a perceptron: matmul, GELU, matmul.
-    2. Sums: layernorm, the loss and AdamW. Then you can train all of a GPT but its attention.
-    3. Attention, and the wiring, forward_layer and backward_layer. Then you have written GPT-2,
-       and can take it to another language.
+    1. From residual to encoder: layers that treat each number, or each row, by itself. Then you
+       can train a perceptron by hand: matmul, GELU, matmul.
+    2. Layernorm, the loss and AdamW: sums over a row. Then all is yours but attention.
+    3. Attention, and the wiring: how the layers follow each other, and what is added to what. Then
+       you have written a GPT, and can take it to another language: see extras/porting_kit.py.
 """
 
 import numpy as np  # noqa: F401
@@ -210,13 +210,13 @@ def forward_layer(p, a, residual, NH):
 
     ln1 and ln2 are layernorms; qkv, attproj, fc and fcproj are matmuls.
 
-    residual (B, T, C), the layer's input
+    residual (B, T, C), the layer's input; NH, the number of heads
     p   the parameters, as attributes: ln1w, ln1b (C,), qkvw (3C, C), qkvb (3C,), attprojw (C, C),
         attprojb (C,), ln2w, ln2b (C,), fcw (4C, C), fcb (4C,), fcprojw (C, 4C), fcprojb (C,)
-    a   the activations, as attributes, all overwritten. In the order in which they are computed:
-        ln1 (B, T, C), ln1_mean, ln1_rstd (B, T), qkv (B, T, 3C), att_lse (B, T, NH), atty (B, T, C),
-        the output of attention, attproj, residual2, ln2 (B, T, C), ln2_mean, ln2_rstd (B, T),
-        fch (B, T, 4C), the output of fc, fch_gelu (B, T, 4C), fcproj, residual3 (B, T, C)
+    a   the activations, as attributes. All are overwritten, in this order:
+        ln1 (B, T, C), ln1_mean, ln1_rstd (B, T), qkv (B, T, 3C), att_lse (B, T, NH), atty, the
+        output of attention, attproj, residual2, ln2 (B, T, C), ln2_mean, ln2_rstd (B, T), fch, the
+        output of fc, fch_gelu (B, T, 4C), fcproj, residual3 (B, T, C), the layer's output
     """
     raise NotImplementedError
 
@@ -224,13 +224,13 @@ def forward_layer(p, a, residual, NH):
 def backward_layer(p, g, a, w, residual, add, NH):
     """The gradients of forward_layer, from its output to its input: eight calls.
 
-    p, a, residual, NH as there. a holds what the forward pass wrote, but for attproj and fcproj,
-        whose memory other layers have used since
-    g   the gradients of the parameters, as attributes of the same names; they follow `add`
-    w   the work space, as attributes. When the layer is done, it holds the gradients of
-        dresidual (B, T, C): first of residual3, which is given; in the end of residual. It is that
-            of residual2 in between
-        dfch (B, T, 4C): first of fch_gelu, then of fch, in the same memory
-        dln2, datty, dln1 (B, T, C), dqkv (B, T, 3C): of ln2, atty, ln1 and qkv; overwritten
+    p, a, residual and NH are those of forward_layer. They are only read; attproj and fcproj are not
+        there any more, because all layers share their memory
+    g   the gradients of the parameters, as attributes with the same names. They follow `add`
+    w   the work space, as attributes, in the order in which it is written:
+        dresidual (B, T, C) is given, as the gradient of residual3. The layer adds to it twice: it
+            becomes that of residual2, and in the end that of residual
+        dfch (B, T, 4C) becomes the gradient of fch_gelu, and then, in place, that of fch
+        dln2, datty (B, T, C), dqkv (B, T, 3C), dln1 (B, T, C) become those of ln2, atty, qkv, ln1
     """
     raise NotImplementedError
