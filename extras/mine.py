@@ -1,12 +1,11 @@
 """
-A work sheet: the layers of GPT-2 and AdamW, without their bodies. Write them yourself.
+A work sheet: the layers of GPT-2, their wiring and AdamW, without their bodies. Write them.
 
-    cp extras/mine.py mine.py
     python -m extras.exercises mine.py
 
 Fill in one function or several, in any order, and ask the tutor. What you leave as it is, or take
 out of this file, is the trainer's own. What you write may call other functions of this file, filled
-in or not. gelu_backward, matmul_backward and layernorm_backward are good ones to begin with.
+in or not.
 
     B, T, C     sequences in a batch, positions in a sequence, channels
     V           tokens in the vocabulary
@@ -21,12 +20,68 @@ out += x; after out = x, `out` would be a name for another array. There are thre
 
     overwritten     whatever stood there before, perhaps NaN
     added to        with +=
-    follows `add`   overwritten if add is False, added to if add is True
+    follows `add`   overwritten if add is False, added to if it is True
 
 All other arguments are only read. Arrays are float64 when the tutor asks, and float32 in training.
+
+A course of three evenings, in the order of the sheet:
+
+    1. From residual to encoder: layers that treat each number, or each row, by itself. Then you
+       can train a perceptron by hand: matmul, GELU, matmul.
+    2. Layernorm, the loss and AdamW: sums over a row. Then all is yours but attention.
+    3. Attention, and the wiring: how the layers follow each other, and what is added to what. Then
+       you have written a GPT, and can take it to another language: see extras/porting_kit.py.
 """
 
 import numpy as np  # noqa: F401
+
+
+def residual_forward(out, inp1, inp2):
+    """The sum of two arrays.
+
+    out (B, T, C), overwritten; inp1, inp2 (B, T, C)
+
+        out = inp1 + inp2
+    """
+    raise NotImplementedError
+
+
+def gelu_forward(out, inp):
+    """Keep large numbers and turn very negative ones into 0, smoothly.
+
+    out (B, T, C), overwritten; inp (B, T, C); the C of this layer is four times that of others
+
+        u   = sqrt(2 / pi) * (inp + 0.044715 * inp^3)
+        out = inp * 0.5 * (1 + tanh(u))
+    """
+    raise NotImplementedError
+
+
+def gelu_backward(dinp, dout, inp):
+    """The gradient of gelu_forward.
+
+    dinp (B, T, C), overwritten; dout, inp (B, T, C). dinp and dout may be one and the same array
+    """
+    raise NotImplementedError
+
+
+def matmul_forward(out, inp, weight, bias=None):
+    """The linear layer.
+
+    out (B, T, OC), overwritten; inp (B, T, C); weight (OC, C); bias (OC,), or None
+
+        out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
+    """
+    raise NotImplementedError
+
+
+def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
+    """The gradients of matmul_forward.
+
+    dinp (B, T, C), overwritten; dweight (OC, C), follows `add`; dbias (OC,), too, or None
+    dout (B, T, OC); inp (B, T, C); weight (OC, C)
+    """
+    raise NotImplementedError
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -75,21 +130,41 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, mean, rstd, weight, add)
     raise NotImplementedError
 
 
-def matmul_forward(out, inp, weight, bias=None):
-    """The linear layer.
+def crossentropy_softmax_forward(losses, logits, targets):
+    """The loss of each token: minus the logarithm of the probability of what came next.
 
-    out (B, T, OC), overwritten; inp (B, T, C); weight (OC, C); bias (OC,), or None
+    losses (B, T), overwritten; logits (B, T, V), overwritten by probs; targets (B, T) token ids
 
-        out[b, t, o] = sum over c of inp[b, t, c] * weight[o, c] + bias[o]
+        probs  = exp(logits) / sum of exp(logits)     the sum is over the V logits of a token
+        losses = -log(probs[target])
+
+    The largest logit may be a thousand, and exp would overflow.
     """
     raise NotImplementedError
 
 
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
-    """The gradients of matmul_forward.
+def crossentropy_softmax_backward(probs, targets, dloss):
+    """The gradient with respect to the logits.
 
-    dinp (B, T, C), overwritten; dweight (OC, C), follows `add`; dbias (OC,), too, or None
-    dout (B, T, OC); inp (B, T, C); weight (OC, C)
+    probs (B, T, V), as the forward function wrote them, overwritten by dlogits
+    targets (B, T) token ids; dloss, a number: the gradient with respect to each of the losses
+    """
+    raise NotImplementedError
+
+
+def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
+    """One step of AdamW.
+
+    p, g, m, v (n,): parameters, gradients, and two moments. All four change in place: afterwards g
+        holds the scaled gradient
+    step: the number of this update, from 1; the others are numbers
+
+        g = grad_scale * g
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g^2
+        p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
+
+    where c1 = 1 - beta1^step and c2 = 1 - beta2^step.
     """
     raise NotImplementedError
 
@@ -127,69 +202,35 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     raise NotImplementedError
 
 
-def gelu_forward(out, inp):
-    """Keep large numbers and turn very negative ones into 0, smoothly.
+def forward_layer(p, a, residual, NH):
+    """One layer of the model, from its input to its output: ten calls of the functions above.
 
-    out (B, T, C), overwritten; inp (B, T, C); the C of this layer is four times that of others
+        residual2 = residual + attproj(attention(qkv(ln1(residual))))
+        residual3 = residual2 + fcproj(gelu(fc(ln2(residual2))))
 
-        u   = sqrt(2 / pi) * (inp + 0.044715 * inp^3)
-        out = inp * 0.5 * (1 + tanh(u))
+    ln1 and ln2 are layernorms; qkv, attproj, fc and fcproj are matmuls.
+
+    residual (B, T, C), the layer's input; NH, the number of heads
+    p   the parameters, as attributes: ln1w, ln1b (C,), qkvw (3C, C), qkvb (3C,), attprojw (C, C),
+        attprojb (C,), ln2w, ln2b (C,), fcw (4C, C), fcb (4C,), fcprojw (C, 4C), fcprojb (C,)
+    a   the activations, as attributes. All are overwritten, in this order:
+        ln1 (B, T, C), ln1_mean, ln1_rstd (B, T), qkv (B, T, 3C), att_lse (B, T, NH), atty, the
+        output of attention, attproj, residual2, ln2 (B, T, C), ln2_mean, ln2_rstd (B, T), fch, the
+        output of fc, fch_gelu (B, T, 4C), fcproj, residual3 (B, T, C), the layer's output
     """
     raise NotImplementedError
 
 
-def gelu_backward(dinp, dout, inp):
-    """The gradient of gelu_forward.
+def backward_layer(p, g, a, w, residual, add, NH):
+    """The gradients of forward_layer, from its output to its input: eight calls.
 
-    dinp (B, T, C), overwritten; dout, inp (B, T, C). dinp and dout may be one and the same array
-    """
-    raise NotImplementedError
-
-
-def residual_forward(out, inp1, inp2):
-    """The sum of two arrays.
-
-    out (B, T, C), overwritten; inp1, inp2 (B, T, C)
-
-        out = inp1 + inp2
-    """
-    raise NotImplementedError
-
-
-def crossentropy_softmax_forward(losses, logits, targets):
-    """The loss of each token: minus the logarithm of the probability of what came next.
-
-    losses (B, T), overwritten; logits (B, T, V), overwritten by probs; targets (B, T) token ids
-
-        probs  = exp(logits) / sum of exp(logits)     the sum is over the V logits of a token
-        losses = -log(probs[target])
-
-    The largest logit may be a thousand, and exp would overflow.
-    """
-    raise NotImplementedError
-
-
-def crossentropy_softmax_backward(probs, targets, dloss):
-    """The gradient with respect to the logits.
-
-    probs (B, T, V), as the forward function wrote them, overwritten by dlogits
-    targets (B, T) token ids; dloss, a number: the gradient with respect to each of the losses
-    """
-    raise NotImplementedError
-
-
-def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
-    """One step of AdamW.
-
-    p, g, m, v (n,): parameters, gradients, and two moments. All four change in place: afterwards g
-        holds the scaled gradient
-    step: the number of this update, from 1; the others are numbers
-
-        g = grad_scale * g
-        m = beta1 * m + (1 - beta1) * g
-        v = beta2 * v + (1 - beta2) * g^2
-        p = p - decay * p - learning_rate * (m / c1) / (sqrt(v / c2) + eps)
-
-    where c1 = 1 - beta1^step and c2 = 1 - beta2^step.
+    p, a, residual and NH are those of forward_layer. They are only read; attproj and fcproj are not
+        there any more, because all layers share their memory
+    g   the gradients of the parameters, as attributes with the same names. They follow `add`
+    w   the work space, as attributes, in the order in which it is written:
+        dresidual (B, T, C) is given, as the gradient of residual3. The layer adds to it twice: it
+            becomes that of residual2, and in the end that of residual
+        dfch (B, T, 4C) becomes the gradient of fch_gelu, and then, in place, that of fch
+        dln2, datty (B, T, C), dqkv (B, T, 3C), dln1 (B, T, C) become those of ln2, atty, qkv, ln1
     """
     raise NotImplementedError
