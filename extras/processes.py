@@ -58,7 +58,8 @@ class SharedGPT2(gpt2.GPT2):
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """The mean loss of all processes' batches. The gradients will be those of this mean."""
         size = self.comm.size
-        return sum(self.together(super().forward(inputs, targets, train, grad_scale / size))) / size
+        loss = super().forward(inputs, targets, train, grad_scale / size)
+        return sum(self.together(loss)) / size
 
     def batch_losses(self, inputs, targets):
         """The loss of each token of B rows for each process, (B * processes, T), in nats."""
@@ -87,7 +88,8 @@ class SharedGPT2(gpt2.GPT2):
                 self.comm.Reduce_scatter_block(side_by_side, total)
                 own = pieces[self.comm.rank]
                 own[...] = total[: len(own)]
-            return math.sqrt(sum(self.together(gpt2.sum_of_squares(self.flat[1, self.own]))))
+            squares = gpt2.sum_of_squares(self.flat[1, self.own])
+            return math.sqrt(sum(self.together(squares)))
 
     def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
                grad_scale=1.0):  # fmt: skip

@@ -32,13 +32,15 @@ FLAGS = """--model bytes --input_bin train_0.bin train_1.bin --input_val_bin val
     --log_every 1 --output_dir run""".split()
 
 # Small pieces, so that a part of the model has several. The first process opens its run before the
-# others do, and in the end a process holds no moments but its own.
+# others do, and it alone samples. In the end a process holds no moments but its own.
 PROGRAM = """if True:
     import os, resource, signal, sys
     import train_gpt2 as gpt2
     from extras import processes
     rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
     processes.PIECE = 50_000
+    if rank > 0:
+        del gpt2.GPT2.next_logits, gpt2.Model.next_logits
     open_run, train = gpt2.open_run, gpt2.train
 
     def open_in_order(*args, first):
