@@ -1285,6 +1285,7 @@ def demo(path=__file__, steps=1000):
 # what they need.
 
 import argparse
+import base64
 import codecs
 import collections
 import contextlib
@@ -1297,6 +1298,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shlex
 import shutil
 import signal
@@ -1375,6 +1377,7 @@ class GPT2(Model):
 
         self.waiting = False  # whether a forward pass waits for its backward()
         self.interrupted = None
+        self.vocabulary = None  # a list of bytes by id; None: bytes, GPT-2's or none: see tokenizer
         super().__init__(config, batch_size, T, seed, recompute, training, dtype)
 
     @staticmethod
@@ -1420,11 +1423,14 @@ class GPT2(Model):
         config, tensors = open_weights(path)
         model = cls(config, batch_size, sequence_length, None, recompute, training)
         read_weights(model.params, tensors)
+        model.vocabulary = saved_vocabulary(path, config.vocab_size)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel reads."""
-        save_huggingface(folder, self.config, self.params)
+        """Write config.json, model.safetensors and, if it is known, the vocabulary, which Hugging
+        Face's GPT2LMHeadModel and AutoTokenizer read.
+        """
+        save_huggingface(folder, self.config, self.params, vocabulary=self.vocabulary)
 
     # One training step
 
@@ -2105,8 +2111,9 @@ class TokenFile:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = np.fromfile(file, "<u4", 5).tolist()
+            right = len(header) == 5 and header[:2] == [TOKENS, 1]
             require(
-                header[:2] == [TOKENS, 1] and size == 1024 + 2 * header[2] > 1024,
+                right and size == 1024 + 2 * header[2] > 1024,
                 f"{path}: no whole token file: {size} bytes that begin with {header[:3]}, expected "
                 f"{TOKENS}, 1, the number of tokens: write it with {PREPRO}",
             )
@@ -2126,8 +2133,9 @@ class TokenFile:
 
 def open_shards(paths):
     """The TokenFiles of a path, of a pattern, or of a list of these, by name."""
+    one = isinstance(paths, (str, os.PathLike))
     names = set()
-    for path in [paths] if isinstance(paths, str) else paths:
+    for path in map(os.fspath, [paths] if one else paths):
         found = [path] if os.path.exists(path) else glob.glob(path)
         require(found, f"{path}: no such token file: write one with {PREPRO}")
         names.update(found)
@@ -2150,10 +2158,16 @@ def text_at_hand():
     return ", ".join(names), np.concatenate(passages), validation
 
 
+# A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that
+# merge two earlier ones, and at last <|endoftext|>. Where there is no list but None, 256 tokens are
+# the bytes and 50257 GPT-2's. [] is one that can't be read here.
+
+BYTES = [bytes([i]) for i in range(256)]
 END_OF_TEXT = b"<|endoftext|>"
+SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 
 
-def tokenizer(vocab_size):
+def tokenizer(vocab_size, vocabulary=None):
     """How a model reads and writes: an object with
 
     encode    a function from a text to a list of ids
@@ -2163,22 +2177,26 @@ def tokenizer(vocab_size):
 
     InputError if the vocabulary is not known, FetchError if GPT-2's can't be fetched.
     """
-    if vocab_size == 256:
-        vocabulary = [bytes([i]) for i in range(256)]
-        encode = lambda text: list(text.encode(errors="surrogateescape"))
-        first = ord("\n")
+    first = ord("\n")
+    encode = lambda text: list(text.encode(errors="surrogateescape"))
+    if vocabulary:
+        first = vocabulary.index(b"\n")
+        encode = lambda text: encoding_of(vocabulary).encode_ordinary(text)
+    elif vocab_size == 256:
+        vocabulary = BYTES
     else:
-        message = f"the model's {vocab_size} tokens are neither bytes nor GPT-2's"
-        require(is_gpt2s(vocab_size), f"{message}: use model.generate with ids")
-        gpt2 = gpt2_encoding()
+        known = vocabulary is None and is_gpt2s(vocab_size)
+        message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
+        require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
+        gpt2 = encoding_of(None)
         vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
-        encode = gpt2.encode_ordinary
-        first = gpt2.eot_token
+        first, encode = gpt2.eot_token, gpt2.encode_ordinary
 
+    padding = range(len(vocabulary), vocab_size)
     shown = [b"\n" if token == END_OF_TEXT else token for token in vocabulary]
-    shown += [b"<%d>" % i for i in range(len(shown), vocab_size)]  # padding
+    shown += [b"<%d>" % i for i in padding]
     lengths = [0 if token == END_OF_TEXT else len(token) for token in vocabulary]
-    lengths += [0] * (vocab_size - len(lengths))
+    lengths += [0 for _ in padding]
     return SimpleNamespace(encode=encode, decode=shown.__getitem__, first=first, lengths=lengths)
 
 
@@ -2187,18 +2205,70 @@ def is_gpt2s(vocab_size):
     return 50257 <= vocab_size <= 50304
 
 
-def gpt2_encoding():
-    """tiktoken's "gpt2"."""
+def encoding_of(vocabulary):
+    """tiktoken's Encoding of a vocabulary; None is GPT-2's."""
     try:
         import tiktoken
     except ImportError:
-        raise InputError("GPT-2's tokens need tiktoken: pip install tiktoken") from None
+        raise InputError("tokens other than bytes need tiktoken: pip install tiktoken") from None
+    if vocabulary:
+        ranks = {token: i for i, token in enumerate(vocabulary[:-1])}
+        return tiktoken.Encoding("own", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
     if not os.environ.get("TIKTOKEN_CACHE_DIR"):
         os.environ["TIKTOKEN_CACHE_DIR"] = provide("vocabulary")
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # of its files or of its network, whatever it is
         raise InputError(f"tiktoken can't load GPT-2's vocabulary: {error}") from None
+
+
+def read_vocabulary(path):
+    """The vocabulary in a file of tiktoken's format: a line for each id, base64 and the id."""
+    with open(path, "rb") as file:
+        words = file.read().split()
+    try:
+        tokens = [base64.b64decode(word, validate=True) for word in words[::2]]
+        right = [int(word) for word in words[1::2]] == list(range(len(tokens)))
+        require(right, "expected base64 and the number of the line in each line")
+        merges_of(tokens)
+    except ValueError as error:
+        raise InputError(f"{path} is no vocabulary: {error}") from None
+    return [*tokens, END_OF_TEXT]
+
+
+def vocabulary_crc(vocabulary):
+    """The CRC-32 of that file, by which token files name their vocabulary. 0 if there is none."""
+    tokens = enumerate(vocabulary[:-1] if vocabulary else [])
+    lines = [b"%s %d\n" % (base64.b64encode(token), i) for i, token in tokens]
+    return zlib.crc32(b"".join(lines))
+
+
+def vocabulary_of(shards):
+    """The vocabulary of token files, which lies beside them: PREFIX.tiktoken for PREFIX_train.bin.
+
+    None if it is bytes, GPT-2's or unknown. InputError if it is not that of all of them.
+    """
+    crc32 = shards[0].vocabulary_crc
+    for shard in shards:
+        same = shard.vocabulary_crc == crc32
+        require(same, f"{shard.path} and {shards[0].path} are of different vocabularies")
+    if crc32 == 0:
+        return None
+    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path) + ".tiktoken"
+    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
+    vocabulary = read_vocabulary(path)
+    same = (len(vocabulary), vocabulary_crc(vocabulary)) == (shards[0].vocab_size, crc32)
+    require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
+    return vocabulary
+
+
+def belongs(shard, vocab_size, vocabulary):
+    """Whether the tokens of a file are those of a model. llm.c's files, which do not say, pass."""
+    if shard.vocab_size == 0:
+        return True
+    same_size = shard.vocab_size == vocab_size or shard.vocab_size == 50257 and is_gpt2s(vocab_size)
+    same_list = shard.vocabulary_crc == vocabulary_crc(vocabulary) and vocabulary != []
+    return same_size and same_list
 
 
 # safetensors, Hugging Face's format:
@@ -2243,7 +2313,7 @@ def read_safetensors(path):
             dtype, shape = np.dtype(ARRAY_TYPES[entry["dtype"]]), entry["shape"]
             begin = end
             end += math.prod(shape) * dtype.itemsize
-            right &= entry["data_offsets"] == [begin, end] and min(shape, default=0) >= 0
+            right &= entry["data_offsets"] == [begin, end]
             array = data[begin:end].view(dtype).reshape(shape)
             tensors[name] = Stored(array, entry["dtype"])
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
@@ -2510,38 +2580,120 @@ def find_config(path, tensors, metadata):
     return config
 
 
+# Hugging Face keeps a vocabulary in two files: vocab.json has the ids, merges.txt the merges in
+# their order. They spell a byte as the character of its number, or, if that can't be seen, as one
+# of the characters from 256 on. Of GPT-2 they are the files that tiktoken keeps.
+
+UNSEEN = [i for i in range(256) if not chr(i).isprintable() or chr(i) == " "]
+LETTERS = {i: 256 + n for n, i in enumerate(UNSEEN)}
+GPT2_CRC = 2990262213
+GPT2_FILES = {  # by the SHA-1 of their addresses
+    "vocab.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    "merges.txt": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+}
+
+
+def spelled(token):
+    """A token's bytes as Hugging Face's files spell them, a str."""
+    return token.decode("latin1").translate(LETTERS)
+
+
+def merges_of(tokens):
+    """The lines of merges.txt for a vocabulary without its <|endoftext|>: a list of str.
+
+    A token merges the two parts that all earlier merges, made in their order, leave of it.
+    InputError if that is not so, or if the first 256 tokens are not the bytes.
+    """
+    require(sorted(tokens[:256]) == BYTES, "a vocabulary's first 256 tokens must be the bytes")
+    ranks = {token: i for i, token in enumerate(tokens[:256])}
+    lines = []
+    for token in tokens[256:]:
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = enumerate(map(b"".join, itertools.pairwise(parts)))
+            rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in pairs)
+            if rank == len(ranks):
+                break
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        right = len(parts) == 2 and token not in ranks
+        require(right, f"a vocabulary's token {token} does not merge two others")
+        lines.append(f"{spelled(parts[0])} {spelled(parts[1])}")
+        ranks[token] = len(ranks)
+    return lines
+
+
+def vocabulary_files(vocab_size, vocabulary):
+    """Hugging Face's two files: {name: bytes}. Nothing if the vocabulary is not at hand."""
+    if vocab_size == 256:
+        vocabulary = [*BYTES, END_OF_TEXT]  # transformers needs one, and no text has it
+    if vocabulary:
+        ids = {spelled(token): i for i, token in enumerate(vocabulary)}
+        lines = ["#version: 0.2", *merges_of(vocabulary[:-1]), ""]
+        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
+    files = {}
+    if vocabulary is None and is_gpt2s(vocab_size):
+        folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
+        for name, cached in GPT2_FILES.items():
+            with contextlib.suppress(OSError), open(os.path.join(folder, cached), "rb") as file:
+                files[name] = file.read()
+    return files
+
+
+def saved_vocabulary(path, vocab_size):
+    """The vocabulary that lies beside weights, in vocab.json or tokenizer.json."""
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    own, other = os.path.join(folder, "vocab.json"), os.path.join(folder, "tokenizer.json")
+    if vocab_size == 256 or not (os.path.exists(own) or os.path.exists(other)):
+        return None
+    try:
+        ids = read_json(own) if os.path.exists(own) else read_json(other)["model"]["vocab"]
+        names = sorted(ids, key=ids.get)
+        bytes_of = {letter: i for i, letter in LETTERS.items()}
+        vocabulary = [name.translate(bytes_of).encode("latin1") for name in names]
+        right = [ids[name] for name in names] == list(range(len(ids)))
+        right = right and vocabulary[-1] == END_OF_TEXT
+        if right and is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
+            return None
+        merges_of(vocabulary[:-1])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        right = False
+    return vocabulary if right and len(vocabulary) == vocab_size else []
+
+
 MODEL_CARD = """\
-A GPT-2 of {parameters:,} parameters. Its vocabulary is {vocabulary}. To continue a text with it:
+A GPT-2 of {:,} parameters, which reads and writes {}. To continue a text with it:
 
     python train_gpt2.py --model FOLDER --inference_only 1 --prompt "To be, or"
 
-There is no tokenizer in this folder, so transformers.pipeline can't read a prompt. Use
-GPT2LMHeadModel.from_pretrained(FOLDER).generate(ids) with ids of this vocabulary.
+In Python, if there is a vocab.json: transformers.pipeline("text-generation", FOLDER)("To be, or")
 """
 
 
-def save_huggingface(folder, config, params, metadata=None):
-    """GPT2.save_pretrained: config.json, generation_config.json, README.md, model.safetensors.
+def save_huggingface(folder, config, params, metadata=None, vocabulary=None):
+    """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it.
 
-    metadata   more for the last of them, {name: text}
+    metadata   more for model.safetensors, {name: text}
     """
     V = config.vocab_size
-    end = 50256 if is_gpt2s(V) else None
+    end = V - 1 if vocabulary else None
+    kind = "bytes" if V == 256 else f"{V} tokens of its own"
+    if vocabulary is None and is_gpt2s(V):
+        end, kind = 50256, "GPT-2's tokens"
     ends = {"bos_token_id": end, "eos_token_id": end}
-    more = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
-    parameters = count(GPT2.param_shapes(config))
-    vocabulary = "GPT-2's" if end else "the bytes" if V == 256 else f"one of {V} tokens"
-    texts = {
-        "config.json": json.dumps(huggingface_config(config) | ends | more, indent=2),
-        "generation_config.json": json.dumps(ends, indent=2),
-        "README.md": MODEL_CARD.format(parameters=parameters, vocabulary=vocabulary),
+    about = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    generation = {"max_length": min(config.max_seq_len, 256)}  # pipeline would go on beyond it
+    files = {
+        "config.json": json.dumps(huggingface_config(config) | ends | about, indent=2).encode(),
+        "generation_config.json": json.dumps(ends | generation, indent=2).encode(),
+        "README.md": MODEL_CARD.format(count(GPT2.param_shapes(config)), kind).encode(),
+        **vocabulary_files(V, vocabulary),
     }
     os.makedirs(folder, exist_ok=True)
-    for name, text in texts.items():
+    for name, data in files.items():
         path = os.path.join(folder, name)
         if name != "README.md" or not os.path.exists(path):
             with atomic_write(path) as file:
-                file.write(text.encode())
+                file.write(data)
     tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
     metadata = {"format": "pt", "n_head": str(config.num_heads), **(metadata or {})}
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
