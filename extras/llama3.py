@@ -541,9 +541,14 @@ def open_llama(folder):
     # In older files rope_theta stands by itself, and rope_scaling has what else newer ones have in
     # rope_parameters. A rope_type was first called type.
     rope = told.pop("rope_parameters", None) or told.get("rope_scaling") or {}
+    require(isinstance(rope, dict), f"{path}: rope_scaling is {rope!r}, expected an object")
     told["rope_theta"] = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", rope.get("rope_type"))
-    told["rope_scaling"] = rope if rope["rope_type"] not in (None, "default") else None
+    kind = rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    require(
+        kind in ("default", "llama3"),
+        f"{path}: rotary embeddings of type {kind!r}, expected 'default' or 'llama3'",
+    )
+    told["rope_scaling"] = rope if kind == "llama3" else None
 
     found = told | {"num_hidden_layers": sum(name.endswith(".q_proj.weight") for name in tensors)}
     names = [*HF_SIZES, *HF_SCALING] if told["rope_scaling"] else HF_SIZES
