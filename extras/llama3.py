@@ -541,9 +541,14 @@ def open_llama(folder):
     # In older files rope_theta stands by itself, and rope_scaling has what else newer ones have in
     # rope_parameters. A rope_type was first called type.
     rope = told.pop("rope_parameters", None) or told.get("rope_scaling") or {}
+    require(isinstance(rope, dict), f"{path}: rope_scaling is {rope!r}, expected an object")
     told["rope_theta"] = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.pop("type", rope.get("rope_type"))
-    told["rope_scaling"] = rope if rope["rope_type"] not in (None, "default") else None
+    kind = rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    require(
+        kind in ("default", "llama3"),
+        f"{path}: rotary embeddings of type {kind!r}, expected 'default' or 'llama3'",
+    )
+    told["rope_scaling"] = rope if kind == "llama3" else None
 
     found = told | {"num_hidden_layers": sum(name.endswith(".q_proj.weight") for name in tensors)}
     names = [*HF_SIZES, *HF_SCALING] if told["rope_scaling"] else HF_SIZES
@@ -575,16 +580,16 @@ def compare(updates):
     models = [GPT2(gpt2.BYTES_CONFIG, B, T), Llama(SMALL, B, T)]
     loaders = [gpt2.DataLoader([text], B, T, shuffle_seed=1337) for _ in models]
     val_loader = gpt2.DataLoader([held_back], B, T)
-    val_batches = [val_loader.next_batch() for _ in range(30720 // (B * T))]
+    val_batches = [val_loader.next_batch() for _ in range(min(30720, len(held_back)) // (B * T))]
     print(*models, f"text: {names}", sep="\n")
-    print("update  training loss: GPT-2, Llama  validation loss: GPT-2, Llama")
+    print("update    GPT-2 val    Llama val  GPT-2 train  Llama train", flush=True)
 
-    losses = [[math.nan, math.nan]]  # of both models, since the last line
+    losses = []  # of both models, since the last line
     for step in range(updates + 1):
         if step % BUDGET.val_loss_every == 0 or step == updates:
             val = [[m.forward(*batch, train=False) for m in models] for batch in val_batches]
-            means = *np.mean(losses, axis=0), *np.mean(val, axis=0)
-            print("{:6}{:21.4f}{:8.4f}{:23.4f}{:8.4f}".format(step, *means), flush=True)
+            means = [*np.mean(val, axis=0), *(np.mean(losses, axis=0) if losses else [])]
+            print(f"{step:6}", *(f"{mean:12.4f}" for mean in means), flush=True)
             losses = []
         if step == updates:
             return models[1]
@@ -604,19 +609,25 @@ def run(args):
     taken = args.output_dir and os.path.exists(os.path.join(args.output_dir, "config.json"))
     require(not taken, f"{args.output_dir} holds a model: choose another --output_dir")
     if args.model:
-        prompt = list(map(int, args.prompt_ids.split(",")))
-        T = len(prompt) + args.max_new_tokens
+        config, _ = open_llama(args.model)
+        T = min(config.max_seq_len, len(args.prompt_ids) + args.max_new_tokens)
         model = Llama.from_pretrained(args.model, 1, T, training=False)
-        for token in model.generate(prompt, args.max_new_tokens, args.temperature, 0, args.seed):
+        written = model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337)
+        for token in written:
             print(token, end=" ", flush=True)
         print()
     else:
         model = compare(args.num_iterations)
-        text = bytes(model.generate(b"\n", 400, BUDGET.temperature, rng=args.seed))
+        text = bytes(model.generate(b"\n", 400, BUDGET.temperature, rng=1337))
         print(text.decode(errors="replace"))
     if args.output_dir:
         model.save_pretrained(args.output_dir)
         print(f"saved in {args.output_dir}")
+
+
+def token_ids(text):
+    """The ids in a text such as "1,2,3": a list. argparse makes a line of its ValueError."""
+    return [int(word) for word in text.split(",")]
 
 
 def main(argv=None):
@@ -629,10 +640,9 @@ def main(argv=None):
     )
     add = parser.add_argument
     add("--model", metavar="DIR", help="a folder of LlamaForCausalLM; without it, train")
-    add("--prompt_ids", default="1", metavar="IDS", help="ids to continue, such as 1,2,3")
-    add("--max_new_tokens", type=int, default=64, metavar="N")
+    add("--prompt_ids", type=token_ids, default=[1], metavar="IDS", help="as 1,2,3")
+    add("--max_new_tokens", type=int, default=64, metavar="N", help="how many ids to add")
     add("--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest")
-    add("--seed", type=int, default=1337, metavar="N", help="of what is generated")
     add("--num_iterations", type=int, default=BUDGET.num_iterations, metavar="N", help="updates")
     add("--output_dir", metavar="DIR", help="where to save the Llama")
     args = parser.parse_args(argv)
@@ -648,4 +658,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # a text may hold what a terminal can't show
     sys.exit(main())
