@@ -1308,6 +1308,11 @@ from dataclasses import asdict, field
 from datetime import timedelta
 from typing import NamedTuple
 
+if sys.version_info < (3, 10):
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
+if tuple(map(int, np.__version__.split(".")[:2])) < (2, 1):
+    sys.exit(f'error: NumPy {np.__version__} is too old: pip install -U "numpy>=2.1"')
+
 
 class InputError(ValueError):
     """Input that can't be used. The message is one line: what was found, and what to do."""
@@ -3185,7 +3190,9 @@ def parse_args(argv, settings=None):
     for name, value in vars(args).items():
         if not isinstance(value, (str, list)) and not 0 <= value < 1 << 62:
             parser.error(f"--{name} {value}: expected a number of at least 0")
-        if isinstance(value, str) and name != "prompt":
+        if isinstance(value, list):
+            setattr(args, name, [os.path.expanduser(path) for path in value])
+        elif name in ("model", "output_dir"):
             setattr(args, name, os.path.expanduser(value))
     for name in ("checkpoint_every", "resume"):
         if getattr(args, name) and not args.output_dir:
