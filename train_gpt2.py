@@ -26,9 +26,9 @@ the line where the algorithm ends, they train a small GPT on their own text and 
     python -c "import chapter; chapter.demo()"
 
 The sections after that line make a tool of it: fast, checked, with files and a command line. The
-file stands alone: it needs NumPy, and tiktoken to turn text into GPT-2's tokens and back.
+file needs no other of this project: only NumPy, and tiktoken to turn text into GPT-2's tokens.
 
-Throughout this program we have (with the values of GPT-2 124M)
+Throughout this program we have (with the default values)
 
     B     batch size, sequences per batch                 4
     T     sequence length, tokens per sequence            64, at most max_seq_len = 1024
@@ -59,8 +59,8 @@ Whether a backward function overwrites (=) or adds (+=) follows three rules:
     3. The gradient of a parameter is overwritten by the first batch of a step and added to by later
        ones, if several (then called micro-batches) make one step. The argument `add` says which.
 
-wte is used at both ends of the model, so dwte has two writers in each micro-batch. The classifier
-comes first, in forward(), and follows rule 3. encoder_backward comes last, and always adds.
+wte is also the matrix of the last line, the classifier. So dwte is written twice: first by the
+classifier, in forward(), following rule 3; then by encoder_backward, which always adds.
 
 Everything is float32. The layers take any float type, and the tests run them in float64. A single
 number, such as the learning rate, is a Python float, which is rounded where it meets an array.
@@ -103,8 +103,8 @@ import numpy as np  # 2.1 or newer
 # functions return nothing. What one of them needs only while it runs, such as the scores of
 # attention, it allocates itself; that is small beside the blob.
 #
-# The order of arguments is llm.c's but for two functions: its layernorm_backward has weight before
-# mean, and its gelu_backward has inp before dout.
+# Names and arguments are those of llm.c where there is no reason against it. Two orders differ: its
+# layernorm_backward has weight before mean, and its gelu_backward has inp before dout.
 
 
 def encoder_forward(out, inp, wte, wpe):
@@ -114,7 +114,7 @@ def encoder_forward(out, inp, wte, wpe):
 
         out[b, t] = wte[inp[b, t]] + wpe[t]
     """
-    np.take(wte, inp, axis=0, out=out, mode="clip")  # the default mode would copy out first
+    np.take(wte, inp, axis=0, out=out, mode="clip")  # the default copies out first; ids are < V
     out += wpe
 
 
@@ -258,17 +258,17 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
 
     dinp, inp (B, T, C); dout (B, T, OC); dweight, weight (OC, C); dbias (OC,), or None
 
-    Call n a row, one of the B*T pairs (b, t). The forward pass is
+    Call r a row, one of the B*T pairs (b, t). The forward pass is
 
-        out[n, o] = sum over c of inp[n, c] * weight[o, c] + bias[o]
+        out[r, o] = sum over c of inp[r, c] * weight[o, c] + bias[o]
 
-    so the loss depends on inp[n, c] through every o, and on weight[o, c] through every n:
+    so the loss depends on inp[r, c] through every o, and on weight[o, c] through every r:
 
-        dinp[n, c]    = sum over o of dout[n, o] * weight[o, c]       dinp    = dout @ weight
-        dweight[o, c] = sum over n of dout[n, o] * inp[n, c]          dweight = dout.T @ inp
-        dbias[o]      = sum over n of dout[n, o]                      dbias   = ones @ dout
+        dinp[r, c]    = sum over o of dout[r, o] * weight[o, c]       dinp    = dout @ weight
+        dweight[o, c] = sum over r of dout[r, o] * inp[r, c]          dweight = dout.T @ inp
+        dbias[o]      = sum over r of dout[r, o]                      dbias   = ones @ dout
 
-    The last sum, too, is taken as a matrix product, which BLAS does fastest.
+    The last sum, too, is taken as a matrix product, because BLAS sums fastest.
     """
     dout = rows_of(dout)
     inp = rows_of(inp)
@@ -281,7 +281,7 @@ def matmul_backward(dinp, dweight, dbias, dout, inp, weight, add):
 
 
 def products(*jobs):
-    """Matrix products that do not depend on each other. A job is (out, a, b, add, bias).
+    """Matrix products, right in any order. A job is (out, a, b, add, bias).
 
     out (m, n) = a (m, k) @ b (k, n) + bias (n,), which may be None; or out += a @ b if add is True
     """
@@ -327,7 +327,7 @@ def attention_forward(out, lse, qkv, NH):
     the more of that position's value goes into the result.
 
     qkv (B, T, 3C); out (B, n, C) and lse (B, n, NH) are those of the last n of the T positions. In
-    training n is T. In generation n is the number of new tokens, usually 1, and T counts the
+    training n is T. Behind the line, n may be only the new tokens of a text, and T counts the
     tokens so far; row i of out and lse is then that of position t = T - n + i.
 
     Each head h computes, with its own hs channels of the query q[t], the key k[t2] and the value
@@ -349,9 +349,9 @@ def attention_forward(out, lse, qkv, NH):
 
     The code computes this for a block of ATT_ROWS queries at a time. So a row of the softmax is
     complete in one block, and for a long text the memory that it takes grows with T, not with its
-    square. A block is compared with the keys up to its own end only, which then saves nearly half
-    of the work. What is kept is lse, one number for each query and head, the natural logarithm of
-    the softmax's denominator: with it, backward computes att again (Dao et al., 2022).
+    square. A block is compared with the keys up to its own end only, which saves nearly half of a
+    long text's work. What is kept is lse, one number for each query and head, the natural logarithm
+    of the softmax's denominator: with it, backward computes att again (Dao et al., 2022).
     """
     q, k, v = split_qkv(qkv, NH)
     out = split_heads(out, NH)
@@ -374,7 +374,7 @@ def attention_forward(out, lse, qkv, NH):
         preatt -= peak[..., np.newaxis]
         exp_att = np.exp(preatt, out=preatt)
         total = np.einsum("bhqk->bhq", exp_att)
-        lse[:, :, start:stop] = np.log(total) + peak  # of the scores before peak was subtracted
+        lse[:, :, start:stop] = np.log(total) + peak  # + peak, which was subtracted
 
         weighted_sum = exp_att @ v[:, :, :visible]  # (B, NH, rows, hs)
         np.divide(weighted_sum, total[..., np.newaxis], out=out[:, :, start:stop])
@@ -441,9 +441,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
 
-        rows = t1 - t0
-        preatt = q[:, :, t0:] @ k[:, :, t0:t1].mT  # (B, NH, T - t0, rows)
-        preatt[:, :, :rows] += HIDE_FUTURE[:rows, :rows]
+        keys = t1 - t0
+        preatt = q[:, :, t0:] @ k[:, :, t0:t1].mT  # (B, NH, T - t0, keys)
+        preatt[:, :, :keys] += HIDE_FUTURE[:keys, :keys]
         preatt -= lse[:, :, t0:, np.newaxis]
         att = np.exp(preatt, out=preatt)  # exp(preatt - lse) is att of the forward pass
         np.matmul(att.mT, dout[:, :, t0:], out=dv[:, :, t0:t1])
@@ -534,7 +534,7 @@ def crossentropy_softmax_forward(losses, logits, targets):
     logarithm is the natural one, so the unit of the loss is the nat.
     """
     B, T = targets.shape
-    b, t = np.ogrid[:B, :T]
+    b, t = np.ogrid[:B, :T]  # (B, 1) and (1, T), which index every token
     logits -= logits.max(axis=-1, keepdims=True)
     np.negative(logits[b, t, targets], out=losses)  # of each token, the entry of its target
 
@@ -565,8 +565,8 @@ def crossentropy_softmax_backward(probs, targets, dloss):
 
 # These functions are right for any part of a batch, too. Behind the line, in the section on
 # threads, most of them are wrapped, as in gelu_forward = by_rows(gelu_forward, "out inp"): the new
-# gelu_forward cuts its arguments into blocks of rows that fit a core's cache, lets the cores share
-# the blocks, and calls the function above for each.
+# gelu_forward cuts its arguments into blocks of rows that fit a core's cache (attention's into
+# blocks of heads), lets the cores share the blocks, and calls the function above for each.
 
 # --------------------------------------------------------------------------------------------------
 # 3. The configuration
@@ -588,9 +588,9 @@ class GPT2Config:
 #
 # All that a layer leaves for another layer, for the backward pass or for the next step lies in one
 # array, the blob. So no layer's output is allocated while training goes on, and the norm,
-# checkpoints and several processes see all parameters as one vector. The blob begins as zeros. The
-# operating system finds memory for a part of it when that is first written to, so parts to which
-# nothing is ever written take none.
+# checkpoints and several processes see each of its first four rows as one vector. The blob begins
+# as zeros. The operating system finds memory for a part of it when that is first written to, so
+# parts to which nothing is ever written take none.
 #
 #     | params    | grads           | m         | v         | acts                              |
 #     | wte..lnfb | wte | wpe..lnfb | wte..lnfb | wte..lnfb | encoded..losses | dresidual..dln1 |
@@ -649,9 +649,9 @@ class Model:
     backward() and, at the end of forward(), in the classifier.
     """
 
-    CLASSIFIER = "wte"  # the classifier's matrix, the first parameter; another model has another
+    CLASSIFIER = "wte"  # the classifier's matrix, which must be the first parameter
 
-    # The two tables. What stands in layer_params and layer_acts, every layer has.
+    # The two tables: param_shapes and act_shapes. layer_params and layer_acts are a layer's part.
 
     @staticmethod
     def layer_params(config):
@@ -716,9 +716,9 @@ class Model:
         """Those of a layer's activations that are not kept: all layers have one memory for them.
 
         What backward needs can be kept, or computed again (Chen et al., 2016). recompute=0 keeps
-        everything; use it to compare another implementation with this one. 1 computes layernorm and
+        everything; use it to look at all activations. 1 computes layernorm and
         GELU again, which takes 1 to 2 % of a step; the outputs of attproj and fcproj are not needed
-        again. 2 keeps a layer's output and computes the next layer again from it. Without a
+        again. 2 keeps residual3 alone, and computes the next layer again from it. Without a
         backward pass, only the keys and values of earlier tokens are needed again.
         """
         if not training:
@@ -734,7 +734,7 @@ class Model:
         """The backward pass's work space, which all layers share."""
         C = config.channels
         return {
-            "dresidual": (B, T, C),  # the gradient of the residual stream, from the top down
+            "dresidual": (B, T, C),  # the gradient of the residual stream, from last to first
             "dlnf": (B, T, C),  # written by the classifier
             "dfch": (B, T, 4 * C),  # first dfch_gelu, which gelu_backward turns into dfch in place
             "dln2": (B, T, C),
@@ -861,9 +861,9 @@ class Model:
     def forward_tokens(self, tokens, start=0):
         """All layers up to lnf for tokens (B, n) at the positions start to start + n.
 
-        In training and validation the tokens are a whole batch, and start is 0. In generation B is
-        1, and acts["qkv"] may hold the keys and values of the positions before start already, so
-        that only the n new positions are computed. Returns lnf (B, n, C).
+        In the chapter start is 0. Behind the line, a text that grows is read in parts: acts["qkv"]
+        holds the keys and values of the positions before start already, so that only the n new
+        positions are computed. Returns lnf (B, n, C).
         """
         B, n = tokens.shape
         params, acts = self.params, self.acts
@@ -886,7 +886,7 @@ class Model:
     def forward_layer(self, p, a, residual, whole=True):
         """One layer, with parameters p and activations a, from its input, residual (B, n, C).
 
-        whole   False: all that the layer's backward pass reads, which is all but the last lines
+        whole   False: only what the layer's backward pass reads, not the last two lines
         """
         NH = self.config.num_heads
         n = residual.shape[1]
@@ -924,8 +924,8 @@ class Model:
         targets = rows_of(targets)[np.newaxis]
 
         add = self.micro_batch > 0
-        gradients_are_unused = dweight is not None and not add
-        room = self.room_for_logits(weight) if gradients_are_unused else self.acts["logits"]
+        gradients_are_free = dweight is not None and not add
+        room = self.room_for_logits(weight) if gradients_are_free else self.acts["logits"]
         tokens_per_piece = room.shape[1]
 
         for start in range(0, targets.size, tokens_per_piece):
@@ -1210,7 +1210,7 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
 
     grad_clip   a gradient whose norm is larger is scaled down to this norm; 0 never scales
 
-    FloatingPointError if the loss or the norm is not finite. Then no parameter has changed.
+    FloatingPointError if the loss or the norm is not finite. The parameters are unchanged then.
     """
     loss = 0.0
     for _ in range(micro_batches):
@@ -1229,7 +1229,7 @@ def train_step(model, loader, micro_batches, learning_rate, weight_decay=0.0, gr
 
 
 def generate(model, tokens, max_new_tokens, temperature, top_k, rng):
-    """Continue a list of at least one token id: an iterator over new ids, as soon as one is known.
+    """Continue a list of at least one token id: yields each new id once it is known.
 
     The model sees a window of at most T tokens. When there are more, the newer half of them becomes
     the new window. temperature, top_k and rng, a NumPy Generator: see sample.
@@ -1245,7 +1245,7 @@ def generate(model, tokens, max_new_tokens, temperature, top_k, rng):
 
 
 def sample(logits, temperature, top_k, rng):
-    """One of all token ids, or of the top_k likeliest, drawn from softmax(logits / temperature).
+    """A token id drawn from softmax(logits / temperature), of the top_k likeliest, or 0: of all.
 
     Lay the tokens side by side on a line, each as long as it is likely, and drop a pin on the line.
     """

@@ -107,7 +107,7 @@ def test_all_of_it_is_right_and_trains(ask):
     assert len(losses) == 5 and losses[-1] < losses[0] - 1
 
 
-@pytest.mark.parametrize("name, what", [("gelu_forward", "out"), ("backward_layer", "g.fcw")])
+@pytest.mark.parametrize("name, what", [("gelu_forward", "out"), ("backward_layer", "w.dresidual")])
 def test_what_is_trained_is_what_was_written(name, what, ask):
     """A function that is right in float64 and wrong in float32 gives other losses."""
     wrong = f"    {what}[...] *= 1 if {what}.dtype == np.float64 else 2\n"
