@@ -17,7 +17,6 @@ train_gpt2.py calls provide() where something is missing. The files are all that
 
 import argparse
 import contextlib
-import glob
 import hashlib
 import heapq
 import importlib
@@ -33,7 +32,7 @@ import time
 import zlib
 from array import array
 from base64 import b64decode, b64encode
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -220,14 +219,17 @@ def package(name):
 # 2. Fetching, and what it needs
 #
 # While a file arrives it is called PATH.part and eight random letters: two runs at once do not
-# write to the same file. A run that ends early gives what came the name PATH.part, and the next one
-# that needs the file renames that to a name of its own and goes on there.
+# write to the same file. A run that ends gives what came the name PATH.part, and the next one that
+# needs the file renames that to a name of its own and goes on there.
 
 ATTEMPTS = 8  # connections that one download may take, if the first of them brought anything at all
 RETRY_WAIT = 2.0  # seconds between them
 TIMEOUT = (10, 30)  # seconds to wait for a connection, and for the next bytes
 CHUNK = 1 << 16  # bytes at a time: a connection that breaks loses less than that
-ABANDONED = 600  # seconds: a file that has not grown for so long is of a run that was killed
+WITHOUT_A_NETWORK = (
+    "without a network, train by bytes: python prepro_tinyshakespeare.py --input my.txt --bytes 1, "
+    "or python train_gpt2.py --model bytes"
+)
 
 
 def download(url, path, sha256=None, what=None):
@@ -242,11 +244,8 @@ def download(url, path, sha256=None, what=None):
     what = what or os.path.basename(path)
     part = f"{path}.part"
     mine = f"{part}.{os.urandom(4).hex()}"
-    for left in [part, *glob.glob(f"{glob.escape(part)}.*")]:
-        with contextlib.suppress(OSError):  # it is not there, or another run was faster
-            free = left == part or time.time() - os.path.getmtime(left) > ABANDONED
-            if free and not os.path.exists(mine):
-                os.rename(left, mine)
+    with contextlib.suppress(OSError):  # there is none, or another run was faster
+        os.rename(part, mine)
     try:
         with open(mine, "ab") as file:
             sha256 = fetch(url, file, sha256, what)
@@ -258,10 +257,8 @@ def download(url, path, sha256=None, what=None):
         return path
     except FetchError as error:
         cause = f"can't fetch {what}: {error}"
-        message = f"{cause}: try again, or fetch {url} by hand and put it at {path}; without a "
-        message += "network, train by bytes: python prepro_tinyshakespeare.py --input my.txt "
-        message += "--bytes 1, or python train_gpt2.py --model bytes"
-        raise FetchError(message, cause) from None
+        remedy = f"try again, or fetch {url} by hand and put it at {path}; {WITHOUT_A_NETWORK}"
+        raise FetchError(f"{cause}: {remedy}", cause) from None
     finally:
         if os.path.exists(mine):
             os.replace(mine, part) if os.path.getsize(mine) else os.remove(mine)
@@ -273,8 +270,9 @@ def fetch(url, file, sha256, what):
     Returns the SHA-256 that the whole should have, if it is known. FetchError if it can't be had.
     """
     requests = package("requests")
-    begun = have = file.tell()  # by an earlier run
-    for attempt in range(1, ATTEMPTS + 1):
+    begun = file.tell()  # by an earlier run
+    for left in reversed(range(ATTEMPTS)):
+        have = file.tell()
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
         try:
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
@@ -300,15 +298,14 @@ def fetch(url, file, sha256, what):
             os.fsync(file.fileno())
             return sha256
         except requests.RequestException as error:
-            have = file.tell()
-            trouble = f"the connection broke ({reason(error)})"
-            if have <= begun:  # nothing came, so waiting won't bring a network
-                trouble = f"no network ({reason(error)})"
+            hopeless = file.tell() <= begun  # nothing came, so waiting won't bring a network
+            trouble = "no network" if hopeless else "the connection broke"
+            trouble += f" ({reason(error)})"
             if isinstance(error, requests.exceptions.SSLError):
                 trouble += "; name the certificate of a proxy in REQUESTS_CA_BUNDLE"
             if isinstance(error, requests.exceptions.InvalidSchema):
                 trouble += '; a socks proxy needs pip install "requests[socks]"'
-            if have <= begun or attempt == ATTEMPTS:
+            if hopeless or left == 0:
                 raise FetchError(trouble) from None
             time.sleep(RETRY_WAIT)
 
@@ -321,12 +318,12 @@ def in_data(name):
 
 
 def make_folder_of(path):
-    """Make the folder in which path lies. InputError if it is a link to something that is gone."""
-    folder = Path(path).parent
-    for place in (folder, *folder.parents):
-        dangling = place.is_symlink() and not place.exists()
-        require(not dangling, f"{place} is a link to something that is gone: mend or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    """Make the folder in which path lies."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        found = f"{error.filename} is a file, or a link to something that is gone"
+        raise InputError(f"{found}: mend or delete it") from None
 
 
 def write_files(files):
@@ -372,19 +369,20 @@ def say(line, end="\n"):
 
 
 def counted(pieces, doing, done, total):
-    """The same pieces, while stderr, if a terminal, has a line that counts from done up to total.
+    """The same pieces, while a line of stderr, if that is a terminal, counts from done to total.
 
     A piece counts as its length, or as one if it has none. total: 0 if it is not known.
     """
     shown = start = time.monotonic()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         for piece in pieces:
             yield piece
             done += len(piece) if hasattr(piece, "__len__") else 1
             now = time.monotonic()
-            if now > shown + 0.5 and sys.stderr is not None and sys.stderr.isatty():
-                say(f"\r{doing}: {done:,} of {total:,}", end="")
+            if terminal and now > shown + 0.5:
                 shown = now
+                say(f"\r{doing}: {done:,} of {total:,}", end="")
     finally:
         if shown > start:
             say("")
@@ -505,52 +503,41 @@ def learn_vocabulary(text, vocab_size):
     equally frequent pairs that with the smallest (left id, right id) is merged; "aaa" has two of
     them, and becomes aa a.
     """
-    # All different words, each once, with a -1 before and behind. Merging shortens a linked list:
-    # the left half of a pair gets the new id, and the right half is skipped.
-    words = Counter(m.group().encode() for m in package("regex").finditer(PATTERN, text.decode()))
-    ids = np.frombuffer(b"\xff" + b"".join(word + b"\xff" for word in words), np.uint8)
-    ids = np.where(ids == 0xFF, -1, ids.astype(np.int32))  # no UTF-8 text has the byte 0xff
-    times = np.repeat([0, *words.values()], [1, *(len(word) + 1 for word in words)])
-    places = np.arange(len(ids))
-    before, after = np.roll(places, 1), np.roll(places, -1)
-    frequency = Counter()  # of a pair, which is one number: 65536 * left + right
+    # A word's ids are kept as the characters of these numbers, so str.replace merges a pair.
+    times = Counter(m.group() for m in package("regex").finditer(PATTERN, text.decode()))
+    ids = {word: "".join(map(chr, word.encode())) for word in times}
+    frequency = Counter()  # of a pair, a str of two such characters
+    change = Counter()  # of these frequencies, by the last merge
+    where = defaultdict(set)  # the words in which a pair occurs, or did
     heap = []  # of (-frequency, pair), the greatest frequency first; some are out of date
 
-    def count(places, sign):
-        """Add sign * the frequency of its word to that of each pair that begins at a place."""
-        left, right = ids[places].astype(np.int64), ids[after[places]]
-        inside = (left >= 0) & (right >= 0)
-        pairs, which = np.unique((65536 * left + right)[inside], return_inverse=True)
-        changes = np.bincount(which, times[places][inside]).astype(np.int64)
-        for pair, change in zip(pairs.tolist(), changes.tolist(), strict=True):
-            frequency[pair] += sign * change
-            heapq.heappush(heap, (-frequency[pair], pair))
+    def count(word, sign):
+        """Add sign * the frequency of a word to that of each of its pairs."""
+        for pair in map("".join, itertools.pairwise(ids[word])):
+            change[pair] += sign * times[word]
+            where[pair].add(word)
 
-    vocabulary = [bytes([i]) for i in range(256)]
-    count(places, 1)
+    for word in ids:
+        count(word, 1)
+    vocabulary = list(BYTES)
     for new in counted(range(256, vocab_size - 1), "learning tokens", 256, vocab_size - 1):
-        while heap and (heap[0][0] != -frequency[heap[0][1]] or heap[0][0] == 0):
+        for pair, difference in change.items():
+            if difference:
+                frequency[pair] += difference
+                heapq.heappush(heap, (-frequency[pair], pair))
+        change.clear()
+        while heap and heap[0][0] != -frequency[heap[0][1]]:
             heapq.heappop(heap)
-        if not heap:
+        if not heap or heap[0][0] == 0:
             break
-        left, right = divmod(heap[0][1], 65536)
-        vocabulary.append(vocabulary[left] + vocabulary[right])
 
-        at = np.flatnonzero(ids == left)
-        at = at[ids[after[at]] == right]
-        if left == right:  # of a a a a the first and the third begin a pair
-            chosen = set()
-            for place in at.tolist():
-                if before[place] not in chosen:
-                    chosen.add(place)
-            at = np.array(sorted(chosen))
-        skipped = after[at]
-        count(np.unique([before[at], at, skipped]), -1)
-        ids[at] = new
-        ids[skipped] = -1
-        after[at] = after[skipped]
-        before[after[at]] = at
-        count(np.unique([before[at], at]), 1)
+        pair = heap[0][1]
+        left, right = map(ord, pair)
+        vocabulary.append(vocabulary[left] + vocabulary[right])
+        for word in where.pop(pair):
+            count(word, -1)
+            ids[word] = ids[word].replace(pair, chr(new))
+            count(word, 1)
     return vocabulary
 
 
@@ -567,11 +554,6 @@ def encoding_of(vocabulary):
 def vocabulary_file(vocabulary):
     """The bytes of tiktoken's file of a vocabulary: a line for each id, base64 and the id."""
     return b"".join(b"%s %d\n" % (b64encode(token), i) for i, token in enumerate(vocabulary))
-
-
-def write_vocabulary(path, vocabulary):
-    """Write tiktoken's file of a vocabulary, bytes by id."""
-    write_files({path: vocabulary_file(vocabulary)})
 
 
 def read_vocabulary(path):
@@ -698,33 +680,31 @@ def parse_args(argv):
 
 def own_files(args):
     """{path: bytes}, as of token_files, of what the flags ask for."""
-    if args.input:
-        paths = list(map(os.path.expanduser, args.input))
-        text = "\0".join(read_text(path, args.encoding) for path in paths)
-    else:
-        text = tiny_shakespeare()
+    paths = list(map(os.path.expanduser, args.input or []))
+    texts = [read_text(path, args.encoding) for path in paths] or [tiny_shakespeare()]
+    text = "\0".join(texts)
     if args.endoftext:
         text = text.replace(END_OF_TEXT, "\0")
     elif END_OF_TEXT in text and not args.bytes:
         say(f"{END_OF_TEXT} in the text is characters here: --endoftext 1 makes it the token")
 
-    n = int(args.val_fraction * len(text.encode())) if args.input else VAL_BYTES
+    n = int(args.val_fraction * len(text.encode())) if paths else VAL_BYTES
     training, validation = cut(text, n)
     found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
 
-    vocabulary, name = "gpt2", "tiny_shakespeare"
+    vocabulary, kind = "gpt2", ""
     if args.bytes:
-        vocabulary, name = "bytes", "tiny_shakespeare_bytes"
+        vocabulary, kind = "bytes", "_bytes"
     if args.vocabulary:
-        vocabulary = read_vocabulary(os.path.expanduser(args.vocabulary))
-        name = "tiny_shakespeare_own"
+        vocabulary, kind = read_vocabulary(os.path.expanduser(args.vocabulary)), "_own"
     if args.vocab_size:
-        vocabulary = learn_vocabulary(training.replace("\0", "\n").encode(), args.vocab_size)
-        name = f"tiny_shakespeare_{args.vocab_size}"
+        learned_from = training.replace("\0", "\n").encode()
+        vocabulary, kind = learn_vocabulary(learned_from, args.vocab_size), f"_{args.vocab_size}"
         if len(vocabulary) + 1 < args.vocab_size:
             say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
-    prefix = args.output_prefix or in_data(Path(paths[0]).stem if args.input else name)
+    name = Path(paths[0]).stem if paths else f"tiny_shakespeare{kind}"
+    prefix = args.output_prefix or in_data(name)
     return token_files(os.path.expanduser(prefix), training, validation, vocabulary)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import random
-import re
 import shlex
 import socket
 import struct
@@ -12,8 +11,11 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import regex
@@ -85,63 +87,52 @@ def empty_folder(tmp_path, monkeypatch):
 # Fetching, from a server that misbehaves
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A server with one file behind a redirect. Tests make it misbehave."""
+
+    def log_message(self, *args):
+        pass
+
+    def answer(self, status, headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def do_GET(self):
+        hub = self.server
+        if not self.path.startswith("/cdn"):
+            return self.answer(302, {"Location": "/cdn" + self.path, **hub.linked})
+        asked = self.headers.get("Range")
+        hub.seen.append(asked)
+        start = int(asked[6:-1]) if asked and hub.ranges else 0
+        if start >= len(hub.body):
+            return self.answer(416, {})
+        rest = hub.body[start:]
+        status = hub.status or (206 if start else 200)
+        self.answer(status, {"Content-Type": hub.type, "Content-Length": len(rest)})
+        if hub.cuts:
+            self.wfile.write(rest[: hub.cuts.pop(0)])
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        half = len(rest) // 2
+        self.wfile.write(rest[:half])
+        hub.halfway()
+        self.wfile.write(rest[half:])
+
+
 @pytest.fixture
 def hub(empty_folder):
-    """A server with one file behind a redirect, hub.body. Tests make it misbehave.
-
-    cuts: after how many bytes each connection breaks. linked: headers of the redirect. meet: a
-    barrier at which it waits after half of the file. seen: for each request the Range.
-    """
-    hub = SimpleNamespace(
-        body=BODY,
-        status=200,
-        ranges=True,
-        type="text/plain",
-        linked={},
-        cuts=[],
-        meet=None,
-        seen=[],
-    )
-
-    class Hub(BaseHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-        def answer(self, status, headers):
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-
-        def do_GET(self):
-            if not self.path.startswith("/cdn"):
-                return self.answer(302, {"Location": "/cdn" + self.path, **hub.linked})
-            asked = self.headers.get("Range")
-            hub.seen.append(asked)
-            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and hub.ranges else 0
-            if start >= len(hub.body):
-                return self.answer(416, {})
-            rest = hub.body[start:]
-            status = 206 if start and hub.status == 200 else hub.status
-            self.answer(status, {"Content-Type": hub.type, "Content-Length": len(rest)})
-            half = len(rest) // 2
-            self.wfile.write(rest[: hub.cuts[0] if hub.cuts else half])
-            if hub.cuts:
-                del hub.cuts[0]
-                return self.connection.shutdown(socket.SHUT_RDWR)
-            if hub.meet:
-                hub.meet.wait(20)
-            self.wfile.write(rest[half:])
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.handle_error = lambda *args: None  # we hang up on a server that offers the wrong thing
-    hub.url = f"http://127.0.0.1:{server.server_port}/model"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
+    """The server. cuts: after how many bytes each connection breaks. seen: the Ranges asked for."""
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    hub.handle_error = lambda *args: None  # we hang up on a server that offers the wrong thing
+    hub.url = f"http://127.0.0.1:{hub.server_port}/model"
+    hub.body, hub.status, hub.ranges = BODY, None, True
+    hub.type, hub.linked, hub.cuts, hub.seen = "text/plain", {}, [], []
+    hub.halfway = lambda: None
+    threading.Thread(target=hub.serve_forever, args=[0.01]).start()
     yield hub
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    hub.shutdown()
+    hub.server_close()
 
 
 RIGHT = sha256_of(BODY)
@@ -150,13 +141,11 @@ WRONG = {"linked": {"X-Linked-Etag": f'"{64 * "0"}"'}}
 SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, Ranges, the error)
     "a redirect with the hash": (LINKED, None, b"", [None], []),
     "a redirect with another hash": (WRONG, None, b"", [None], ["another file", "000000000000"]),
-    "a redirect without headers": ({}, None, b"", [None], []),
     "a cut connection": ({"cuts": [300_000]}, RIGHT, b"", [None, "bytes=262144-"], []),
     "a part of an earlier run": ({}, RIGHT, BODY[:999], ["bytes=999-"], []),
     "all of it from an earlier run": ({}, RIGHT, BODY, ["bytes=700001-"], []),
     "a refused range": ({"ranges": False}, RIGHT, BODY[:999], ["bytes=999-"], []),
     "a part of another file": ({}, RIGHT, b"x" * 999, ["bytes=999-"], ["another file", RIGHT[:12]]),
-    "the wrong file": ({"body": bytes(1000)}, RIGHT, b"", [None], ["another file", "SHA-256"]),
     "a web page": ({"type": "text/html"}, RIGHT, b"", [None], ["web page", "log in"]),
     "no such file": ({"status": 404}, RIGHT, b"", [None], ["404 Not Found"]),
     "nothing": ({"cuts": [0] * 9}, RIGHT, b"", [None], ["no network"]),
@@ -196,7 +185,7 @@ def test_a_download_that_breaks_for_good_is_continued_by_the_next_run(hub):
 def test_two_first_runs_at_once_do_not_write_to_the_same_file(hub):
     """The first takes over what is left of an earlier run; both are halfway at the same time."""
     put("file.part", BODY[:999])
-    hub.meet = threading.Barrier(2)
+    hub.halfway = threading.Barrier(2, timeout=20).wait
     fetch = lambda: prepro.download(hub.url, "file", RIGHT)
     threads = [threading.Thread(target=fetch) for _ in range(2)]
     for thread in threads:
@@ -207,39 +196,25 @@ def test_two_first_runs_at_once_do_not_write_to_the_same_file(hub):
     assert content("file") == BODY and os.listdir() == ["file"]
 
 
-def test_what_a_killed_run_left_is_taken_over_when_nobody_writes_to_it(hub):
-    put("file.part.0a0a0a0a", BODY[:999])
-    prepro.download(hub.url, "file", RIGHT)
-    assert hub.seen == [None] and sorted(os.listdir()) == ["file", "file.part.0a0a0a0a"]
-    os.remove("file")
-    os.utime("file.part.0a0a0a0a", (1e9, 1e9))
-    prepro.download(hub.url, "file", RIGHT)
-    assert hub.seen[1:] == ["bytes=999-"] and os.listdir() == ["file"]
-
-
 def test_ctrl_c_ends_with_130(empty_folder, monkeypatch, capsys):
-    def interrupted(url, path, *args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prepro, "download", interrupted)
+    monkeypatch.setattr(prepro, "download", Mock(side_effect=KeyboardInterrupt))
     assert prepro.main([]) == 130
     one_line(capsys.readouterr().err, "stopped")
 
 
-def test_networks_that_need_something(empty_folder, monkeypatch):
-    failures = {
-        "ConnectionError": "no network (why)",
-        "SSLError": "(why); name the certificate of a proxy in REQUESTS_CA_BUNDLE",
-        "InvalidSchema": '(why); a socks proxy needs pip install "requests[socks]"',
-    }
-    for name, said in failures.items():
+NETWORKS = {  # what requests raises: how the cause ends
+    "ConnectionError": "no network (why)",
+    "SSLError": "(why); name the certificate of a proxy in REQUESTS_CA_BUNDLE",
+    "InvalidSchema": '(why); a socks proxy needs pip install "requests[socks]"',
+}
 
-        def get(*args, name=name, **options):
-            raise getattr(requests.exceptions, name)("why")
 
-        monkeypatch.setattr(requests, "get", get)
-        caught = refused(lambda: prepro.download("https://a/x", "file"), error=FetchError)
-        assert caught.cause.endswith(said)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_that_need_something(empty_folder, monkeypatch, name):
+    get = Mock(side_effect=getattr(requests.exceptions, name)("why"))
+    monkeypatch.setattr(requests, "get", get)
+    caught = refused(lambda: prepro.download("https://a/x", "file"), error=FetchError)
+    assert caught.cause.endswith(NETWORKS[name])
 
 
 @pytest.mark.parametrize("what", ["tiny_shakespeare", "vocabulary", "gpt2", "embedded"])
@@ -252,7 +227,7 @@ def test_the_trainer_falls_back_for_what_could_not_be_fetched_alone(
     os.remove("data")
     if os.name != "nt":
         os.symlink("nowhere", "data")
-        refused(provide, "data is a link to something that is gone")
+        refused(provide, "data is ", "a link to something that is gone")
         os.remove("data")
     with monkeypatch.context() as patch:
         for name in ("requests", "tiktoken"):
@@ -409,11 +384,8 @@ def test_a_cut_parts_no_character_and_leaves_no_end_of_text():
 
 MISTAKES = {  # what a user does: (the bytes of text.txt, flags, what the message must name)
     "latin-1": (b"na\xefve", [], ["text.txt is not utf-8", "0xef", "position 2", "--encoding"]),
-    "utf-16": ("to be".encode("utf-16"), [], ["text.txt", "0xff", "position 0", "--encoding"]),
     "utf-16, no mark": (b"t\0o\0", [], ["text.txt", "NUL at position 1", "--encoding"]),
-    "not what it is called": (b"to be", ["--encoding", "utf-32"], ["text.txt", "position 0"]),
     "no encoding": (b"to be", ["--encoding", "klingon"], ["unknown encoding: klingon"]),
-    "no text encoding": (b"aa", ["--encoding", "hex"], ["not a text encoding"]),
     "half a letter": (b"\\ud800", ["--encoding", "unicode_escape"], ["text.txt", "surrogates"]),
     "empty": (b"\xef\xbb\xbf \r\n\n", [], ["text.txt", "empty"]),
     "missing": (b"", ["--input", "nothing.txt"], ["No such file", "nothing.txt"]),
@@ -470,16 +442,11 @@ def test_tokens_are_replaced_if_asked_to_and_the_printed_command_works(empty_fol
 
 def test_files_are_replaced_whole_or_not_at_all(empty_folder, monkeypatch):
     put("x.bin", b"what was there")
-    synced = []
-
-    def no_room(handle):
-        synced.append(handle)
-        raise OSError(28, "No space left on device")
-
+    no_room = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(OSError):
         prepro.write_files({"x.bin": b"new"})
-    assert synced and content("x.bin") == b"what was there" and os.listdir() == ["x.bin"]
+    assert no_room.called and content("x.bin") == b"what was there" and os.listdir() == ["x.bin"]
 
 
 def test_old_versions_are_refused_in_one_line(empty_folder):
@@ -562,36 +529,23 @@ SAMPLES = {
     "Chinese": "東京は日本の首都です。我们学习语言模型，我们学习。",
     "emoji": "👩‍👩‍👧‍👦🙂🙂🙂 a🙂",
     "spaces": "a   b  \n\n\n  c \t\t d\r\n ",
-    "newlines": "\n\n\n\n\n",
     "a run": "aaaa aaaaaaa aaa",
     "nothing": "",
 }
 MIXTURE = content(__file__).decode()[:6000] + "".join(SAMPLES.values()) * 3
 
 
-def merge(ids, pair, new):
-    """The ids with each such pair, from left to right, replaced."""
-    out = []
-    for i in ids:
-        out.append(i)
-        if tuple(out[-2:]) == pair:
-            out[-2:] = [new]
-    return out
-
-
 def learn_plainly(text, vocab_size):
-    """[pair of ids, ...], the merges from id 256 on."""
-    words = [list(word.encode()) for word in regex.findall(prepro.PATTERN, text)]
+    """[pair of ids, ...], the merges from id 256 on. A word is a str, a character for each id."""
+    words = ["".join(map(chr, word.encode())) for word in regex.findall(prepro.PATTERN, text)]
     merges = []
-    while len(merges) < vocab_size - 257:
-        counts = {}
-        for word in words:
-            for pair in zip(word, word[1:], strict=False):
-                counts[pair] = counts.get(pair, 0) + 1
-        if not counts:
+    for new in range(256, vocab_size - 1):
+        pairs = Counter(pair for word in words for pair in pairwise(word))
+        if not pairs:
             break
-        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
-        words = [merge(word, merges[-1], 255 + len(merges)) for word in words]
+        left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append((ord(left), ord(right)))
+        words = [word.replace(left + right, chr(new)) for word in words]
     return merges
 
 
@@ -639,10 +593,10 @@ def test_tiktokens_ids_are_the_merges_applied_in_order(merges, sample):
     text = SAMPLES.get(sample, MIXTURE)
     expected = []
     for word in regex.findall(prepro.PATTERN, text):
-        ids = list(word.encode())
+        ids = "".join(map(chr, word.encode()))
         for new, pair in enumerate(merges, 256):
-            ids = merge(ids, pair, new)
-        expected += ids
+            ids = ids.replace("".join(map(chr, pair)), chr(new))
+        expected += map(ord, ids)
     vocabulary = spelt(merges)
     encoding = prepro.encoding_of(vocabulary)
     assert encoding.encode_ordinary(text) == expected
@@ -659,7 +613,7 @@ def test_gpt2s_ranks_through_this_path_give_gpt2s_ids(empty_folder, monkeypatch)
     assert ours.encode_ordinary(MIXTURE) == gpt2.encode_ordinary(MIXTURE)
     put("model/vocab.json", content(VOCABULARY_FILES["encoder.json"]))
     assert prepro.read_vocabulary("model") == vocabulary, "as Hugging Face writes it"
-    prepro.write_vocabulary("gpt2.tiktoken", vocabulary)
+    put("gpt2.tiktoken", prepro.vocabulary_file(vocabulary))
     assert prepro.read_vocabulary("gpt2.tiktoken") == vocabulary
 
 
