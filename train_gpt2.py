@@ -2087,8 +2087,10 @@ def atomic_write(path):
         os.replace(temporary, path)
         with contextlib.suppress(OSError):  # Windows has no such handles
             folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            os.fsync(folder)  # so that the new name survives a power cut
-            os.close(folder)
+            try:
+                os.fsync(folder)  # so that the new name survives a power cut
+            finally:
+                os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -2255,6 +2257,8 @@ def saved_vocabulary(path, vocab_size):
         return None
     try:
         vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
+    except FetchError:  # this file stands alone
+        return None if is_gpt2s(vocab_size) else []
     except InputError:
         return []
     if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
@@ -2670,9 +2674,9 @@ def train(run):
         if is_due(run.step, args.val_loss_every, done):
             validate(run)
         if is_due(run.step, args.sample_every, done) and run.loader:
-            print_sample(run, args.max_new_tokens if done else min(args.max_new_tokens, SHORT))
+            print_sample(run, args.max_new_tokens if done else min(args.max_new_tokens, 64))
         if done:
-            return True
+            return not run.signals
         if not run.signals:
             update(run)
 
@@ -2793,6 +2797,7 @@ def validate(run):
             if run.tokenizer:
                 nbytes += int(lengths[window[1 : n + 1]].sum())
 
+    require(tokens, "the validation data has nothing to predict")
     loss = nats / tokens
     require(math.isfinite(loss), f"the validation loss is {loss}: try a smaller --learning_rate")
     values = {"val_loss": loss, "val_tokens": tokens}
@@ -2800,26 +2805,17 @@ def validate(run):
         values["bits_per_byte"] = nats / math.log(2) / nbytes
     bits = f" ({values['bits_per_byte']:.2f} bits per byte)" if nbytes else ""
     print_now(f"val loss {loss:.6f}{bits}")
-    log(run, **values)
-    if run.folder and run.step > 0 and best_so_far(run)[1] == run.step:
+    if run.folder and run.step > 0 and loss < best_so_far(run, tokens)[0]:
         with kept(run, "the best weights"):
-            run.model.save_pretrained(best_folder(run.folder))
+            run.model.save_pretrained(os.path.join(run.folder, "best"))
+            values["best"] = True
+    log(run, **values)
 
 
-def best_so_far(run):
-    """(loss, step) of the best validation, of those that rest on as many tokens as the last one."""
-    validations = [entry for entry in run.entries if "val_loss" in entry]
-    tokens = validations[-1]["val_tokens"] if validations else 0
-    same = [e for e in validations if e["step"] > 0 and e["val_tokens"] == tokens]
-    return min(((e["val_loss"], e["step"]) for e in same), default=(math.inf, 0))
-
-
-def best_folder(output_dir):
-    """Where the weights with the least validation loss are."""
-    return os.path.join(output_dir, "best")
-
-
-SHORT = 64  # tokens of the samples before the last one
+def best_so_far(run, tokens):
+    """(loss, step) of the weights in best/, if their loss rests on so many tokens."""
+    kept = [e for e in run.entries if e.get("best") and e["val_tokens"] == tokens]
+    return min(((e["val_loss"], e["step"]) for e in kept), default=(math.inf, 0))
 
 
 def print_sample(run, length):
@@ -2864,17 +2860,18 @@ def log(run, **values):
         run.written = len(run.entries)
 
 
-def entries_until(folder, step):
-    """The entries of main.jsonl that a run has when it resumes at a step."""
+def entries_until(args, step):
+    """The entries of main.jsonl that a run has when it resumes at a step, before it evaluates."""
     entries = []
-    with contextlib.suppress(FileNotFoundError):
-        with open(os.path.join(folder, "main.jsonl"), encoding="utf-8", errors="replace") as file:
-            for line in file:
-                with contextlib.suppress(ValueError):  # half a line, which a killed run left
-                    entry = json.loads(line)
-                    again = entry["step"] == step and "val_loss" in entry
-                    if entry["step"] <= step and not again:
-                        entries.append(entry)
+    path = os.path.join(args.output_dir, "main.jsonl")
+    evaluates = is_due(step, args.val_loss_every, step == args.num_iterations)
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, for instance
+                entry = json.loads(line)
+                again = evaluates and entry["step"] == step and "val_loss" in entry
+                if entry["step"] <= step and not again:
+                    entries.append(entry)
     return entries
 
 
@@ -2890,7 +2887,7 @@ def kept(run, what):
     except OSError as error:
         if what not in run.missing:
             print_now(f"can't write {what}: {error}; the run goes on")
-        run.missing[what] = error
+        run.missing[what] = str(error)  # the error itself would keep the run, and so its lock
 
 
 def finish(run, complete):
@@ -2909,13 +2906,17 @@ def finish(run, complete):
         if len(losses[kind]) > 1:
             first, last = losses[kind][0], losses[kind][-1]
             print_now(f"{kind:5} loss {first:7.4f} {sparkline(losses[kind])} {last:.4f}")
-    if not run.loader and losses["val"]:
-        print_now(f"perplexity {math.exp(min(losses['val'][-1], 700)):.2f}")
+    if not run.loader:
+        if losses["val"]:
+            print_now(f"perplexity {math.exp(min(losses['val'][-1], 700)):.2f}")
+        require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room")
         return
 
-    best, step = best_so_far(run)
-    if step and folder and "the best weights" not in run.missing:
-        print_now(f"best val loss {best:.4f} at update {step}, in {best_folder(folder)}")
+    tokens = [entry["val_tokens"] for entry in run.entries if "val_tokens" in entry]
+    best, step = best_so_far(run, tokens[-1] if tokens else 0)
+    if step:
+        where = os.path.join(folder, "best")
+        print_now(f"best val loss {best:.4f} at update {step}, in {where}")
 
     summary = [f"{run.step} updates"]
     if losses["train"]:
@@ -2973,8 +2974,8 @@ CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning 
 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
-    pattern = os.path.join(glob.escape(folder), f"checkpoint_{'[0-9]' * 8}.safetensors")
-    return sorted(glob.glob(pattern), reverse=True)
+    names = glob.glob(f"checkpoint_{'[0-9]' * 8}.safetensors", root_dir=folder)
+    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]
 
 
 def save_checkpoint(run):
@@ -3000,13 +3001,14 @@ def save_checkpoint(run):
     tensors = huggingface_views(model.params) | {"moments": (model.moments.shape, model.moments)}
     path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
     with kept(run, "a checkpoint"):
-        write_safetensors(path, tensors, metadata, checksum=True)
-        run.saved = run.step
         for name, data in vocabulary_files(model.config.vocab_size, model.vocabulary).items():
             with atomic_write(os.path.join(folder, name)) as file:
                 file.write(data)
-        until_now = [other for other in list_checkpoints(folder) if other <= path]
-        for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
+        write_safetensors(path, tensors, metadata, checksum=True)
+        run.saved = run.step
+    until_now = [other for other in list_checkpoints(folder) if other <= path]
+    for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
+        with contextlib.suppress(OSError):
             os.remove(old)
 
 
@@ -3185,18 +3187,26 @@ def parse_args(argv, settings=None):
 
     args = parser.parse_args(argv)
     parser.set_defaults(**PRESETS.get(args.model, {}) | (settings or {}))
+    if args.inference_only:
+        parser.set_defaults(sequence_length=0)  # the whole context
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
         if not isinstance(value, (str, list)) and not 0 <= value < 1 << 62:
             parser.error(f"--{name} {value}: expected a number of at least 0")
         if isinstance(value, list):
-            setattr(args, name, [os.path.expanduser(path) for path in value])
+            setattr(args, name, [os.path.expanduser(path) for path in value if path])
         elif name in ("model", "output_dir"):
             setattr(args, name, os.path.expanduser(value))
     for name in ("checkpoint_every", "resume"):
         if getattr(args, name) and not args.output_dir:
             parser.error(f"--{name} needs --output_dir")
+    if args.batch_size == 0 or args.sequence_length == 0 and not args.inference_only:
+        parser.error("--batch_size and --sequence_length are at least 1")
+    if args.num_iterations == args.val_loss_every == 0:
+        parser.error("--num_iterations 0 with --val_loss_every 0 does nothing")
+    if args.inference_only and args.output_dir:
+        parser.error("--inference_only 1 writes nothing: name the folder with --model")
     return args
 
 
@@ -3213,6 +3223,8 @@ def find(args, checkpoint=""):
         found.config, found.tensors = open_weights(path)
         found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
 
+    if name in FRESH:
+        refuse_two_meanings(name)
     if checkpoint or name not in (*OPENAI, *FRESH):
         open_model(checkpoint or find_weights(name))  # an error before anything is fetched
     if not args.inference_only:
@@ -3248,12 +3260,12 @@ def find_data(args, name, found):
         print_now(f"the text is that of {names}, byte by byte")
         found.training, found.validation = [[text] for text in texts]
         paths = [], []
-    elif name == "d2" or V and not is_gpt2s(V):
-        paths = provide("embedded")[:2]
     else:
-        paths = in_data("tiny_shakespeare_train.bin"), in_data("tiny_shakespeare_val.bin")
+        own = name == "d2" or V and not is_gpt2s(V)
+        what, prefix = ("embedded", "first") if own else ("tiny_shakespeare", "tiny_shakespeare")
+        paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
         if not all(map(os.path.exists, paths)):
-            paths = provide("tiny_shakespeare")
+            paths = provide(what)[:2]
 
     if paths[0]:
         found.training = open_shards(paths[0])
@@ -3265,7 +3277,7 @@ def find_data(args, name, found):
         found.validation = []
 
 
-def check_shards(shards, what, found, B, T):
+def check_shards(shards, what, found):
     """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
     V = found.config.vocab_size
     facts = []
@@ -3352,26 +3364,26 @@ def open_run(argv, make=GPT2, first=True):
     if args.output_dir and first and not lock:  # a new folder
         lock = lock_folder(args.output_dir)
 
-    B, T = args.batch_size, args.sequence_length
-    data = {
-        what: check_shards(shards, what, found, B, T)
-        for what, shards in (("training", found.training), ("validation", found.validation))
-        if shards
-    }
+    data = {}
+    for what, shards in (("training", found.training), ("validation", found.validation)):
+        if shards:
+            data[what] = check_shards(shards, what, found)
     if state:
         for what, facts in data.items():
             require(
                 state["data"].get(what, facts) == facts,
                 f"the {what} data has changed since this run began: put it back, or start another",
             )
+        data = state["data"] | data
     loader = make_loader(args, found.training, make.PROCESSES)
     model = build(args, found, make)
-    tokens = None
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
-        tokens.encode(args.prompt)
+        if args.prompt:
+            tokens.encode(args.prompt)
     except InputError as error:
         print_now(f"no samples: {error}")
+        tokens = None
     folder = args.output_dir if first else ""
     run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
     if state:
@@ -3379,7 +3391,7 @@ def open_run(argv, make=GPT2, first=True):
         model.moments[...] = stored["moments"].array
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
-        run.entries = entries_until(args.output_dir, run.step)
+        run.entries = entries_until(args, run.step)
         print_now(f"resuming from {checkpoint}")
     describe(run)
     return run
@@ -3387,17 +3399,15 @@ def open_run(argv, make=GPT2, first=True):
 
 def small_run(argv):
     """(args, what find gives) of a small GPT that learns from scratch what lies at hand."""
-    for name in ("d2", "bytes"):
-        args = parse_args([*argv, "--model", name])
-        try:
-            found = find(args)
-            break
-        except InputError as error:
-            if name == "bytes":
-                raise
-            print_now(f"{error}\n--> so it will learn bytes")
+    try:
+        args = parse_args([*argv, "--model", "d2"])
+        found = find(args)
+    except InputError as error:
+        print_now(f"{error}\n--> so it will learn bytes")
+        args = parse_args([*argv, "--model", "bytes"])
+        found = find(args)
     first = in_data("first")
-    if not args.output_dir and not os.path.exists(first):
+    if not args.output_dir and args.num_iterations and not os.path.exists(first):
         args.output_dir = first
     return args, found
 
@@ -3409,10 +3419,12 @@ def resumed_args(argv, args, state):
         message = f"{folder} holds no run to resume: to begin one there, name its --model"
         require(args.model, message)
         print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins")
+        refuse_used_folder(folder)
         return args
 
     before = state["settings"]
     args = parse_args(argv, before)
+    args.total_batch_size = args.total_batch_size or before["total_batch_size"]
     clashes = [
         f"--{name} {value!r} (it was {before[name]!r})"
         for name, value in vars(args).items()
@@ -3425,7 +3437,7 @@ def resumed_args(argv, args, state):
     )
     step = state["step"]
     require(
-        args.num_iterations >= step,
+        args.num_iterations >= max(1, step),
         f"the run in {folder} has done {step} updates: use --num_iterations {step} or more",
     )
     if step < args.num_iterations != before["num_iterations"]:
@@ -3499,16 +3511,19 @@ def note_signals(signals):
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         number = getattr(signal, name, None)
-        ignored = number is None or signal.getsignal(number) == signal.SIG_IGN  # as by nohup
-        if not ignored and threading.current_thread() is threading.main_thread():
-            before[number] = signal.signal(number, note)
+        handler = number and signal.getsignal(number)  # SIG_IGN under nohup
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if in_main_thread and handler not in (None, signal.SIG_IGN):
+            before[number] = handler
+            signal.signal(number, note)
     return before
 
 
 def main(argv=()):
     """Run the command line. Returns the exit code.
 
-    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
+    0; 1 for what a one-line error explains; 128 + its number after a signal. Flags that make no
+    sense leave with 2.
     """
     before = {}
     try:
