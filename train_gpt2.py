@@ -3418,8 +3418,10 @@ def resumed_args(argv, args, state):
     if state is None:
         message = f"{folder} holds no run to resume: to begin one there, name its --model"
         require(args.model, message)
+        for name in ("best", "model.safetensors"):
+            there = os.path.exists(os.path.join(folder, name))
+            require(not there, f"{folder} holds {name}, but no checkpoint: choose another folder")
         print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins")
-        refuse_used_folder(folder)
         return args
 
     before = state["settings"]
