@@ -570,14 +570,14 @@ def open_llama(folder):
 
 # As many parameters as the GPT-2 of `python train_gpt2.py --model bytes` has, within 1 %.
 SMALL = LlamaConfig(64, 256, 2, 4, 2, 128, 352, rope_theta=10000.0)
-BUDGET = SimpleNamespace(**gpt2.BYTES_DEFAULTS)  # that run's batches, updates and learning rates
+BUDGET = gpt2.parse_args(["--model", "bytes"])  # its batches, updates and learning rates
 
 
 def compare(updates):
     """Train that GPT-2 and a Llama, and print their losses side by side. Returns the Llama."""
     B, T = BUDGET.batch_size, SMALL.max_seq_len
     names, text, held_back = gpt2.text_at_hand()
-    models = [GPT2(gpt2.BYTES_CONFIG, B, T), Llama(SMALL, B, T)]
+    models = [GPT2(gpt2.GPT2Config(64, 256, 2, 4, 128), B, T), Llama(SMALL, B, T)]
     loaders = [gpt2.DataLoader([text], B, T, shuffle_seed=1337) for _ in models]
     val_loader = gpt2.DataLoader([held_back], B, T)
     val_batches = [val_loader.next_batch() for _ in range(min(30720, len(held_back)) // (B * T))]
