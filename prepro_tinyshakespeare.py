@@ -128,16 +128,15 @@ def provide_vocabulary():
 
     It is TIKTOKEN_CACHE_DIR or data/tiktoken, or else tiktoken's own cache, if they are there.
     """
-    files = {}
-    for name in ("vocab.bpe", "encoder.json"):
-        files[name] = hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+    addresses = {name: VOCABULARY + name for name in ("vocab.bpe", "encoder.json")}
+    files = {name: hashlib.sha1(url.encode()).hexdigest() for name, url in addresses.items()}
     ours = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
     temporary = f"{tempfile.gettempdir()}/data-gym-cache"
     for folder in (ours, os.environ.get("DATA_GYM_CACHE_DIR") or temporary):
         if all(os.path.exists(f"{folder}/{file}") for file in files.values()):
             return folder
     for name, file in files.items():
-        download(VOCABULARY + name, f"{ours}/{file}", SHA256[name], "GPT-2's vocabulary")
+        download(addresses[name], f"{ours}/{file}", SHA256[name], "GPT-2's vocabulary")
     return ours
 
 

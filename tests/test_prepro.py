@@ -35,10 +35,6 @@ BODY = random.Random(1).randbytes(700_001)
 NOBODY = "http://127.0.0.1:9"  # no server listens there
 
 
-def sha256_of(data):
-    return hashlib.sha256(data).hexdigest()
-
-
 def put(path, data):
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "wb") as file:
@@ -135,7 +131,7 @@ def hub(empty_folder):
     hub.server_close()
 
 
-RIGHT = sha256_of(BODY)
+RIGHT = hashlib.sha256(BODY).hexdigest()
 LINKED = {"linked": {"X-Linked-Etag": f'"{RIGHT}"'}}
 WRONG = {"linked": {"X-Linked-Etag": f'"{64 * "0"}"'}}
 SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, Ranges, the error)
@@ -257,7 +253,7 @@ def test_what_is_fetched_lies_in_data(hub, monkeypatch):
 
 OURS = prepro.REVISIONS["gpt2"]
 OWNER = "openai-community--"
-WEIGHTS = sha256_of(b"weights")
+WEIGHTS = hashlib.sha256(b"weights").hexdigest()
 CACHES = {  # (how its place is told, the place, the owner, the revision, its link, SHA-256 known)
     "a link": ({}, ".cache/huggingface/hub", OWNER, "another", WEIGHTS, WEIGHTS),
     "a file": ({"XDG_CACHE_HOME": "[c]"}, "[c]/huggingface/hub", OWNER, "another", "", WEIGHTS),
