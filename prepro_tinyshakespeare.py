@@ -128,16 +128,15 @@ def provide_vocabulary():
 
     It is TIKTOKEN_CACHE_DIR or data/tiktoken, or else tiktoken's own cache, if they are there.
     """
-    files = {}
-    for name in ("vocab.bpe", "encoder.json"):
-        files[name] = hashlib.sha1((VOCABULARY + name).encode()).hexdigest()
+    addresses = {name: VOCABULARY + name for name in ("vocab.bpe", "encoder.json")}
+    files = {name: hashlib.sha1(url.encode()).hexdigest() for name, url in addresses.items()}
     ours = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
     temporary = f"{tempfile.gettempdir()}/data-gym-cache"
     for folder in (ours, os.environ.get("DATA_GYM_CACHE_DIR") or temporary):
         if all(os.path.exists(f"{folder}/{file}") for file in files.values()):
             return folder
     for name, file in files.items():
-        download(VOCABULARY + name, f"{ours}/{file}", SHA256[name], "GPT-2's vocabulary")
+        download(addresses[name], f"{ours}/{file}", SHA256[name], "GPT-2's vocabulary")
     return ours
 
 
@@ -240,7 +239,7 @@ def download(url, path, sha256=None, what=None):
     """
     if os.path.exists(path):
         return path
-    make_folder_of(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     what = what or os.path.basename(path)
     part = f"{path}.part"
     mine = f"{part}.{os.urandom(4).hex()}"
@@ -317,21 +316,12 @@ def in_data(name):
     return f"{folder}/{name}"
 
 
-def make_folder_of(path):
-    """Make the folder in which path lies."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        found = f"{error.filename} is a file, or a link to something that is gone"
-        raise InputError(f"{found}: mend or delete it") from None
-
-
 def write_files(files):
     """Write {path: bytes}, but for those that are the same already. No file is ever half a file."""
     for path, data in files.items():
         if os.path.exists(path) and Path(path).read_bytes() == data:
             continue
-        make_folder_of(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         beside = f"{path}.{os.urandom(4).hex()}.tmp"
         try:
             with open(beside, "wb") as file:
@@ -358,6 +348,8 @@ def reason(error):
     for inside in (error.__cause__, getattr(error, "reason", None), *error.args):
         if isinstance(inside, Exception):
             return reason(inside)
+    if isinstance(error, FileExistsError):
+        return f"{error.filename} is a file, or a link to something that is gone: move it away"
     return re.sub(r"^\[[^]]*\] ", "", " ".join(str(error).split())) or type(error).__name__
 
 

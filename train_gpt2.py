@@ -2149,16 +2149,18 @@ def open_shards(paths):
 def text_at_hand():
     """(names, training, validation): the bytes of this file and those beside it, uint8 arrays.
 
-    Every tenth passage of 1000 bytes is for validation, so that it has passages of all kinds.
+    Of passages of 1000 bytes, and the rest of their last line, every tenth is for validation, so
+    that it has passages of all kinds.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
     names = [name for name in names if os.path.exists(os.path.join(here, name))]
     text = np.concatenate([np.fromfile(os.path.join(here, name), np.uint8) for name in names])
-    passages = np.split(text, range(1000, len(text), 1000))
-    validation = np.concatenate(passages[5::10])
+    passages = re.findall(rb"(?s:.{1000})[^\n]*\n?|(?s:.+)", text.tobytes())
+    validation = b"".join(passages[5::10])
     del passages[5::10]
-    return ", ".join(names), np.concatenate(passages), validation
+    texts = b"".join(passages), validation
+    return ", ".join(names), *(np.frombuffer(text, np.uint8) for text in texts)
 
 
 # A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that

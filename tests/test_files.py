@@ -585,13 +585,13 @@ def test_the_text_at_hand(tmp_path, monkeypatch):
     """Every tenth passage of this project's files validates; a copied file has its own bytes."""
     names, training, validation = gpt2.text_at_hand()
     assert names == "train_gpt2.py, test_gpt2.py, prepro_tinyshakespeare.py, README.md"
-    source = open(gpt2.__file__, "rb").read()
-    assert bytes(training[:5000]) == source[:5000] and bytes(validation[:1000]) == source[5000:6000]
     assert 0.08 < len(validation) / len(training) < 0.12
-    (tmp_path / "train_gpt2.py").write_bytes(source[:15_000])
+    text = b"".join(b"line %03d\n" % n for n in range(700))  # passages of 112 lines, 1008 bytes
+    (tmp_path / "train_gpt2.py").write_bytes(text)
     monkeypatch.setattr(gpt2, "__file__", str(tmp_path / "train_gpt2.py"))
     names, training, validation = gpt2.text_at_hand()
-    assert (names, len(training), len(validation)) == ("train_gpt2.py", 14_000, 1_000)
+    assert names == "train_gpt2.py" and bytes(validation) == text[5040:6048]
+    assert bytes(training) == text[:5040] + text[6048:]
 
 
 # --------------------------------------------------------------------------------------------------
