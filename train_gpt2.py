@@ -441,9 +441,9 @@ def attention_backward(dqkv, dout, out, lse, qkv, NH):
     for t0 in range(0, T, ATT_ROWS):
         t1 = min(t0 + ATT_ROWS, T)
 
-        keys = t1 - t0
-        preatt = q[:, :, t0:] @ k[:, :, t0:t1].mT  # (B, NH, T - t0, keys)
-        preatt[:, :, :keys] += HIDE_FUTURE[:keys, :keys]
+        num_keys = t1 - t0
+        preatt = q[:, :, t0:] @ k[:, :, t0:t1].mT  # (B, NH, T - t0, num_keys)
+        preatt[:, :, :num_keys] += HIDE_FUTURE[:num_keys, :num_keys]
         preatt -= lse[:, :, t0:, np.newaxis]
         att = np.exp(preatt, out=preatt)  # exp(preatt - lse) is att of the forward pass
         np.matmul(att.mT, dout[:, :, t0:], out=dv[:, :, t0:t1])
@@ -2782,7 +2782,7 @@ def validate(run):
             if run.tokenizer:
                 nbytes += int(lengths[window[1 : n + 1]].sum())
 
-    require(tokens, "the validation data has nothing to predict")
+    require(tokens, "the validation data has no token after its first")
     loss = nats / tokens
     require(math.isfinite(loss), f"the validation loss is {loss}: try a smaller --learning_rate")
     values = {"val_loss": loss, "val_tokens": tokens}
@@ -2960,7 +2960,8 @@ CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
     names = glob.glob(f"checkpoint_{'[0-9]' * 8}.safetensors", root_dir=folder)
-    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    paths = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    return list(filter(os.path.isfile, paths))
 
 
 def save_checkpoint(run):
@@ -3177,8 +3178,8 @@ def parse_args(argv, settings=None):
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if not isinstance(value, (str, list)) and not 0 <= value < 1 << 62:
-            parser.error(f"--{name} {value}: expected a number of at least 0")
+        if not isinstance(value, (str, list)) and not 0 <= value <= 10**12:
+            parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
         if isinstance(value, list):
             setattr(args, name, [os.path.expanduser(path) for path in value if path])
         elif name in ("model", "output_dir"):
@@ -3401,11 +3402,10 @@ def resumed_args(argv, args, state):
     """The flags of a run that goes on. InputError if one has changed that may not."""
     folder = args.output_dir
     if state is None:
+        weights = any(holds_weights(os.path.join(folder, name)) for name in ("", "best"))
+        require(not weights, f"{folder} holds weights, but no run to resume: name them as --model")
         message = f"{folder} holds no run to resume: to begin one there, name its --model"
         require(args.model, message)
-        for name in ("best", "model.safetensors"):
-            there = os.path.exists(os.path.join(folder, name))
-            require(not there, f"{folder} holds {name}, but no checkpoint: choose another folder")
         print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins")
         return args
 
@@ -3509,8 +3509,7 @@ def note_signals(signals):
 def main(argv=()):
     """Run the command line. Returns the exit code.
 
-    0; 1 for what a one-line error explains; 128 + its number after a signal. Flags that make no
-    sense leave with 2.
+    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
     """
     before = {}
     try:
@@ -3527,6 +3526,8 @@ def main(argv=()):
         complete = train(run)
         finish(run, complete)
         return 0 if complete else 128 + run.signals[0]
+    except SystemExit as end:  # of parse_args
+        return end.code
     except KeyboardInterrupt:
         return 130
     except (InputError, OSError, MemoryError) as error:

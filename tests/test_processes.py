@@ -143,7 +143,11 @@ def test_a_run_goes_on_with_another_number_of_processes(numbers, folder):
     for n, until in zip(numbers, (2, 5, 8), strict=True):
         stdout, _ = trained(n, folder, "--num_iterations", until, "--resume", 1)
         assert (f"resuming from run/checkpoint_{until - 3:08d}" in stdout) == (until > 2)
-    assert_same(left_in(folder / "run"), left_in(folder / "alone"))
+    measured, *others = left_in(folder / "run")
+    ends = [row for row in measured if row[0] in (2, 5) and row[4]]  # the last validations of parts
+    measured = [row for row in measured if row not in ends]
+    assert len(ends) == 2
+    assert_same((measured, *others), left_in(folder / "alone"))
 
 
 def test_an_evaluation_is_shared(folder):
@@ -220,7 +224,7 @@ def test_a_disk_that_is_full_amid_the_moments(folder):
 ON_ONE = "if rank == 1:\n    "
 FAULTS = {  # flags, lines that run first, what is said, exit code
     "flag": (["--colour", "red"], "", "error: unrecognized arguments: --colour red", 2),
-    "prompt": (["--model", "model", "--inference_only", 1], "", "one process continues", 1),
+    "prompt": (["--inference_only", 1], "", "error: --inference_only 1 writes nothing", 2),
     "total": (["--total_batch_size", 96], "", "of B*T * 2 processes = 64: try 64", 1),
     "folder": (["--output_dir", "model"], "", "model holds a run: go on with --resume 1", 1),
     "nan": (["--learning_rate", 1e18], "", "error: update 2: the loss is nan: try", 1),

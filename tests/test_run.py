@@ -1,0 +1,667 @@
+"""A run: its loop, its checkpoints, its output and its command line, as their user meets them.
+
+Most runs go through main() in this process, with a model so small that one takes a moment. What
+happens to a process (kill -9, a terminal that goes away, closed streams) happens to one here too.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import train_gpt2 as gpt2
+
+TRAINER = os.path.abspath(gpt2.__file__)
+CONFIG = gpt2.GPT2Config(max_seq_len=16, vocab_size=256, num_layers=2, num_heads=2, channels=16)
+RUN = """--model model --input_bin train_0.bin train_1.bin --input_val_bin val.bin --batch_size 2
+    --sequence_length 8 --num_iterations 8 """
+FLAGS = f"""{RUN} --learning_rate 3e-2 --warmup_iters 3 --learning_rate_decay_frac 0.1
+    --weight_decay 0.1 --grad_clip 1 --shuffle 1 --val_loss_every 2 --sample_every 3
+    --max_new_tokens 6 --log_every 1 --checkpoint_every 2""".split()
+
+if os.name == "nt":
+    pytest.skip("Windows has no such signals: use Linux or macOS", allow_module_level=True)
+STOPS = {getattr(signal, f"SIG{name}") for name in "INT TERM HUP USR1 USR2 XCPU".split()}
+
+
+def write_tokens(path, tokens):
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+
+
+def offline(what):
+    raise gpt2.FetchError(f"can't fetch {what}: no network: try again", f"can't fetch {what}")
+
+
+def just_before(patch, owner, name, number, happens):
+    """Call happens() before the call of that number of a function of the trainer's."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def changed(*args, **more):
+        if next(calls) == number:
+            happens(*args)
+        return original(*args, **more)
+
+    patch.setattr(owner, name, changed)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, token files, and two runs: whole, whose lines are in said.txt, and
+    part, the same one, ended in its sixth update: its checkpoints are of updates 2 and 4.
+    """
+    place = tmp_path_factory.mktemp("place")
+    rng = np.random.default_rng(0)
+    gpt2.GPT2(CONFIG, 2, 8, seed=1).save_pretrained(place / "model")
+    write_tokens(place / "train_0.bin", rng.integers(97, 123, 100))
+    write_tokens(place / "train_1.bin", rng.integers(97, 123, 61))
+    write_tokens(place / "val.bin", rng.integers(97, 150, 70))  # which it learns, then unlearns
+    write_tokens(place / "one.bin", [97])
+
+    lines = []
+    editor = SimpleNamespace(write=lines.append, flush=lambda: None)  # what some have as stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(sys, "stdout", editor)
+        just_before(patch, gpt2, "train_step", 6, lambda *args: offline("more"))
+        assert gpt2.main([*FLAGS, "--output_dir", "part"]) == 1
+        lines.clear()
+        assert gpt2.main([*FLAGS, "--output_dir", "whole"]) == 0
+    (place / "said.txt").write_text("".join(lines), encoding="utf-8")
+    assert "at update 4, in whole/best" in "".join(lines)
+    return place
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """call(*flags): main() in this process, in that folder, without a network: (exit code, stdout,
+    stderr). It must leave the handlers of signals as they were.
+    """
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # there is no power cut, either
+    monkeypatch.setattr(gpt2, "provide", offline)
+
+    def not_noted(number, frame):
+        raise AssertionError(f"signal {number} is not noted")
+
+    def call(*flags):
+        capsys.readouterr()
+        before = {number: signal.signal(number, not_noted) for number in STOPS}
+        try:
+            code = gpt2.main([str(flag) for flag in flags])
+        finally:
+            after = [signal.signal(number, handler) for number, handler in before.items()]
+        assert set(after) == {not_noted}
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def stdout_of(result):
+    """What a run printed that ended well."""
+    assert result[0] == 0 and result[2] == "", result
+    return result[1]
+
+
+def line_of(result, code=1):
+    """The one line with which a run ended before its first update or evaluation."""
+    assert result[0] == code and re.fullmatch(r"error: .*\n", result[2]), result
+    assert told(result[1]) == []
+    return result[2]
+
+
+def told(stdout):
+    """What a run said of its updates, validations and samples, but for what a clock says."""
+    lines = re.findall(r"(?m)^(?:step|val loss|--- sample).*", stdout)
+    return [re.sub(r", \d+ ms.*", "", line) for line in lines]
+
+
+def steps_of(folder):
+    return [int(path.name[11:19]) for path in sorted(folder.glob("checkpoint_0*.safetensors"))]
+
+
+def log_of(folder):
+    """The entries of main.jsonl, but for what a clock says."""
+    entries = [json.loads(line) for line in (folder / "main.jsonl").read_text().splitlines()]
+    of_the_clock = ("ms", "tokens_per_second", "best")  # or of the disk
+    return [{k: x for k, x in e.items() if k not in of_the_clock} for e in entries]
+
+
+def result_of(folder):
+    """All that a run must end with, to the bit."""
+    newest = max(folder.glob("checkpoint_0*.safetensors"))
+    tensors, metadata = gpt2.read_safetensors(newest)
+    state = json.loads(metadata["state"])
+    del tensors["crc32"], state["settings"], state["threads"]
+    tensors = {name: stored.array.tobytes() for name, stored in tensors.items()}
+    names = ("model.safetensors", "best/model.safetensors", "config.json")
+    return tensors, state, log_of(folder), [(folder / name).read_bytes() for name in names]
+
+
+def losses_by_hand(model, tokens):
+    """The loss of each token, in passages of 8."""
+    passages = [tokens[start : start + 9].tolist() for start in range(0, len(tokens) - 1, 8)]
+    return np.concatenate([model.token_losses(p[:1], [p[1:]])[0] for p in passages])
+
+
+def test_a_run_is_what_the_interface_computes(call, tmp_path):
+    """Rebuilt from GPT2, DataLoader and train_step: what is printed, logged and left."""
+    flags = "--total_batch_size 32 --seed 3 --prompt ab --top_k 5 --temperature 0.8".split()
+    stdout = stdout_of(call(*FLAGS, *flags, "--output_dir", tmp_path))
+
+    model = gpt2.GPT2.from_pretrained("model", 2, 8)
+    loader = gpt2.DataLoader(gpt2.open_shards(["train_0.bin", "train_1.bin"]), 2, 8, 3)
+    tokens = np.fromfile("val.bin", "<u2")[512:]
+    args = SimpleNamespace(seed=3, prompt="ab", top_k=5, temperature=0.8)
+    found, printed, validations, losses = iter(log_of(tmp_path)), [], [], []
+    for step in range(9):
+        if step % 2 == 0:
+            entry = next(found)
+            loss, bits = entry["val_loss"], entry["bits_per_byte"]
+            assert (entry["step"], entry["val_tokens"]) == (step, 69)
+            assert loss == pytest.approx(losses_by_hand(model, tokens).mean(), rel=1e-5)
+            assert bits == pytest.approx(loss / math.log(2))
+            printed.append(f"val loss {loss:.6f} ({bits:.2f} bits per byte)")
+            validations.append((loss, step, model.params["wte"].tobytes()))
+        if step in (0, 3, 6, 8):
+            text = "".join(gpt2.sample_text(args, model, gpt2.tokenizer(256), 6, step))
+            assert f"--- sample\n{text}\n" in stdout
+            printed.append("--- sample")
+        if step < 8:
+            rate = gpt2.learning_rate_at(step, 8, 3e-2, 3, 0.1)
+            loss, norm = gpt2.train_step(model, loader, 2, rate, weight_decay=0.1, grad_clip=1)
+            assert next(found) == {"step": step + 1, "train_loss": loss, "norm": norm, "lr": rate}
+            line = f"step {step + 1}/8: train loss {loss:.6f} (norm {norm:.4f}, lr {rate:.1e}"
+            printed.append(line)
+            losses.append(loss)
+    assert told(stdout) == printed and next(found, None) is None
+
+    *_, best_line, last_line = stdout.splitlines()
+    loss, step, best = min(validations)
+    assert best_line == f"best val loss {loss:.4f} at update {step}, in {tmp_path}/best"
+    summary = f"8 updates, train loss {losses[0]:.4f} -> {losses[-1]:.4f}"
+    assert re.fullmatch(rf"{summary}, \S+ s, \d+ tok/s, saved in {tmp_path}", last_line)
+    for folder, wte in ((tmp_path / "best", best), (tmp_path, model.params["wte"].tobytes())):
+        assert gpt2.GPT2.from_pretrained(folder, 1, 8).params["wte"].tobytes() == wte
+    assert steps_of(tmp_path) == [6, 8]
+
+
+# --------------------------------------------------------------------------------------------------
+# Stopped, killed, and gone on with
+
+PLACES = [  # the function and the number of its call at which the signal comes
+    (gpt2.GPT2, "batch_losses", 2, signal.SIGINT),  # in the validation before the first update
+    (gpt2, "train_step", 1, signal.SIGTERM),
+    (gpt2, "train_step", 5, signal.SIGHUP),
+    (gpt2, "log", 6, signal.SIGUSR1),
+    (gpt2, "write_safetensors", 3, signal.SIGUSR2),  # a checkpoint
+    (gpt2, "save_huggingface", 2, signal.SIGXCPU),  # the best weights
+    (gpt2.GPT2, "batch_losses", 12, signal.SIGTERM),
+    (gpt2, "sample", 15, signal.SIGINT),
+    (gpt2.GPT2, "batch_losses", 22, signal.SIGTERM),  # in the last validation
+    (gpt2, "sample", 20, signal.SIGINT),  # in the last sample
+]
+
+
+@pytest.mark.parametrize("owner, name, number, stop", PLACES)
+def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, name, number, stop):
+    just_before(monkeypatch, owner, name, number, lambda *args: signal.raise_signal(stop))
+    code, stdout, error = call(*FLAGS, "--output_dir", tmp_path / "a run")
+    assert code == 128 + stop and error == ""
+    first = told(stdout)
+    updates = [i for i, line in enumerate(first) if line.startswith("step")]
+    seam = updates[-1] + 1 if updates else 0
+    last, _, go_on = stdout.splitlines()[-1].partition(", go on with ")
+    assert last.startswith(f"stopped: {len(updates)} updates")
+
+    second = told(stdout_of(call(*shlex.split(go_on))))  # which repeats what followed it
+    assert second[: len(first) - seam] == first[seam:]
+    assert first[:seam] + second == told((place / "said.txt").read_text("utf-8"))
+    assert result_of(tmp_path / "a run") == result_of(place / "whole")
+
+
+# It runs the trainer as its user does. At the call of that number of a function of the standard
+# library it is killed, or waits for a file.
+HOOKED = """if True:
+    import os, runpy, signal, sys, time
+    module, name, left, file, *sys.argv[:] = sys.argv[1:]
+    original = getattr(sys.modules[module], name)
+    left = int(left)
+    def hooked(*args, **more):
+        global left
+        left -= 1
+        if left == 0 and file == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if left == 0:
+            print("waiting", flush=True)
+            for _ in range(6000):
+                time.sleep(0 if os.path.exists(file) else 0.01)
+        return original(*args, **more)
+    setattr(sys.modules[module], name, hooked)
+    if os.isatty(1):
+        import fcntl, termios
+        fcntl.ioctl(1, termios.TIOCSCTTY, 0)  # its own terminal, which sends SIGHUP when it goes
+        signal.signal(signal.SIGHUP, getattr(signal, os.environ["ON_SIGHUP"]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(*flags, hook=()):
+    program = ["-c", HOOKED, *hook, TRAINER] if hook else [TRAINER]
+    return [sys.executable, *map(str, [*program, *flags])]
+
+
+def process(place, words):
+    """What a process ends with: (exit code, stdout, stderr)."""
+    done = subprocess.run(words, cwd=place, capture_output=True, encoding="utf-8", timeout=120)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_three_kills(place, tmp_path):
+    """While it writes its first checkpoint, in an update, and when it is taken up again."""
+    flags = [*FLAGS, "--output_dir", tmp_path, "--resume", 1]
+    for hook in (("os", "replace", 3), ("time", "perf_counter", 9), ("os", "replace", 1)):
+        killed = process(place, command(*flags, hook=(*hook, "kill")))
+        assert killed[0] == -signal.SIGKILL and killed[2] == ""
+    assert "resuming from" in stdout_of(process(place, command(*flags)))
+    assert result_of(tmp_path) == result_of(place / "whole")
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+WAITING = [  # what happens to a run in its fourth update, and how it ends
+    ("a second signal", "SIG_DFL", -signal.SIGTERM),
+    ("no terminal", "SIG_DFL", 128 + 1),  # it has sent SIGHUP, and each line is an error then
+    ("no terminal", "SIG_IGN", 0),  # as with nohup
+]
+
+
+@pytest.mark.parametrize("happens, on_sighup, code", WAITING)
+def test_signals_and_terminals(place, tmp_path, happens, on_sighup, code):
+    import pty
+
+    ours, theirs = pty.openpty()
+    go = tmp_path / "go"
+    words = command(*FLAGS, "--output_dir", tmp_path, hook=("time", "perf_counter", 7, go))
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    environment = os.environ | {"ON_SIGHUP": on_sighup}
+    run = subprocess.Popen(words, cwd=place, env=environment, start_new_session=True, **streams)
+    os.close(theirs)
+    with run, os.fdopen(ours, "rb", buffering=0) as lines:
+        next(line for line in lines if b"waiting" in line)
+        if happens == "a second signal":
+            run.terminate()
+            next(line for line in lines if b"finishing this update; once more" in line)
+            run.terminate()
+            run.wait(timeout=100)
+        lines.close()
+        go.touch()
+        assert run.wait(timeout=100) == code
+
+    assert steps_of(tmp_path) == {0: [6, 8], 129: [2, 4]}.get(code, [2])
+    if code == 129:
+        stdout_of(process(place, command("--output_dir", tmp_path, "--resume", 1)))
+    assert code < 0 or result_of(tmp_path) == result_of(place / "whole")
+
+
+CLOSED = [  # what the shell does with the streams, the flags, the exit code
+    (">&-", FLAGS, 0),
+    (">/dev/full 2>&1", FLAGS, 0),
+    (">&- 2>&-", ["--batchsize", "4"], 2),
+    (">&- 2>/dev/full", ["--model", "nonesuch"], 1),
+    ("| head -c 99 >&2", "--model model --inference_only 1 --max_new_tokens 99999999".split(), 0),
+]
+
+
+@pytest.mark.parametrize("streams, flags, code", CLOSED)
+def test_nobody_need_hear_of_it(place, tmp_path, streams, flags, code):
+    words = ["sh", "-c", f'"$@" {streams}', "sh", *command(*flags, "--output_dir", tmp_path)]
+    found, stdout, stderr = process(place, words)
+    assert (found, stdout) == (code, "") and "Error" not in stderr
+    assert flags != FLAGS or result_of(tmp_path) == result_of(place / "whole")
+
+
+# --------------------------------------------------------------------------------------------------
+# What lies in the folder
+
+USED = "holds a run: go on with --resume 1, or choose another --output_dir"
+NO_RUN = "holds no run to resume: to begin one there, name its --model"
+WEIGHTS = "holds weights, but no run to resume"
+STOPPED = "holds a run that was stopped: use "
+NO_MODEL = "expected weights in a .safetensors file"
+STATES = {  # which files of which folder it has, and what each of COMMANDS says; None: all is well
+    "missing": ("part", "^$", None, None, NO_RUN, "no such model"),
+    "other files": (".", "^said.txt", None, None, NO_RUN, NO_MODEL),
+    "a log": ("part", "main", USED, None, NO_RUN, NO_MODEL),
+    "a part": ("part", "", USED, None, None, STOPPED),
+    "checkpoints": ("part", "checkpoint", USED, None, None, STOPPED),
+    "a whole run": ("whole", "", USED, None, None, None),
+    "its weights": ("whole", "^(?!checkpoint)", USED, WEIGHTS, WEIGHTS, None),
+    "the best": ("whole", "best|main", USED, WEIGHTS, WEIGHTS, NO_MODEL),
+    "a model": ("model", "", USED, WEIGHTS, WEIGHTS, None),
+}
+COMMANDS = {
+    "train": [*FLAGS, "--output_dir", "FOLDER"],
+    "resume with --model": [*FLAGS, "--output_dir", "FOLDER", "--resume", "1"],
+    "resume": ["--output_dir", "FOLDER", "--resume", "1"],
+    "generate": "--model FOLDER --inference_only 1 --max_new_tokens 3".split(),
+}
+
+
+def content_of(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("state", STATES)
+def test_every_command_on_every_folder(state, command, place, call, tmp_path):
+    source, pattern, *outcomes = STATES[state]
+    expected = outcomes[list(COMMANDS).index(command)]
+    folder = tmp_path / "a[b]*?"
+    files = content_of(place / source).items()
+    before = {name: data for name, data in files if re.search(pattern, name)}
+    for name, data in before.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+    result = call(*(str(folder) if word == "FOLDER" else word for word in COMMANDS[command]))
+    assert expected in line_of(result) if expected else stdout_of(result)
+    if expected or command == "generate":
+        assert content_of(folder) == before
+    else:
+        assert result_of(folder)[0] == result_of(place / "whole")[0]
+        assert content_of(folder).get("said.txt") == before.get("said.txt")
+
+
+def edit(name, change):
+    with open(name, "rb") as file:
+        data = file.read()
+    with open(name, "wb") as file:
+        file.write(change(data))
+
+
+def flip(data, at=-2):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at:][1:]
+
+
+def with_lines(log):
+    """Between the whole lines of a log some that are no entries, and half a line at its end."""
+    wrong = b'\n\xff\0\n7\n[]\nnull\n{}\n{"step": "three"}\n'
+    return log.replace(b"\n", wrong, 2) + log[:20]
+
+
+OLD, NEW, LATER = (f"part/checkpoint_0000000{step}.safetensors" for step in (2, 4, 5))
+TAKEN = f"{NEW} is damaged: "
+GOING_ON = {  # what happens to a run's files, the exit code, what is said, more flags
+    "nothing": (lambda patch: None, 0, f"resuming from {NEW}"),
+    "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
+    "a bit": (lambda patch: edit(NEW, lambda data: flip(data, 20_000)), 0, TAKEN),
+    "its last bit": (lambda patch: edit(NEW, lambda data: flip(data, -1)), 0, TAKEN),
+    "empty": (lambda patch: edit(NEW, lambda data: b""), 0, TAKEN),
+    "header": (lambda patch: edit(NEW, lambda data: bytes(8) + data[8:]), 0, TAKEN),
+    "lost": (lambda patch: os.remove(NEW), 0, f"resuming from {OLD}"),
+    "a folder": (lambda patch: os.mkdir(LATER), 0, f"resuming from {NEW}"),
+    "format": (lambda patch: patch.setattr(gpt2, "CHECKPOINT", "other"), 1, "of another version ("),
+    "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
+    "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
+    "log": (lambda patch: edit("part/main.jsonl", with_lines), 0, "resuming"),
+    "lock": (lambda patch: gpt2.lock_folder("part"), 1, "part: another run is writing there"),
+    "train": (lambda patch: edit("train_1.bin", flip), 1, "the training data has changed"),
+    "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
+    "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
+    "a shard": (lambda patch: None, 1, "the training data has changed", "--input_bin train_0.bin"),
+    "moved": (lambda patch: os.rename("val.bin", "v.bin"), 0, "resuming", "--input_val_bin v.bin"),
+    "fewer": (lambda patch: None, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
+    "more": (lambda patch: None, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
+}
+
+
+@pytest.mark.parametrize("what", GOING_ON)
+def test_going_on(what, place, call, tmp_path, monkeypatch):
+    """Either to the same end, or a line says why not."""
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "copy"))
+    happens, code, said, *flags = GOING_ON[what]
+    held = happens(monkeypatch)
+    result = call("--output_dir", "part", "--resume", 1, *" ".join(flags).split())
+    del held  # the lock
+    if code:
+        assert said in line_of(result)
+        return
+    assert said in stdout_of(result) and ("note: " in result[1]) == (what in ("threads", "more"))
+    assert what == "more" or result_of(tmp_path / "copy/part") == result_of(place / "whole")
+
+
+MAY_CHANGE = """input_bin input_val_bin num_iterations val_loss_every val_max_steps sample_every
+    log_every checkpoint_every prompt max_new_tokens top_k temperature""".split()
+OTHER = {"model": "d2", "input_bin": "train_?.bin", "input_val_bin": "va*.bin", "prompt": "x"}
+SETTINGS = vars(gpt2.parse_args([*FLAGS, "--output_dir", "x"]))
+
+
+@pytest.mark.parametrize("name", SETTINGS.keys() - {"output_dir", "resume", "inference_only"})
+def test_what_may_change_when_a_run_goes_on(name, place, call, tmp_path):
+    was, value = SETTINGS[name], OTHER.get(name) or SETTINGS[name] + 1
+    was = 16 if name == "total_batch_size" else was  # 0 became B*T when the run began
+    shutil.copytree(place / "part", tmp_path, dirs_exist_ok=True)
+    result = call("--output_dir", tmp_path, "--resume", 1, f"--{name}", value)
+    if name in MAY_CHANGE:
+        assert "step 5/" in stdout_of(result)
+    else:
+        assert f"can't go on with --{name} {value!r} (it was {was!r})" in line_of(result)
+
+
+FULL = [  # what finds no room, and what it is called
+    ("main.jsonl", "the log"),
+    ("checkpoint_", "a checkpoint"),
+    ("best/model", "the best weights"),
+    ("o/model", "the weights"),
+]
+
+
+@pytest.mark.parametrize("times", [1, 100])
+@pytest.mark.parametrize("part, what", FULL)
+def test_without_room_no_run_ends(place, call, tmp_path, monkeypatch, part, what, times):
+    """What can be written later is. What can't be is said once, and by the exit code."""
+    failures = iter(range(times))
+
+    def open_on_a_full_disk(path, mode="r", **more):
+        file = open(path, mode, **more)
+        if mode in ("ab", "wb") and part in str(path) and next(failures, None) is not None:
+            with file:
+                file.write(b'{"half')
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(gpt2, "open", open_on_a_full_disk, raising=False)
+    code, stdout, error = result = call(*FLAGS, "--output_dir", tmp_path / "o")
+    assert stdout.count(f"can't write {what}: [Errno 28] No space left on device; the run") == 1
+    assert told(stdout) == told((place / "said.txt").read_text("utf-8"))
+    if times == 1 and part != "o/model":  # which is written but once
+        stdout_of(result)
+        assert result_of(tmp_path / "o") == result_of(place / "whole")
+    else:
+        remedy = "begin again with another" if part == "checkpoint_" else "go on with --output_dir"
+        assert code == 1 and f"lacks {what}: make room, then {remedy}" in error
+        assert "saved in" not in stdout
+        assert ("best val loss" in stdout) == (part != "best/model")
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags, numbers that are not finite, memory
+
+NONSENSE = """--batchsize 4, --num_iterations, --batch_size 1.5, --batch_size 0, --seed -1, 4,
+    --learning_rate nan, --temperature inf, --num_iterations 1000000000000000000,
+    --checkpoint_every 2, --resume 1"""
+WRONG = [  # flags, and what the one line says
+    (RUN + "--recompute 3", "recompute is 3"),
+    (RUN + "--sequence_length 17", "use --sequence_length 16 or less"),
+    (RUN + "--batch_size 99", "use a smaller --batch_size or --sequence_length"),
+    (RUN + "--total_batch_size 40", "not a multiple of B*T = 16: try 32"),
+    (RUN + "--model nonesuch", "'nonesuch': no such model"),
+    (RUN + "--input_val_bin=~/none.bin", os.path.expanduser("~/none.bin")),
+    (RUN + "--input_val_bin one.bin", "the validation data has no token after its first"),
+    (RUN + "--output_dir val.bin/o", "val.bin"),
+    (RUN + "--inference_only 1 --model d6", "--model d6 has learned nothing"),
+    ("--model model --input_bin train_0.bin", "--input_bin without its --input_val_bin"),
+    ("--model model --input_val_bin val.bin", "--input_val_bin without its --input_bin"),
+    ("--model gpt2", "no network"),
+    ("--input_bin train_0.bin --val_loss_every 0", "no network"),
+    ("--input_val_bin val.bin --num_iterations 0", "no network"),
+    ("--inference_only 1", "no network"),
+]
+
+
+WRONG += [(RUN + flags, "(--help lists all flags)") for flags in NONSENSE.split(",")]
+
+
+@pytest.mark.parametrize("flags, words", WRONG)
+def test_a_wrong_command_is_one_line(call, flags, words):
+    assert words in line_of(call(*flags.split()), code=2 if "--help" in words else 1)
+
+
+def test_if_no_model_is_named_a_small_one_learns(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("data")
+    flags = "--num_iterations 1 --batch_size 1 --val_max_steps 1 --max_new_tokens 3".split()
+    for folder, named in (("data/first", []), ("o", ["--output_dir", "o"])):
+        stdout = stdout_of(call(*flags, *named))
+        assert "--> so a small GPT will learn from scratch\n" in stdout and "step 1/1" in stdout
+        assert f"saved in {folder}\n" in stdout and steps_of(tmp_path / folder) == [1]
+    go_on = ("--output_dir", folder, "--resume", 1, "--num_iterations", 2)
+    assert "step 2/2" in stdout_of(call(*go_on))
+    monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
+    assert "it is damaged" in line_of(call())  # which is no reason to train something else
+
+
+def test_main_in_a_notebook_and_in_a_thread(call, monkeypatch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(gpt2.main(RUN.split())))
+    thread.start()
+    thread.join()
+    monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])
+    monkeypatch.setattr(gpt2, "open_run", lambda argv: codes.append([*argv]) or offline("that"))
+    assert gpt2.main() == 1 and codes == [0, []]
+
+
+SPOILT = [("the loss", gpt2, "train_step", 6), ("the gradient norm", gpt2.GPT2, "grad_norm", 6),
+          ("the validation loss", gpt2.GPT2, "batch_losses", 21)]  # the last one
+
+
+@pytest.mark.parametrize("what, owner, name, number", SPOILT)
+def test_what_is_not_finite_changes_nothing(what, owner, name, number, call, tmp_path, monkeypatch):
+    seen = []
+
+    def spoil(model, *args):
+        (model.grads if "norm" in what else model.params)["fcw"][1] = math.nan
+        seen.extend([model, model.flat[[0, 2, 3]].copy()])
+
+    just_before(monkeypatch, owner, name, number, spoil)
+    code, _, error = call(*FLAGS, "--output_dir", tmp_path)
+    assert code == 1 and f"{what} is nan: try a smaller --learning_rate" in error
+    model, flat = seen
+    np.testing.assert_array_equal(model.flat[[0, 2, 3]], flat)
+    assert steps_of(tmp_path) == ([6, 8] if "validation" in what else [2, 4])
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
+    nbytes = {B: gpt2.GPT2(CONFIG, B, 8).blob.nbytes for B in (1, 3, 5)}
+    for fits, asked, room in ((3, 8, nbytes[3]), (4, 12, nbytes[5] - 1), (0, 2, nbytes[1] - 1)):
+        monkeypatch.setattr(gpt2, "available_memory", lambda room=room: room)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpt2.GPT2, "__init__", None)  # nothing is allocated
+            line = line_of(call(*RUN.split(), "--batch_size", asked))
+        assert line.endswith(f"try {f'--batch_size {fits}' if fits else 'a smaller --model'}\n")
+        if fits:
+            stdout_of(call(*RUN.split(), "--batch_size", fits))
+
+
+# --------------------------------------------------------------------------------------------------
+# Validations, samples, and what a person asks
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 10, 70])
+def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt2, "VAL_TOKENS", {256: 16})  # of a run, not of an evaluation
+    tokens = np.fromfile(place / "val.bin", "<u2")[512:][:count]
+    write_tokens(tmp_path / "text.bin", tokens)
+    truth = losses_by_hand(gpt2.GPT2.from_pretrained("model", 1, 8), tokens).mean()
+    flags = ["--input_val_bin", tmp_path / "text.bin", *"--num_iterations 0 --model model".split()]
+    for batch_size in (1, 2, 3, 64):
+        stdout = stdout_of(call(*flags, "--batch_size", batch_size, "--sequence_length", 8))
+        loss, bits = re.search(r"\nval loss (\S+) \((\S+) bits per byte\)", stdout).groups()
+        assert float(loss) == pytest.approx(truth, abs=2e-6)
+        assert float(bits) == pytest.approx(truth / math.log(2), abs=0.0051)
+        assert stdout.endswith(f"perplexity {math.exp(truth):.2f}\n")
+
+
+def test_how_much_a_validation_reads(call, tmp_path, monkeypatch):
+    """As many tokens for any batch size; with --val_max_steps so many batches, if there are."""
+    monkeypatch.setattr(gpt2, "VAL_TOKENS", {256: 48})
+    for steps, batch_size, tokens in ((0, 1, 48), (0, 2, 48), (2, 2, 32), (50, 3, 69)):
+        folder = tmp_path / f"{steps} {batch_size}"
+        more = ("--val_max_steps", steps, "--batch_size", batch_size, "--output_dir", folder)
+        stdout_of(call(*FLAGS, "--num_iterations", 1, *more))
+        assert log_of(folder)[0]["val_tokens"] == tokens
+
+
+SHOWN = [  # what a model of bytes writes, and what is seen of it
+    ("é\n\t".encode(), "é\n\t"),
+    (b"a\xff\xc3", "a\ufffd"),  # a byte that is none, and half a character at the end
+    (b"\x1b[2J\x07\r\x00", "\\x1b[2J\\x07\\r\\x00"),
+]
+
+
+@pytest.mark.parametrize("prompt, read", [("", [10]), ("ü\n", [195, 188, 10]), ("\udcff", [255])])
+@pytest.mark.parametrize("written, shown", SHOWN)
+def test_any_prompt_is_gone_on_with_and_harms_no_terminal(written, shown, prompt, read):
+    asked = []
+    model = SimpleNamespace(generate=lambda *args: asked.extend(args) or written)
+    args = SimpleNamespace(seed=7, prompt=prompt, temperature=0.5, top_k=3)
+    assert "".join(gpt2.sample_text(args, model, gpt2.tokenizer(256), 20, 9)) == prompt + shown
+    *rest, rng = asked
+    assert rest == [read, 20, 0.5, 3] and rng.random() == np.random.default_rng([7, 9]).random()
+
+
+def test_what_is_normal_is_said(call, tmp_path):
+    stdout = stdout_of(call(*RUN.split(), *"--model bytes --num_iterations 2".split()))
+    for words in (f"{gpt2.THREADS} threads", "nowhere: --output_dir names a folder", "2 updates of",
+                  "peak only at update 100", "loss of ln(256) = 5.55", "nothing is kept without"):
+        assert words in stdout
+    flags = "--num_iterations 200 --val_loss_every 0 --batch_size 8"
+    stdout = stdout_of(call(*RUN.split(), *flags.split()))
+    assert "1 shards are shorter than a batch and are left out" in stdout
+    assert "it may learn so small a text by heart" in stdout and "knows nothing" not in stdout
+    steps = re.findall(r"(?m)^step (\d+)/200: .*\d ms(?:, \d:\d\d:\d\d left)?\)$", stdout)
+    assert [int(step) for step in steps] == [1, *range(10, 201, 10)]
+
+    gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained(tmp_path)
+    stdout = stdout_of(call(*RUN.split(), "--model", tmp_path))
+    assert stdout.count("no samples: the model's 300 tokens are of a vocabulary") == 1
+    assert "--- sample" not in stdout and re.search(r"\nval loss \S+\n", stdout)
+
+
+def test_the_best_is_one_that_was_written_and_read_as_much():
+    rows = ((0, 0.1, 9, 0), (2, 0.2, 5, 1), (4, 0.4, 9, 1), (6, 0.3, 9, 1), (8, 0.2, 9, 0))
+    names = ("step", "val_loss", "val_tokens", "best")
+    entries = [dict(zip(names, row, strict=True)) for row in rows]
+    run = SimpleNamespace(entries=[{"step": 1}, *entries])
+    assert gpt2.best_so_far(run, 9) == (0.3, 6)
+
+
+@pytest.mark.parametrize("encoding, heights", [("utf-8", "█▇▆▅▄▃▂▁"), ("ascii", "@#*+=-._")])
+def test_the_picture_of_the_losses(monkeypatch, encoding, heights):
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(encoding=encoding))
+    assert gpt2.sparkline([7, 6, 5, 4, 3, 2, 1, 0]) == heights
+    assert gpt2.sparkline([i // 10 for i in range(500)]) == gpt2.sparkline(range(50))
