@@ -1756,6 +1756,9 @@ def passages(shards, T):
             yield np.pad(tokens, (0, T + 1 - len(tokens))), len(tokens) - 1
 
 
+VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
+
+
 def validate(run):
     """Print the mean loss of the first passages of the validation data, or of all of them.
 
@@ -1764,7 +1767,8 @@ def validate(run):
     args, model = run.args, run.model
     B = run.loader.B if run.loader else args.batch_size
     T = args.sequence_length
-    wanted = max(5, VAL_TOKENS.get(model.config.vocab_size, 1280) // T)
+    most = 1280 if is_gpt2s(model.config.vocab_size) else VAL_TOKENS
+    wanted = max(5, most // T)
     if args.val_max_steps:
         wanted = args.val_max_steps * B
     elif not run.loader:
@@ -3074,8 +3078,8 @@ SMALL = FROM_SCRATCH | {
     "learning_rate": 4e-3,
     "warmup_iters": 100,
     "recompute": 0,
-    "val_loss_every": 350,
-    "sample_every": 350,
+    "val_loss_every": 200,
+    "sample_every": 200,
     "max_new_tokens": 400,
     "temperature": 0.6,
 }
@@ -3087,8 +3091,10 @@ MEDIUM = FROM_SCRATCH | {
     "val_loss_every": 100,
     "sample_every": 100,
 }
-PRESETS = {name: SMALL if name in ("bytes", "d2") else MEDIUM for name in FRESH}
-VAL_TOKENS = {256: 30_720}  # of a validation, by the size of the vocabulary; 1,280 of any other
+PRESETS = {name: MEDIUM for name in FRESH} | {
+    "bytes": SMALL,
+    "d2": SMALL | {"learning_rate": 2e-3, "max_new_tokens": 200},
+}
 
 # The flags with which a run may go on that have other values than before.
 MAY_CHANGE = {
@@ -3161,7 +3167,7 @@ def parse_args(argv, settings=None):
     flag("recompute", 1, "0: keep all; 1: compute layernorm and GELU again in backward; 2: layers")
     flag("seed", 1337, "of fresh weights, of the order of passages and of samples")
     flag("val_loss_every", 10, "updates between validations; 0: none")
-    flag("val_max_steps", 0, "batches per validation; 0: 1,280 tokens (30,720 bytes), for any B")
+    flag("val_max_steps", 0, "batches per validation; 0: 1,280 tokens of GPT-2's, 30,720 others")
     flag("sample_every", 20, "updates between samples; 0: none")
     flag("log_every", 0, "updates between printed lines; 0: so that there are 8 to 20 of them")
     flag("checkpoint_every", 0, "updates between checkpoints; 0: at the end, or when stopped")

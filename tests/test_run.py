@@ -593,7 +593,7 @@ def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
 
 @pytest.mark.parametrize("count", [2, 8, 9, 10, 70])
 def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2, "VAL_TOKENS", {256: 16})  # of a run, not of an evaluation
+    monkeypatch.setattr(gpt2, "VAL_TOKENS", 16)  # of a run, not of an evaluation
     tokens = np.fromfile(place / "val.bin", "<u2")[512:][:count]
     write_tokens(tmp_path / "text.bin", tokens)
     truth = losses_by_hand(gpt2.GPT2.from_pretrained("model", 1, 8), tokens).mean()
@@ -608,7 +608,7 @@ def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_p
 
 def test_how_much_a_validation_reads(call, tmp_path, monkeypatch):
     """As many tokens for any batch size; with --val_max_steps so many batches, if there are."""
-    monkeypatch.setattr(gpt2, "VAL_TOKENS", {256: 48})
+    monkeypatch.setattr(gpt2, "VAL_TOKENS", 48)
     for steps, batch_size, tokens in ((0, 1, 48), (0, 2, 48), (2, 2, 32), (50, 3, 69)):
         folder = tmp_path / f"{steps} {batch_size}"
         more = ("--val_max_steps", steps, "--batch_size", batch_size, "--output_dir", folder)
