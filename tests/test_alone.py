@@ -90,8 +90,8 @@ SIDE_BY_SIDE = """if True:
     tokens = np.random.default_rng(1).integers(0, 256, 3000)
     models = []
     for trainer, make in ((chapter, chapter.Model), (train_gpt2, train_gpt2.GPT2)):
-        model = make(trainer.GPT2Config(64, 256, 2, 4, 128), 4, 64, dtype=np.float64)
-        loader = trainer.DataLoader([tokens], 4, 64, shuffle_seed=2)
+        model = make(trainer.GPT2Config(64, 256, 2, 4, 256), 8, 64, dtype=np.float64)
+        loader = trainer.DataLoader([tokens], 8, 64, shuffle_seed=2)
         for _ in range(3):
             trainer.train_step(model, loader, 2, 1e-2, weight_decay=0.1, grad_clip=0.5)
         models.append(model)

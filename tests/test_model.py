@@ -223,10 +223,10 @@ def test_a_copy_goes_on_as_the_model_would(copied, layout, dtype):
 # What it writes, and how likely it finds a text
 
 
-@EVERY_LAYOUT
+@pytest.mark.parametrize("layout", ["recompute 1", "recompute 2", "without training"])
 @pytest.mark.parametrize("T", [16, 7, 1])
 @pytest.mark.parametrize("length", [1, 5, 40])
-@pytest.mark.parametrize("settings", [(0, 0), (1.0, 0), (0.7, 3), (1.5, 1), (0, 4)])
+@pytest.mark.parametrize("settings", [(0, 0), (1.0, 0), (0.7, 3), (1.5, 1)])
 def test_kept_keys_change_nothing_of_what_is_written(layout, T, length, settings):
     """Beside the chapter's own generation: far past the context, from a prompt longer than it."""
     prompt = [(7 * i) % 256 for i in range(length)]
@@ -250,7 +250,7 @@ def test_each_written_token_costs_one_position(layout, positions, monkeypatch):
     """With T = 8 and a prompt of 3. When there are 9 tokens, the newer 4 begin again."""
     seen = []
     watch(monkeypatch, gpt2, "gelu_forward", before=lambda out, inp: seen.append(inp.shape[1]))
-    list(sharp_model(1, 8, **LAYOUTS[layout]).generate([1, 2, 3], 12))
+    list(sharp_model(1, 8, **LAYOUTS[layout]).generate([1, 2, 3], 12, rng=0))
     assert seen == np.repeat(positions, 3).tolist()  # in three layers
 
 
@@ -264,8 +264,9 @@ def test_generators_may_take_turns_with_everything():
         found[0].append(next(generators[0]))
         if i % 3 == 0:
             model.forward(np.full((1, 8), i), np.full((1, 8), i), train=i % 2 == 0)
-        model.token_losses([i], [[1, 2]])
-        found[1].append(next(generators[1]))
+        if i % 2 == 0:
+            found[1].extend([next(generators[1]), next(generators[1])])
+            model.token_losses([i], [[1, 2]])
     assert list(found) == expected
 
 
@@ -389,6 +390,7 @@ def test_several_threads_may_use_one_model(monkeypatch):
         lambda model: list(model.generate([1], 20, rng=1)),
         lambda model: list(model.generate([2], 20, rng=2)),
         lambda model: [model.token_losses([1], [[i, 2]])[0].tolist() for i in range(20)],
+        lambda model: [model.token_losses([2, i], [[i, 4]])[0].tolist() for i in range(20)],
         lambda model: [model.forward([[i] * 8], [[2] * 8], train=False) for i in range(20)],
     ]
     expected = [use(sharp_model(1, 8)) for use in uses]
