@@ -95,7 +95,7 @@ CALLS = {
     "forward1": lambda model: model.forward(*BATCHES[0], grad_scale=0.5),
     "forward2": lambda model: model.forward(*BATCHES[1], grad_scale=0.5),
     "validate": lambda model: model.forward(*BATCHES[0], train=False),
-    "generate": lambda model: list(model.generate([1, 2, 3], 12)),
+    "generate": lambda model: list(model.generate([1, 2, 3], 12, rng=0)),
     "score": lambda model: model.token_losses([1, 2], [[3], [4, 5]]),
     "backward": lambda model: model.backward(),
     "norm": lambda model: model.grad_norm(),
