@@ -1076,7 +1076,7 @@ def sum_of_squares(x):
 def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale):
     """AdamW (Loshchilov & Hutter, 2017) on parameters p, gradients g and moments m, v: flat arrays.
 
-    p, m and v are updated in place; g is multiplied by grad_scale.
+    p, m and v are updated in place; what is called g below is g * grad_scale.
 
         m = beta1 * m + (1 - beta1) * g              the running mean of the gradient
         v = beta2 * v + (1 - beta2) * g^2            the running mean of its square
@@ -1099,16 +1099,14 @@ def adamw(p, g, m, v, decay, learning_rate, beta1, beta2, eps, step, grad_scale)
     """
     c1 = 1 - beta1**step
     c2 = 1 - beta2**step
-    if grad_scale != 1.0:
-        g *= grad_scale
 
-    change = g - m  # m + (1 - beta1) * (g - m) is the formula above
-    change *= 1 - beta1
+    m *= beta1
+    change = (1 - beta1) * grad_scale * g
     m += change
 
-    np.multiply(g, g, out=change)  # the same for v
-    change -= v
-    change *= 1 - beta2
+    v *= beta2
+    np.square(g, out=change)
+    change *= (1 - beta2) * grad_scale**2
     v += change
 
     np.sqrt(v, out=change)
@@ -1606,74 +1604,134 @@ class GPT2(Model):
 # NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
 # side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
 # its own threads would compete with ours for the cores.
-#
 
-def cgroups(controller, root="/"):
-    """The folders of the control groups of this process, from its own up to the outermost.
 
-    controller   "cpu" or "memory"
-    root         where the system's folders are; the tests have their own
+def text_of(*path):
+    """A text file that the system has made; "" if it is not there."""
+    with contextlib.suppress(OSError), open(os.path.join(*path)) as file:
+        return file.read()
+    return ""
 
-    A limit of any of them holds. /proc/self/cgroup has a line "0::PATH" for version 2, and lines
-    such as "4:cpu,cpuacct:PATH" for version 1. In a container the path is often that of the host,
-    which can't be seen from inside; then only its outermost folder is there.
+
+def control_groups(root="/"):
+    """The folders of this process's control groups and of those around them. All limits hold.
+
+    /proc/self/cgroup has a line "0::PATH" (version 2), or lines such as "4:cpu,cpuacct:PATH"
+    (version 1). In a container the path may be that of the host; then only the outermost is there.
     """
-    try:
-        with open(os.path.join(root, "proc/self/cgroup")) as file:
-            lines = file.read().splitlines()
-    except OSError:  # not on Linux
-        return
-
-    for line in lines:
+    folders = []
+    for line in text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top = os.path.join(root, "sys/fs/cgroup")
-        elif controller in controllers.split(","):
-            top = os.path.join(root, "sys/fs/cgroup", controller)
-        else:
-            continue
+        top = os.path.join(root, "sys/fs/cgroup", controllers)
         while path.strip("/"):
-            yield top + path
+            folders.append(top + path)
             path = os.path.dirname(path)
-        yield top
-
-
-def words_of(folder, *names):
-    """The words in these files of a folder; [] if one of them can't be read."""
-    words = []
-    for name in names:
-        try:
-            with open(os.path.join(folder, name)) as file:
-                words += file.read().split()
-        except OSError:
-            return []
-    return words
+        folders.append(top)
+    return folders
 
 
 def cores_allowed(root="/"):
-    """The number of cores that this process may use: by its affinity and by its quota.
+    """How many cores this process should use, within its affinity and the quotas of its groups.
 
-    With a quota of one core, two threads take six times as long as one: they use it up in half of
-    each period and are stopped for the rest, often while one waits for the other.
+    Physical ones, as two threads on one core only share its multipliers. All get equal blocks and
+    wait for the slowest. So where cores differ, it is as many of the fastest as do most at the pace
+    of the last of them; on macOS, the fast ones. A quota is used up in a part of each period, and
+    for the rest all threads are stopped: with one core, two of them take six times as long as one.
     """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        paces = {}
+        for cpu in os.sched_getaffinity(0):
+            folder = os.path.join(root, f"sys/devices/system/cpu/cpu{cpu}")
+            core = text_of(folder, "topology/thread_siblings_list") or cpu
+            paces[core] = int(text_of(folder, "cpu_capacity") or 1024)
+        paces = sorted(paces.values(), reverse=True)
+        cores = max(range(1, len(paces) + 1), key=lambda number: number * paces[number - 1])
+    elif sys.platform == "darwin":  # the first of these two that there is
+        found = os.popen("sysctl -in hw.perflevel0.physicalcpu hw.physicalcpu").read().split()
+        cores = int(found[0]) if found else cores
 
-    for folder in cgroups("cpu", root):
-        words = words_of(folder, "cpu.max")  # "50000 100000": half a core; "max 100000": no limit
-        words = words or words_of(folder, "cpu.cfs_quota_us", "cpu.cfs_period_us")  # -1: no limit
-        if words and words[0].isdecimal():
-            cores = min(cores, math.ceil(int(words[0]) / int(words[1])))
+    for folder in control_groups(root):
+        quota = text_of(folder, "cpu.max") or text_of(folder, "cpu.cfs_quota_us")
+        numbers = [*quota.split(), *text_of(folder, "cpu.cfs_period_us").split()]
+        if numbers and numbers[0].isdecimal():  # "50000 100000" is half a core; "max", "-1": none
+            cores = min(cores, math.ceil(int(numbers[0]) / int(numbers[1])))
     return max(1, cores)
 
 
-def threads_wanted(local_size=1):
-    """The number of threads that the user named, else this process's share of its cores.
+def available_memory(root="/"):
+    """Bytes that are free for this process: in the machine, and below the limits of its groups.
 
-    local_size   the number of processes of this run that share these cores
+    Copies of files count as free, since they give way; after a download they are most of what is
+    used. On macOS it is all memory that the machine has; on Windows it is not known, and infinite.
     """
+    free = [math.inf]
+    if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
+        free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    words = text_of(root, "proc/meminfo").split()  # ..., "MemAvailable:", "4096", "kB", ...
+    if "MemAvailable:" in words:
+        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+
+    for folder in control_groups(root):
+        limit = text_of(folder, "memory.max") or text_of(folder, "memory.limit_in_bytes")
+        usage = text_of(folder, "memory.current") or text_of(folder, "memory.usage_in_bytes")
+        if usage and limit.strip().isdecimal():  # it may be "max"
+            words = text_of(folder, "memory.stat").split()  # "anon", "4096", "active_file", ...
+            values = dict(zip(words[::2], words[1::2], strict=True))
+            # In version 1, total_... includes the groups inside, as the usage does.
+            names = ("inactive_file", "active_file")
+            files = [values.get(f"total_{name}", values.get(name, 0)) for name in names]
+            free.append(int(limit) - int(usage) + sum(map(int, files)))
+    return max(0, min(free))
+
+
+BLAS_THREADS = (  # what sets a BLAS's number of threads, and what tells it
+    ("scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_"),  # NumPy's wheels
+    ("openblas_set_num_threads", "openblas_get_num_threads"),  # Debian, conda-forge, Homebrew
+    ("openblas_set_num_threads64_", "openblas_get_num_threads64_"),
+    ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads"),  # Anaconda
+    ("flexiblas_set_num_threads", "flexiblas_get_num_threads"),  # Fedora
+    ("bli_thread_set_num_threads", "bli_thread_get_num_threads"),  # BLIS
+    ("BLASSetThreading", "BLASGetThreading"),  # macOS: 1 is one thread, 0 is all
+)
+
+
+def find_blas():
+    """The two functions of BLAS_THREADS for the BLAS that NumPy uses; None if it is another one."""
+    folder = glob.escape(os.path.dirname(np.__file__))
+    windows = glob.glob(folder + "/../numpy.libs/*openblas*.dll")
+    with contextlib.suppress(OSError):
+        # Elsewhere a name that is looked up in NumPy's library is looked up in its BLAS, too.
+        blas = ctypes.CDLL(windows[0] if windows else np._core._multiarray_umath.__file__)
+        for names in BLAS_THREADS:
+            if all(hasattr(blas, name) for name in names):
+                return [getattr(blas, name) for name in names]
+
+
+@contextlib.contextmanager
+def blas_held_to(n):
+    """BLAS has one thread in this block if n is 1, at most n otherwise; then as many as before.
+
+    The number is that of the whole process, so one thread enters such a block at a time.
+    """
+    set_threads, threads = BLAS or (lambda n: None, lambda: n)
+    lock, _, _ = helpers_of(os.getpid())
+    with lock:
+        before = threads()
+        set_threads(1 if n == 1 else min(n, before))
+        try:
+            yield
+        finally:
+            set_threads(before)
+
+
+def threads_wanted(local_size=1):
+    """The number of threads that the user named, else a share of the cores, as in share_cores.
+
+    It is 1 if BLAS has threads of its own that we can't hold back.
+    """
+    if BLAS is None:
+        return 1
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
         if first.isdecimal() and int(first) > 0:
@@ -1681,102 +1739,20 @@ def threads_wanted(local_size=1):
     return max(1, cores_allowed() // local_size)
 
 
+BLAS = find_blas()
 THREADS = threads_wanted()
 
 
 def share_cores(local_size):
-    """Use this process's share of the cores."""
+    """Use one of local_size equal shares of the cores: as many processes of this run have them."""
     global THREADS
     THREADS = threads_wanted(local_size)
 
 
-def pages_of_files(folder):
-    """Bytes of a control group that are copies of files.
-
-    They count as used, but give way when memory is needed. After a download they are most of it.
-    """
-    words = words_of(folder, "memory.stat")  # "anon", "4096", "inactive_file", "8192", ...
-    values = dict(zip(words[::2], words[1::2], strict=True))
-    prefix = "total_" if "total_inactive_file" in values else ""  # version 1: with groups inside
-    names = (prefix + "inactive_file", prefix + "active_file")
-    return sum(int(values.get(name, 0)) for name in names)
-
-
-def available_memory(root="/"):
-    """Bytes that are free for this process: of the machine, its control groups, its own limit."""
-    free = [math.inf]
-    words = words_of(os.path.join(root, "proc"), "meminfo")  # ..., "MemAvailable:", "4096", "kB"
-    if "MemAvailable:" in words:
-        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
-
-    limits = (
-        ("memory.max", "memory.current"),
-        ("memory.high", "memory.current"),  # above it, a process is slowed down to a crawl
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),  # version 1
-    )
-    for folder in cgroups("memory", root):
-        for limit, usage in limits:
-            words = words_of(folder, limit, usage)
-            if words and words[0] != "max":
-                free.append(int(words[0]) - int(words[1]) + pages_of_files(folder))
-
-    with contextlib.suppress(ImportError):  # not on Windows
-        import resource
-
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]  # `ulimit -v`
-        if limit != resource.RLIM_INFINITY:
-            pages = words_of(os.path.join(root, "proc/self"), "statm") or [0]
-            free.append(limit - int(pages[0]) * resource.getpagesize())
-    return max(0, min(free))
-
-
-@functools.cache
-def find_blas_threads_setter():
-    """The function that sets the number of threads of the BLAS that NumPy is linked to.
-
-    Where it is not found, a function that does nothing.
-    """
-    here = os.path.dirname(np.__file__)
-    found = glob.glob(glob.escape(here) + "/../numpy.libs/*openblas*.dll")
-    blas = None
-    with contextlib.suppress(OSError):
-        # A name that is looked up in NumPy's library is also looked up in its BLAS; not on Windows.
-        blas = ctypes.CDLL(found[0] if found else np._core._multiarray_umath.__file__)
-
-    names = (
-        "scipy_openblas_set_num_threads64_",  # NumPy's wheels
-        "openblas_set_num_threads",  # Debian, conda-forge, Homebrew
-        "openblas_set_num_threads64_",
-        "MKL_Set_Num_Threads",  # Anaconda
-        "flexiblas_set_num_threads",  # Fedora
-        "bli_thread_set_num_threads",  # BLIS
-    )
-    for name in names:
-        if hasattr(blas, name):
-            return getattr(blas, name)
-    if hasattr(blas, "BLASSetThreading"):  # Accelerate, since macOS 15: all threads or one
-        return lambda n: blas.BLASSetThreading(int(n == 1))
-
-    with contextlib.suppress(ImportError):  # it finds others, on Windows
-        from threadpoolctl import ThreadpoolController
-
-        found = ThreadpoolController().select(user_api="blas").lib_controllers
-        return lambda n: [library.set_num_threads(n) for library in found]
-    return lambda n: None
-
-
-def set_blas_threads(n):
-    """Let BLAS have n threads. 0.2 us a call."""
-    find_blas_threads_setter()(n)
-
-
 def keep_freed_pages():
-    """Tell glibc to keep freed memory, so that temporaries need not be mapped and zeroed again.
-
-    Saves 4 % of a step at B = 4, T = 64. Other systems have no mallopt.
-    """
+    """Tell glibc to keep freed memory: 2,000 page faults less in a step of 60 ms, which are 3 %."""
     M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-    with contextlib.suppress(AttributeError, OSError, TypeError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # others have no mallopt
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
@@ -1784,13 +1760,13 @@ def keep_freed_pages():
 
 @functools.cache
 def helpers_of(process):
-    """(queue, list of threads): those that help in `parallel`, in a process of this number.
+    """(lock, queue, list of threads) of a process of this number: those of `parallel`.
 
-    Importing this file changes nothing in a process. What `parallel` needs is set up here, when it
-    is called first. After a fork the new process has another number, and gets helpers of its own.
+    They are made when they are needed first. After a fork the new process has another number,
+    and gets helpers of its own.
     """
     keep_freed_pages()
-    return queue.SimpleQueue(), []
+    return threading.Lock(), queue.SimpleQueue(), []
 
 
 def help_for_ever(calls):
@@ -1798,6 +1774,8 @@ def help_for_ever(calls):
 
     A step of a small model has hundreds of calls; Python's ThreadPoolExecutor would cost 5 % of it.
     """
+    if BLAS:
+        BLAS[0](1)  # some BLAS keep this number for each thread
     while True:
         work, done = calls.get()
         try:
@@ -1811,33 +1789,34 @@ def help_for_ever(calls):
 def parallel(task, n):
     """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one.
 
-    A task may not call parallel.
+    A task may not call parallel. Calls from several threads come one after the other.
     """
     results = [None] * n
-    numbers = iter(range(n))
+    numbers = [None] * THREADS  # each None ends the work of a thread
+    numbers.extend(reversed(range(n)))
 
     def work():
-        set_blas_threads(1)  # some BLAS keep this number for each thread
-        for i in numbers:  # whoever is free takes the next
+        # Whoever is free takes the next number: never the same twice, even without Python's lock.
+        for i in iter(numbers.pop, None):
             results[i] = task(i)
 
-    calls, helpers = helpers_of(os.getpid())
-    wanted = min(THREADS, n) - 1
-    with contextlib.suppress(RuntimeError):  # the system allows no more threads
-        while len(helpers) < wanted:
-            helper = threading.Thread(target=help_for_ever, args=[calls], daemon=True)
-            helper.start()
-            helpers.append(helper)
+    _, calls, helpers = helpers_of(os.getpid())
+    with blas_held_to(1):
+        wanted = min(THREADS, n) - 1
+        with contextlib.suppress(RuntimeError):  # the system allows no more threads
+            while len(helpers) < wanted:
+                helper = threading.Thread(target=help_for_ever, args=[calls], daemon=True)
+                helper.start()
+                helpers.append(helper)
 
-    called = min(wanted, len(helpers))
-    done = queue.SimpleQueue()
-    for _ in range(called):
-        calls.put((work, done))
-    try:
-        work()
-    finally:
-        errors = [done.get() for _ in range(called)]
-        set_blas_threads(THREADS)
+        called = min(wanted, len(helpers))
+        done = queue.SimpleQueue()
+        for _ in range(called):
+            calls.put((work, done))
+        try:
+            work()
+        finally:
+            errors = [done.get() for _ in range(called)]
     for error in filter(None, errors):
         raise error
     return results
@@ -1849,16 +1828,15 @@ def parallel(task, n):
 BLOCK_BYTES = 1 << 20  # of a block's widest array: with smaller ones, threads wait for the lock
 
 
-def blocks(n, nbytes, block_bytes):
-    """n things of nbytes each, cut into blocks of about block_bytes: a list of slices.
+def blocks(n, nbytes, block_bytes=BLOCK_BYTES):
+    """n things of nbytes each, cut into blocks of at most block_bytes: a list of slices.
 
-    If they take more than half a block in all, the number of blocks is even (unless n is smaller),
-    so that two cores get equal shares.
+    Their number is a multiple of that of the threads, so that all have the same to do. For less
+    than an eighth of block_bytes no thread is woken: it would wait for the interpreter lock.
     """
-    number = math.ceil(n * nbytes / block_bytes)
-    if n * nbytes > block_bytes / 2:
-        number += number % 2
-    return cut(n, number)
+    least = block_bytes // 8
+    threads = max(1, min(THREADS, n * nbytes // least))
+    return cut(n, threads * math.ceil(n * nbytes / (threads * block_bytes)))
 
 
 def cut(n, number):
@@ -1885,7 +1863,8 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
         rows = [rows_of(args[i]) for i in of_rows]
         slices = blocks(len(rows[0]), max(array[0].nbytes for array in rows), block_bytes)
         if len(slices) == 1:
-            return layer(*args)
+            with blas_held_to(1):
+                return layer(*args)
 
         def block(number):
             own = list(args)
@@ -1931,14 +1910,13 @@ def by_heads(layer, thirds):
 
         n = views["out"].shape[1]
         nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
-        pieces = []
-        for sequences in blocks(B, NH * nbytes, BLOCK_BYTES):
-            alone = sequences.stop - sequences.start == 1
-            for heads in blocks(NH, nbytes, BLOCK_BYTES) if alone else [slice(0, NH)]:
-                pieces.append((sequences, heads))
+        number = len(blocks(B * NH, nbytes))
+        of_sequences = cut(B, number)
+        of_heads = cut(NH, math.ceil(number / len(of_sequences)))
+        pieces = list(itertools.product(of_sequences, of_heads))
 
-        def piece(number):
-            sequences, heads = pieces[number]
+        def piece(i):
+            sequences, heads = pieces[i]
             own = {name: view[sequences, ..., heads, :] for name, view in views.items()}
             own["lse"] = own["lse"][..., 0]
             layer(*own.values(), heads.stop - heads.start)
@@ -1949,7 +1927,7 @@ def by_heads(layer, thirds):
 
 
 def by_blocks(products):
-    """The same products, each cut into blocks: into some rows of out, or columns if it has more.
+    """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
     other cores have begun. BLAS could use threads of its own instead. But a BLAS thread waits by
@@ -1963,33 +1941,37 @@ def by_blocks(products):
             # One token: in generation, nearly always. Most of its products take some 0.1 ms. To
             # start our threads would cost about as much as they save; BLAS's own start sooner. For
             # 124M on two cores of an AMD EPYC: 80 tokens a second instead of 60.
-            return products(*jobs)
-        pieces = [piece for job in jobs for piece in product_blocks(*job)]
+            with blas_held_to(THREADS):
+                return products(*jobs)
+        work = [out.size * len(b) for out, _, b, _, _ in jobs]  # multiplications
+        pieces = []
+        for job, own in zip(jobs, work, strict=True):
+            pieces += product_blocks(*job, math.ceil(THREADS * own / sum(work)))
         parallel(lambda i: products(pieces[i]), len(pieces))
 
     return run
 
 
-def product_blocks(out, a, b, add, bias):
-    """A job of `products`, cut into blocks: a list of jobs."""
-    # Fewer than 2^21 multiplications, some 30 microseconds, are not divided. Up to 2^27, some 2
-    # milliseconds, there are two blocks, then four. For each block BLAS reads the whole of a or b,
-    # so more blocks mean more to read: four would cost a small model 3 % of a step on two cores,
-    # and eight a large one 5 %.
-    multiplications = out.size * len(b)
-    number = 1 if multiplications < 2**21 else 2 if multiplications < 2**27 else 4
-    if add:
-        # A block of a @ b should still be in the cache when it is added. This matters more than the
-        # limit of 4, so there are as many blocks as that takes.
-        number = max(number, math.ceil(out.nbytes / BLOCK_BYTES))
+def product_blocks(out, a, b, add, bias, number):
+    """A job of `products`, cut into `number` blocks: a list of jobs.
 
+    BLAS copies the rows of a and the columns of b that a block needs, and a column costs half as
+    much again. So blocks are nearly square, as then there is least to copy. They are fewer if they
+    would have less than 2^20 multiplications, some 15 microseconds. What is added to out is cut
+    into so many that a block of a @ b is still in the cache then.
+    """
     m, n = out.shape
-    if m >= n:
-        return [(out[rows], a[rows], b, add, bias) for rows in cut(m, number)]
+    number = max(1, min(number, out.size * len(b) >> 20))
+    if add:
+        number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
+
+    ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
+    of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
     pieces = []
-    for columns in cut(n, number):
-        own_bias = None if bias is None else bias[columns]
-        pieces.append((out[:, columns], a, b[:, columns], add, own_bias))
+    for rows in cut(m, of_rows):
+        for columns in cut(n, of_columns):
+            own_bias = None if bias is None else bias[columns]
+            pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
     return pieces
 
 
@@ -2000,6 +1982,7 @@ attention_forward = by_heads(attention_forward, "qkv")
 attention_backward = by_heads(attention_backward, "dqkv qkv")
 gelu_forward = by_rows(gelu_forward, "out inp")
 gelu_backward = by_rows(gelu_backward, "dinp dout inp")
+residual_forward = by_rows(residual_forward, "out inp1 inp2", block_bytes=2 * BLOCK_BYTES)
 crossentropy_softmax_forward = by_rows(crossentropy_softmax_forward, "losses logits targets")
 crossentropy_softmax_backward = by_rows(crossentropy_softmax_backward, "probs targets")
 sum_of_squares = by_rows(sum_of_squares, "x", block_bytes=BLOCK_BYTES // 2)

@@ -1,12 +1,20 @@
 """
-Speed and memory beside PyTorch: python tests/benchmark.py --help
+Speed and memory beside PyTorch, and what more cores would give.
 
-Whatever is compared runs in a process of its own, which prints one line of JSON. The candidates
-take turns, round after round, so that what else the machine is doing strikes all alike. The
-reference is the PyTorch model of test_gpt2.py at its best: scaled_dot_product_attention, fused
-AdamW, eager and compiled, with the same shapes, the same float32 and the same number of threads.
+    python tests/benchmark.py                    GPT-2 124M at B, T = 4, 64 and 1, 1024
+    python tests/benchmark.py --rows small       models that people train on a laptop
+    python tests/benchmark.py --against e6e19c8  also the version of a commit
+    python tests/benchmark.py --two_processes    also two processes, each with half of the batch
+    python tests/benchmark.py --cores            a simulation of 1 to 16 cores, and of unlike ones
 
-The results are printed as tables, and written as JSON to figures/benchmarks, from which
+Whatever is compared runs in a process of its own, for some steps. The candidates take turns, so
+that what else the machine is doing strikes all alike. A step is forward, backward, clipping to a
+norm of 1 and AdamW. The reference is the PyTorch model of test_gpt2.py at its best: with
+scaled_dot_product_attention, fused AdamW, eager and compiled, in float32 with as many threads.
+Speed is relative to PyTorch's faster mode of the same round, memory to its leaner one; with --torch
+and no mode, to the first candidate.
+
+Without --rows, the results are also written to figures/benchmarks, from which
 figures/make_figures.py makes the table and the chart of the README.
 """
 
@@ -14,653 +22,447 @@ import argparse
 import contextlib
 import ctypes
 import glob
-import importlib.util
+import inspect
 import itertools
 import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import timeit
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-TOP = os.path.dirname(HERE)
-sys.path.append(TOP)  # a folder in PYTHONPATH comes first: see in_a_process
-
-import train_gpt2 as gpt2
-
-# isort: split
-
-import numpy as np
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROWS = {  # name: (B, T, V, L, NH, C)
+    "nano": (12, 64, 65, 4, 4, 128),  # nanoGPT's recipe for a CPU
+    "bytes": (16, 64, 256, 2, 4, 128),  # what is trained with no network
+    "char": (4, 256, 65, 6, 6, 384),  # nanoGPT's character model, a small batch
+    "d6": (8, 64, 50257, 6, 6, 384),
+    "d12": (4, 64, 50257, 12, 12, 768),  # GPT-2 124M
+    "d12long": (1, 1024, 50257, 12, 12, 768),
+    "d12large": (4, 1024, 50257, 12, 12, 768),
+    "10K": (12, 64, 65, 1, 2, 24),
+    "100K": (12, 64, 65, 2, 4, 60),
+    "1M": (12, 64, 65, 5, 4, 128),
+    "10M": (12, 64, 65, 6, 6, 372),
+}
+GROUPS = {
+    "": "d12,d12long",
+    "small": "nano,bytes,char,d6",
+    "sizes": "10K,100K,nano,1M,10M,d6,d12",  # for figures/sizes.json
+}
 
 # --------------------------------------------------------------------------------------------------
-# What is measured. Each of these functions is called in a process of its own. Those that need
-# PyTorch import it themselves, so that ours do not pay for it.
+# In the process of a candidate. It makes a list of passes, which together are a step. Each imports
+# what it needs, so that ours do not pay for PyTorch.
 
 
-def steps_for(tokens):
-    """(to warm up, timed): how many steps of that many tokens a process makes."""
-    if tokens < 1024:
-        return 2, 8
-    if tokens < 4096:
-        return 1, 4
-    return 1, 2
+def model_and_batches(row, folder=TOP, processes=1, **settings):
+    """A model of the trainer in that folder, and 8 batches; B is that of all processes."""
+    sys.path.insert(0, folder)
+    import numpy as np
+
+    import train_gpt2 as gpt2
+
+    B, T, V, L, NH, C = row
+    make = gpt2.GPT2
+    if processes > 1:
+        from extras.processes import SharedModel as make
+    model = make(gpt2.GPT2Config(max(T, 64), V, L, NH, C), B // processes, T, **settings)
+    return model, np.random.default_rng(0).integers(0, V, (8, 2, B // processes, T))
 
 
-def random_batch(config, B, T):
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, B, T))
-    return tokens[0], tokens[1]
+def ours(row, folder, **settings):
+    model, batches = model_and_batches(row, folder, **settings)
+
+    def update():
+        norm = model.grad_norm()
+        model.update(1e-4, weight_decay=0.1, grad_scale=min(1.0, 1.0 / norm))
+
+    turn = itertools.cycle(batches)
+    return [lambda: model.forward(*next(turn)), model.backward, update]
 
 
-SIZES = {"d6": (6, 384), "d12": (12, 768), "d24": (24, 1024), "d36": (36, 1280), "d48": (48, 1600)}
-
-
-def fresh_config(name):
-    L, C = SIZES[name]
-    return gpt2.GPT2Config(num_layers=L, num_heads=C // 64, channels=C)
-
-
-def random_params(config):
-    params = {}
-    for name, shape in gpt2.param_shapes(config).items():
-        params[name] = np.zeros(shape, np.float32)
-    gpt2.init_weights(params, 1337)
-    return params
-
-
-def peak_mb():
-    """The most memory that this process ever had in RAM."""
-    import resource
-
-    unit = 1e6 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def timed_steps(passes, steps, started):
-    """Call the passes (forward, backward, update), step after step, and time each.
-
-    steps     (to warm up, timed)
-    started   the time when the process was started: then only one step is made
-    """
-    times = []
-    for _ in range(1 if started else sum(steps)):
-        marks = [time.perf_counter()]
-        for one in passes:
-            one()
-            marks.append(time.perf_counter())
-        times.append(np.diff(marks).tolist())
-
-    since_start = time.time() - started if started else None
-    timed = times if started else times[steps[0] :]
-    return {"times": timed, "peak": peak_mb(), "since_start": since_start}
-
-
-def train(model, B, T, steps, recompute=1, weights=None, started=None):
-    config = fresh_config(model)
-    numbers = itertools.count(1)
-    inputs, targets = random_batch(config, B, T)
-    if weights:
-        ours = gpt2.GPT2.from_pretrained(weights, B, T, recompute)
-    else:
-        ours = gpt2.GPT2(config, B, T, recompute=recompute)
-
-    passes = [
-        lambda: ours.forward(inputs, targets),
-        ours.backward,
-        lambda: ours.update(1e-4, step=next(numbers)),
-    ]
-    return timed_steps(passes, steps, started)
-
-
-def train_torch(model, B, T, steps, compiled=False, weights=None, started=None):
+def pytorch(row, compiled):
+    model, batches = model_and_batches(row, training=False)
     import torch
 
     from test_gpt2 import TorchGPT2
 
-    config = fresh_config(model)
-    x, y = map(torch.from_numpy, random_batch(config, B, T))
-    theirs = TorchGPT2(config, random_params(config))
-    if weights:
-        path = os.path.join(weights, "model.pt")
-        theirs.load_state_dict(torch.load(path, weights_only=True, mmap=True))
-    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.0, fused=True)
+    theirs = TorchGPT2(model.config, model.params)
+    del model
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, weight_decay=0.1, fused=True)
     compute = torch.compile(theirs) if compiled else theirs
+    turn = itertools.cycle([tuple(map(torch.from_numpy, pair)) for pair in batches])
     loss = [None]
 
     def forward():
         optimizer.zero_grad(set_to_none=True)
-        loss[0] = compute(x, y)
+        loss[0] = compute(*next(turn))
 
-    return timed_steps([forward, lambda: loss[0].backward(), optimizer.step], steps, started)
+    def update():
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
 
-
-def torch_continue(theirs, tokens, n):
-    """n greedy tokens, with the keys and values of earlier ones kept, as ours keep them."""
-    import torch
-    import torch.nn.functional as F
-
-    from test_gpt2 import torch_heads
-
-    kept = [None] * len(theirs.blocks)
-    position = 0
-    new = torch.tensor([tokens])
-    for _ in range(n):
-        x = theirs.wte(new) + theirs.wpe.weight[position : position + new.shape[1]]
-        for i, block in enumerate(theirs.blocks):
-            q, k, v = torch_heads(block.qkv(block.ln1(x)), block.NH)
-            if kept[i]:
-                k = torch.cat([kept[i][0], k], 2)
-                v = torch.cat([kept[i][1], v], 2)
-            kept[i] = (k, v)
-            att = F.scaled_dot_product_attention(q, k, v, is_causal=new.shape[1] > 1)
-            x = x + block.attproj(att.transpose(1, 2).flatten(2))
-            x = x + block.fcproj(F.gelu(block.fc(block.ln2(x)), approximate="tanh"))
-        position += new.shape[1]
-        new = F.linear(theirs.lnf(x[:, -1:]), theirs.wte.weight).argmax(-1)
-
-
-def timed_tokens(run, tokens):
-    """Seconds for that many new tokens, after eight to warm up."""
-    run(8)
-    began = time.perf_counter()
-    run(tokens)
-    return {"seconds": time.perf_counter() - began, "peak": peak_mb()}
-
-
-def generate(tokens):
-    ours = gpt2.GPT2(gpt2.GPT2Config(), 1, 1024, training=False)
-    return timed_tokens(lambda n: list(ours.generate([50256], n, temperature=0)), tokens)
-
-
-def generate_torch(tokens):
-    import torch
-
-    from test_gpt2 import TorchGPT2
-
-    config = gpt2.GPT2Config()
-    theirs = TorchGPT2(config, random_params(config))
-    with torch.no_grad():
-        return timed_tokens(lambda n: torch_continue(theirs, [50256], n), tokens)
-
-
-def generate_transformers(tokens):
-    import torch
-    import transformers
-
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval()
-    prompt = torch.tensor([[50256]])
-
-    def run(n):
-        theirs.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            min_new_tokens=n,
-            max_new_tokens=n,
-            pad_token_id=0,
-        )
-
-    return timed_tokens(run, tokens)
+    return [forward, lambda: loss[0].backward(), update]
 
 
 def attention(B, T):
-    """The least and the median seconds of one layer's attention, forward and backward (124M)."""
-    C, NH = 768, 12
-    rng = np.random.default_rng(0)
-    qkv = rng.standard_normal((B, T, 3 * C), np.float32)
-    dout = rng.standard_normal((B, T, C), np.float32)
-    out, dqkv = np.empty_like(dout), np.empty_like(qkv)
-    lse = np.empty((B, T, NH), np.float32)
+    """That of one layer of GPT-2 124M, forward and backward."""
+    model, _ = model_and_batches((B, T, 1, 1, 12, 768))
+    import train_gpt2 as gpt2
 
-    def both():
-        gpt2.attention_forward(out, lse, qkv, NH)
-        gpt2.attention_backward(dqkv, dout, out, lse, qkv, NH)
-
-    both()
-    times = timeit.repeat(both, number=1, repeat=12)
-    return {"least": min(times), "median": statistics.median(times)}
+    a, w = model.acts_of(0, B, T), model.acts
+    return [
+        lambda: gpt2.attention_forward(a.atty, a.att_lse, a.qkv, 12),
+        lambda: gpt2.attention_backward(w["dqkv"], w["datty"], a.atty, a.att_lse, a.qkv, 12),
+    ]
 
 
-def usual_examples(n):
-    """Made-up examples with HellaSwag's usual lengths: 20 to 110 tokens, endings of 5 to 40."""
-    rng = np.random.default_rng(0)
-    examples = []
-    for _ in range(n):
-        context = rng.integers(0, 50257, rng.integers(20, 111)).tolist()
-        endings = [rng.integers(0, 50257, rng.integers(5, 41)).tolist() for _ in range(4)]
-        examples.append((context, endings))
-    return examples
-
-
-def hellaswag(many):
-    """Seconds for some examples, in turns: the plain way and by token_losses.
-
-    The plain way is a forward pass on all four sequences, each from its beginning.
-    """
-    config = gpt2.GPT2Config()
-    model = gpt2.GPT2(config, 4, 160, training=False)
-    memory = model.blob[model.flat.size :]
-
-    def plain(context, endings):
-        longest = max(map(len, endings))
-        sequences = [context + ending + [0] * (longest - len(ending)) for ending in endings]
-        tokens = np.array(sequences)
-        inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-        shapes = gpt2.act_shapes(config, *inputs.shape, training=False)
-        model.acts = gpt2.carve(memory, shapes)  # a batch has another length each time
-        losses = np.empty(targets.shape, np.float32)
-        model.classifier(losses, model.forward_tokens(inputs), targets)
-        n = len(context) - 1
-        return [losses[i, n : n + len(ending)].copy() for i, ending in enumerate(endings)]
-
-    ways = {"plain": plain, "ours": model.token_losses}
-    seconds = dict.fromkeys(ways, 0.0)
-    for number, example in enumerate(usual_examples(many + 2)):
-        found = []
-        for way, answer in ways.items():
-            began = time.perf_counter()
-            found.append(np.concatenate(answer(*example)))
-            if number >= 2:  # the first two warm up
-                seconds[way] += time.perf_counter() - began
-        assert np.allclose(*found, rtol=1e-4)
-    return seconds
-
-
-def best_product_rate():
-    """The best rate of NumPy's products of the sizes that occur, in FLOP/s."""
-    rng = np.random.default_rng(0)
-    rates = []
-    for M, K, N in ((256, 768, 3072), (1024, 768, 3072), (2048, 2048, 2048)):
-        a = rng.random((M, K), np.float32)
-        b = rng.random((K, N), np.float32)
-        out = np.empty((M, N), np.float32)
-        times = timeit.repeat(
-            "np.matmul(a, b, out=out)",
-            number=4,
-            repeat=12,
-            globals={"np": np, "a": a, "b": b, "out": out},
-        )
-        rates.append(2 * M * K * N * 4 / min(times))
-    return max(rates)
+SIDE = 2048  # of the matrices of a large product
+PASS_BYTES = 1 << 29  # of each of the arrays of a pass over memory: far beyond any cache
 
 
 def limits():
-    """What this machine can do: the best rate of products, in FLOP/s, and of memory, in B/s."""
+    """What this machine can do: a large product of NumPy's, and a pass over memory."""
+    import numpy as np
     import torch
 
-    x, y = torch.ones(1 << 27), torch.ones(1 << 27)  # 512 MB each: far beyond any cache
-    seconds = min(timeit.repeat(lambda: torch.add(x, y, alpha=0.5, out=y), number=1, repeat=6))
-    return {"flops": best_product_rate(), "bandwidth": 3 * x.nbytes / seconds}
+    a, b, out = np.ones((3, SIDE, SIDE), np.float32)
+    x, y = torch.ones(2, PASS_BYTES // 4)
+    return [lambda: np.matmul(a, b, out=out), lambda: torch.add(x, y, alpha=0.5, out=y)]
 
 
-CHILDREN = {
-    "train": train,
-    "train_torch": train_torch,
-    "generate": generate,
-    "generate_torch": generate_torch,
-    "generate_transformers": generate_transformers,
-    "attention": attention,
-    "hellaswag": hellaswag,
-    "limits": limits,
-}
+def timed_steps(make, steps, **arguments):
+    """What a candidate reports: the seconds of each pass of each step, and its peak of memory."""
+    import resource
+
+    passes = globals()[make](**arguments)
+    found = []
+    for _ in range(2 + steps):
+        marks = [time.perf_counter()]
+        for one in passes:
+            one()
+            marks.append(time.perf_counter())
+        found.append([stop - start for start, stop in itertools.pairwise(marks)])
+
+    unit = 1e6 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"steps": found[2:], "peak": peak * arguments.get("processes", 1)}  # two warm up
+
 
 # --------------------------------------------------------------------------------------------------
-# Processes
+# The candidates take turns
 
 
-def busy_seconds():
-    """Seconds that all cores have worked since the machine was started. None where unknown."""
-    try:
-        with open("/proc/stat") as file:
-            user, nice, system, _, _, irq, softirq, steal = map(int, file.readline().split()[1:9])
-    except (OSError, ValueError):
-        return None
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def in_a_process(threads, child, folder=TOP, **arguments):
-    """What one of CHILDREN returns, called in a process of its own that imports from folder."""
-    environment = dict(os.environ)
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-        environment[name] = str(threads)
-    environment["PYTHONPATH"] = folder
-    command = [sys.executable, os.path.abspath(__file__), "--child", child]
+def in_a_process(function, threads, **arguments):
+    """What a function of this file returns, called in a process of its own, or in several."""
+    processes = arguments.get("processes", 1)
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    environment = os.environ | dict.fromkeys(names, str(max(1, threads // processes)))
+    command = ["mpiexec", "-n", str(processes)] if processes > 1 else []
+    command += [sys.executable, os.path.abspath(__file__), "--child", function]
     command.append(json.dumps(arguments))
-
-    began, busy_before, own_before = time.time(), busy_seconds(), sum(os.times()[:4])
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    if busy_before is not None:
-        others = busy_seconds() - busy_before - (sum(os.times()[:4]) - own_before)
-        share = others / (time.time() - began) / (os.cpu_count() or 1)
-        if share > 0.05:
-            note(f"  warning: other programs took {share:.0%} of the cores in this run")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def note(text):
-    print(text, file=sys.stderr, flush=True)
-
-
-def processor():
-    """The name of the processor."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)[1]
-    except (OSError, TypeError):
-        return platform.processor() or platform.machine()
-
-
-def blas():
-    """The name, version and kernel of the BLAS that NumPy uses."""
-    info = np.show_config("dicts")["Build Dependencies"]["blas"]
-    name = f"{info['name']} {info['version']}"
-    folder = os.path.dirname(np.__file__)
-    paths = glob.glob(folder + "/../numpy.libs/*openblas*") + glob.glob(folder + "/.dylibs/*blas*")
-    for path in paths:
-        with contextlib.suppress(OSError, AttributeError):
-            corename = ctypes.CDLL(path).scipy_openblas_get_corename64_
-            corename.restype = ctypes.c_char_p
-            return f"{name}, kernels for {corename().decode()}"
-    return name
-
-
-def commit():
-    """The first digits of the commit that is measured, or nothing."""
-    command = ["git", "-C", TOP, "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def machine(threads):
-    """What all this was measured on: a dict."""
-    import torch
-
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": blas(),
-        "torch": torch.__version__,
-        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit(),
-    }
-
-
-# --------------------------------------------------------------------------------------------------
-# Tables
-
-
-def matmul_flops(config, B, T):
-    """Of one training step: two per weight and token forward, twice that backward.
-
-    Of attention's scores, the half that is not masked counts.
-    """
-    weights = config.num_layers * 12 * config.channels**2 + config.vocab_size * config.channels
-    return 6 * B * T * (weights + config.num_layers * config.channels * T)
-
-
-def limit_of(config, B, T, machine_limits):
-    """Seconds that a step would take at the machine's limits.
-
-    All products at the best rate, then the seven passes over memory that AdamW can't do without.
-    """
-    nbytes = 4 * gpt2.count(gpt2.param_shapes(config))
-    products = matmul_flops(config, B, T) / machine_limits["flops"]
-    return products + 7 * nbytes / machine_limits["bandwidth"]
-
-
-def step_seconds(run):
-    """The median step of one process: (total, forward, backward, update)."""
-    return sorted([sum(times), *times] for times in run["times"])[len(run["times"]) // 2]
-
-
 def spread(ratios):
-    """A ratio's median, least and greatest over the rounds."""
+    """The median of some ratios, the least and the greatest."""
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
 
-def as_text(ratio):
-    middle, least, greatest = ratio
-    return f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
-
-
-def take_turns(candidates, rounds, threads, what):
-    """{label: [what its process reports, for each round]}. A candidate is (child, arguments)."""
-    runs = {label: [] for label in candidates}
-    for i in range(rounds):
-        for label, (child, arguments) in candidates.items():
-            note(f"  {what}, round {i + 1} of {rounds}: {label}")
-            runs[label].append(in_a_process(threads, child, **arguments))
-    return runs
-
-
-def compare_training(B, T, options, machine_limits, model="d12"):
-    """One row for each candidate: a list of dicts."""
-    shape = {"model": model, "B": B, "T": T, "steps": steps_for(B * T)}
-    candidates = {}
-    for recompute in options.recompute:
-        label = f"train_gpt2.py --recompute {recompute}"
-        candidates[label] = ("train", shape | {"recompute": recompute})
-    if options.against:
-        candidates[options.against] = ("train", shape | {"folder": options.against})
-    candidates["PyTorch eager"] = ("train_torch", shape)
-    candidates["PyTorch compiled"] = ("train_torch", shape | {"compiled": True})
-    runs = take_turns(candidates, options.rounds, options.threads, f"{model}, B={B}, T={T}")
-
-    seconds, peaks = {}, {}
-    for label, of_label in runs.items():
-        seconds[label] = [step_seconds(run) for run in of_label]
-        peaks[label] = [run["peak"] for run in of_label]
-    theirs = [label for label in candidates if label.startswith("PyTorch")]
-
-    rows = []
-    for label in candidates:
-        speeds, memories = [], []
-        for i in range(options.rounds):
-            fastest = min(seconds[other][i][0] for other in theirs)
-            leanest = min(peaks[other][i] for other in theirs)
-            speeds.append(fastest / seconds[label][i][0])
-            memories.append(peaks[label][i] / leanest)
-        total, forward, backward, update = sorted(seconds[label])[options.rounds // 2]
-        rows.append({
-            "model": model, "B": B, "T": T, "who": label,
-            "seconds": total, "forward": forward, "backward": backward, "update": update,
-            "peak_mb": statistics.median(peaks[label]),
-            "speed": spread(speeds), "memory": spread(memories),
-            "of_limit": limit_of(fresh_config(model), B, T, machine_limits) / total,
-        })  # fmt: skip
-    return rows
-
-
-TRAINING = """
-| model | B, T | who | ms per step | forward / backward / update | tokens/s | peak MB | \
-speed | memory | of the limit |
+TWO = ", two processes"
+COMPARISON = """
+| model | B, T, V, L, NH, C | who | ms per step | forward / backward / update | tokens/s | \
+peak MB | speed | memory | of the limit |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 
-def print_training(row):
-    parts = " / ".join(f"{row[name] * 1e3:.0f}" for name in ("forward", "backward", "update"))
-    rate = row["B"] * row["T"] / row["seconds"]
-    print(
-        f"| {row['model']} | {row['B']}, {row['T']} | {row['who']} | {row['seconds'] * 1e3:.0f} | "
-        f"{parts} | {rate:.0f} | {row['peak_mb']:.0f} | {as_text(row['speed'])} | "
-        f"{as_text(row['memory'])} | {row['of_limit']:.0%} |",
-        flush=True,
-    )
+def compare(name, options, machine_limits):
+    """Measure a row of ROWS, and print a line for each candidate: a list of dicts."""
+    row = ROWS[name]
+    B, T, V, L, NH, C = row
+    weights = L * 12 * C * C + V * C
+    flops = 6 * B * T * (weights + L * C * T)  # of attention's scores, the half not masked counts
+    limit = flops / machine_limits["flops"] + 7 * 4 * weights / machine_limits["bandwidth"]
+    steps = max(2, round(options.seconds / (2 * limit)))
 
+    ours = {"make": "ours", "folder": TOP, "processes": 1}
+    candidates = {}
+    for recompute in options.recompute:
+        label = f"train_gpt2.py --recompute {recompute}"
+        candidates[label] = ours | {"recompute": recompute}
+        if options.two_processes:
+            candidates[label + TWO] = ours | {"recompute": recompute, "processes": 2}
+    for version in options.against:
+        candidates[f"commit {version}"] = ours | {"folder": folder_of(version)}
+    for mode in options.torch:
+        candidates[f"PyTorch {mode}"] = {"make": "pytorch", "compiled": mode == "compiled"}
 
-def compare_generation(options, machine_limits):
-    candidates = {"train_gpt2.py": ("generate", {"tokens": 256})}
-    if options.against:
-        candidates[options.against] = ("generate", {"tokens": 256, "folder": options.against})
-    candidates["PyTorch with a cache"] = ("generate_torch", {"tokens": 256})
-    if importlib.util.find_spec("transformers"):
-        candidates["Hugging Face generate"] = ("generate_transformers", {"tokens": 256})
-    runs = take_turns(candidates, options.rounds, options.threads, "generation")
+    # For each round the passes of the median step, and the peak.
+    passes = {label: [] for label in candidates}
+    peaks = {label: [] for label in candidates}
+    for i in range(options.rounds):
+        for label in candidates if i % 2 == 0 else reversed(candidates):
+            run = {"row": row, "steps": steps} | candidates[label]
+            found = in_a_process("timed_steps", options.threads, **run)
+            passes[label].append(sorted(found["steps"], key=sum)[len(found["steps"]) // 2])
+            peaks[label].append(found["peak"])
 
-    weights = 4 * gpt2.count(gpt2.param_shapes(gpt2.GPT2Config()))
+    base = [label for label in candidates if label.startswith("PyTorch")] or list(candidates)[:1]
+    totals = {label: list(map(sum, of_label)) for label, of_label in passes.items()}
+    least = [min(column) for column in zip(*(totals[label] for label in base), strict=True)]
+    leanest = [min(column) for column in zip(*(peaks[label] for label in base), strict=True)]
+
     rows = []
-    for label, of_label in runs.items():
-        rates = [256 / run["seconds"] for run in of_label]
+    for label in candidates:
+        middle = sorted(passes[label], key=sum)[options.rounds // 2]
+        speed = spread([a / b for a, b in zip(least, totals[label], strict=True)])
+        memory = spread([a / b for a, b in zip(peaks[label], leanest, strict=True)])
+        peak = statistics.median(peaks[label])
         rows.append({
-            "who": label,
-            "tokens_per_second": spread(rates),
-            "of_bandwidth": statistics.median(rates) * weights / machine_limits["bandwidth"],
-            "peak_mb": statistics.median(run["peak"] for run in of_label),
+            "row": row, "model": "d12" if name.startswith("d12") else name, "B": B, "T": T,
+            "who": label, "seconds": sum(middle), "forward": middle[0], "backward": middle[1],
+            "update": middle[2], "peak_mb": peak, "speed": speed, "memory": memory,
+            "of_limit": limit / sum(middle),
         })  # fmt: skip
+        parts = " / ".join(f"{part * 1e3:.0f}" for part in middle)
+        ratio = "{:.2f} ({:.2f} to {:.2f})"
+        print(
+            f"| {name} | {', '.join(map(str, row))} | {label} | {sum(middle) * 1e3:.1f} | "
+            f"{parts} | {B * T / sum(middle):.0f} | {peak:.0f} | {ratio.format(*speed)} | "
+            f"{ratio.format(*memory)} | {limit / sum(middle):.0%} |",
+            flush=True,
+        )
     return rows
 
 
-def print_generation(rows):
-    print("\n| generation, 256 tokens | tokens/s | of the bandwidth | peak MB |\n|---|---|---|---|")
-    for row in rows:
-        middle, least, greatest = row["tokens_per_second"]
+# --------------------------------------------------------------------------------------------------
+# A simulation of more cores
+
+CORES = {str(n): [1.0] * n for n in (1, 2, 4, 8, 16)}
+CORES["4 fast, 4 slow"] = [1.0] * 4 + [0.4] * 4
+CALL = 50e-6  # seconds until the other threads of a call have begun
+MEMORY_RATE = 2.5  # times one core's, which is all that many cores get where memory is the limit
+AT_MEMORYS_RATE = ("adamw", "sum_of_squares", "residual_forward")
+SIMULATION = """
+| model | cores | ms per step | times as fast as one | work | where the time goes, ms | measured |
+|---|---|---|---|---|---|---|"""
+
+
+def record(row, cores, repeats):
+    """For each number of cores what a step consists of: [(layer, is it parallel, seconds), ...].
+
+    The work is cut for so many cores. Each task of each call of `parallel` is timed alone, on one
+    thread, and so is what runs between the calls. Of some steps, the least times count.
+    """
+    passes = ours(row, TOP)
+    import train_gpt2 as gpt2
+
+    clock = time.thread_time  # what other programs do meanwhile does not count
+    events = []
+    marks = [clock()]
+
+    def between_the_calls():
+        events.append(("between the calls", False, [clock() - marks[-1]]))
+        marks[:] = [clock()]
+
+    def parallel(task, n):
+        between_the_calls()
+        results = []
+        for i in range(n):
+            results.append(task(i))
+            marks.append(clock())
+        around = inspect.getclosurevars(task).nonlocals  # the layer that has been cut is there
+        name = (around.get("layer") or around["products"]).__name__
+        events.append((name, True, [b - a for a, b in itertools.pairwise(marks)]))
+        marks[:] = [clock()]
+        return results
+
+    gpt2.parallel = parallel
+    found = {}
+    for _ in range(repeats + 1):
+        for gpt2.THREADS in cores:
+            events.clear()
+            marks[:] = [clock()]
+            for one in passes:
+                one()
+            between_the_calls()
+            before = found.get(gpt2.THREADS, events)
+            found[gpt2.THREADS] = [
+                (layer, is_parallel, list(map(min, old, new)))
+                for (layer, is_parallel, old), (*_, new) in zip(before, events, strict=True)
+            ]
+    return found
+
+
+def simulated(events, paces):
+    """{layer: seconds of a step on cores of these paces}. Whoever is free takes the next task."""
+    step = {}
+    for layer, parallel, tasks in events:
+        free = [0.0] * (min(len(paces), len(tasks)) if parallel else 1)
+        for task in tasks:
+            first = free.index(min(free))
+            free[first] += task / paces[first]
+        took = max(free) + (CALL if len(free) > 1 else 0)
+        if parallel and layer in AT_MEMORYS_RATE:
+            took = max(took, sum(tasks) / MEMORY_RATE)
+        step[layer] = step.get(layer, 0) + took
+    return step
+
+
+def simulate(name, options):
+    """Print what a row of ROWS would take on more cores; measure it where there are as many."""
+    row = ROWS[name]
+    cores = sorted({len(paces) for paces in CORES.values()})
+    found = in_a_process("record", 1, row=row, cores=cores, repeats=options.repeats)
+    base = sum(simulated(found["1"], [1.0]).values())
+    for label, paces in CORES.items():
+        n = len(paces)
+        step = simulated(found[str(n)], paces)
+        total = sum(step.values())
+        work = sum(sum(seconds) for *_, seconds in found[str(n)])
+        measured = ""
+        if label == str(n) and n <= (os.cpu_count() or 1):
+            run = {"make": "ours", "steps": options.repeats, "row": row, "folder": TOP}
+            steps = in_a_process("timed_steps", n, **run)["steps"]
+            measured = f"{statistics.median(map(sum, steps)) * 1e3:.1f}"
+        most = sorted(step, key=step.get, reverse=True)[:7]
+        parts = ", ".join(f"{one} {step[one] * 1e3:.1f}" for one in most)
         print(
-            f"| {row['who']} | {middle:.1f} ({least:.1f} to {greatest:.1f}) | "
-            f"{row['of_bandwidth']:.0%} | {row['peak_mb']:.0f} |"
+            f"| {name} | {label} | {total * 1e3:.1f} | {base / total:.2f} | {work / base:.2f} | "
+            f"{parts} | {measured} |",
+            flush=True,
         )
 
 
-def attention_times(options, machine_limits):
-    """Attention's time over that of its products at the best rate: a list of dicts."""
+# --------------------------------------------------------------------------------------------------
+# The machine, and the command line
+
+
+def machine():
+    """What all this is measured on: a dict."""
+    import numpy as np
+    import torch
+
+    processor = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        processor = re.search(r"^model name\s*: (.*)$", file.read(), re.MULTILINE)[1]
+
+    blas = np.show_config("dicts")["Build Dependencies"]["blas"]
+    kernels = ""
+    for path in glob.glob(os.path.dirname(np.__file__) + "/../numpy.libs/*openblas*"):
+        with contextlib.suppress(OSError, AttributeError):
+            corename = ctypes.CDLL(path).scipy_openblas_get_corename64_
+            corename.restype = ctypes.c_char_p
+            kernels = f", kernels for {corename().decode()}"
+
+    commit = ["git", "-C", TOP, "rev-parse", "--short", "HEAD"]
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": int(os.environ["OMP_NUM_THREADS"]),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas['name']} {blas['version']}{kernels}",
+        "torch": torch.__version__,
+        "torch_kernels": torch.backends.cpu.get_cpu_capability(),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+    }
+
+
+def measure_limits(threads):
+    """The best rate of products, in FLOP/s, and that of memory, in B/s."""
+    steps = in_a_process("timed_steps", threads, make="limits", steps=10)["steps"]
+    product, memory = map(min, zip(*steps, strict=True))
+    return {"flops": 2 * SIDE**3 / product, "bandwidth": 3 * PASS_BYTES / memory}
+
+
+def measure_attention(threads, flops):
+    """Attention's time, and that over the time of its products at the best rate: a list of dicts.
+
+    There are two products forward and five backward, each over the half that is not masked.
+    """
     rows = []
     for B, T in ((4, 64), (1, 1024), (4, 1024)):
-        runs = [in_a_process(options.threads, "attention", B=B, T=T) for _ in range(options.rounds)]
-        # two products forward, five backward, each over the half that is not masked
-        products = 7 * B * T * T * 768 / machine_limits["flops"]
-        seconds = statistics.median(run["median"] for run in runs)
+        run = {"make": "attention", "steps": 12, "B": B, "T": T}
+        steps = in_a_process("timed_steps", threads, **run)["steps"]
+        seconds = statistics.median(map(sum, steps))
+        products = 7 * B * T * T * 768 / flops
         rows.append({"B": B, "T": T, "seconds": seconds, "of_products": seconds / products})
     return rows
 
 
-def print_attention(rows):
-    print("\n| attention, one layer | ms, both passes | times its products |\n|---|---|---|")
-    for row in rows:
-        print(f"| {row['B']}, {row['T']} | {row['seconds'] * 1e3:.1f} | {row['of_products']:.2f} |")
-
-
-def compare_start(options):
-    """Seconds from the start of a process to the end of its first step, weights from disk."""
-    import torch
-
-    from test_gpt2 import TorchGPT2
-
-    with tempfile.TemporaryDirectory() as folder:
-        model = gpt2.GPT2(gpt2.GPT2Config(), 1, 1)
-        model.save_pretrained(folder)
-        reference = TorchGPT2(model.config, model.params)
-        torch.save(reference.state_dict(), os.path.join(folder, "model.pt"))
-        del model, reference
-
-        seconds = {"train": [], "train_torch": []}
-        for i in range(3):
-            for child in seconds:
-                note(f"  the first step, round {i + 1} of 3: {child}")
-                run = in_a_process(
-                    options.threads, child, model="d12", B=4, T=64, steps=None,
-                    weights=folder, started=time.time(),
-                )  # fmt: skip
-                seconds[child].append(run["since_start"])
-    return {child: statistics.median(times) for child, times in seconds.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-
-
-def measure(options):
-    """Print the tables, and return all of it as a dict."""
-    machine_limits = in_a_process(options.threads, "limits")
-    found = {"machine": machine(options.threads), "limits": machine_limits, "training": []}
-    print(", ".join(f"{name} {value}" for name, value in found["machine"].items()))
-    print(
-        f"the limit: products at {machine_limits['flops'] / 1e9:.0f} GFLOP/s, the best that NumPy "
-        f"showed here, then AdamW's seven passes at {machine_limits['bandwidth'] / 1e9:.0f} GB/s"
-    )
-
-    print(TRAINING, flush=True)
-    shapes = [(options.model, *shape) for shape in options.shapes]
-    if options.full:
-        shapes += [("d12", 16, 64), ("d12", 4, 256), ("d6", 4, 64), ("d24", 4, 64)]
-    for model, B, T in shapes:
-        for row in compare_training(B, T, options, machine_limits, model):
-            found["training"].append(row)
-            print_training(row)
-
-    found["attention"] = attention_times(options, machine_limits)
-    print_attention(found["attention"])
-    if options.full or options.generation:
-        found["generation"] = compare_generation(options, machine_limits)
-        print_generation(found["generation"])
-    if options.full or options.hellaswag:
-        runs = [in_a_process(options.threads, "hellaswag", many=40) for _ in range(options.rounds)]
-        found["hellaswag"] = {
-            "ratio": spread([run["ours"] / run["plain"] for run in runs]),
-            "seconds_per_example": statistics.median(run["ours"] / 40 for run in runs),
-        }
-        ratio, seconds = found["hellaswag"].values()
-        print(f"\nHellaSwag, 124M: {seconds:.3f} s per example, {as_text(ratio)} of the plain way")
-    if options.full:
-        found["start"] = compare_start(options)
-        print("\nthe first step is done after", found["start"])
-    return found
-
-
-def read_shapes(text):
-    """ "4x64,1x1024" as [(4, 64), (1, 1024)]."""
-    return [tuple(map(int, shape.split("x"))) for shape in text.split(",")]
+def folder_of(commit):
+    """A new folder with the files of a commit."""
+    folder = tempfile.mkdtemp()
+    subprocess.run(["git", "-C", TOP, "archive", "-o", f"{folder}.tar", commit], check=True)
+    shutil.unpack_archive(f"{folder}.tar", folder, filter="data")
+    return folder
 
 
 def main():
-    if sys.argv[1:2] == ["--child"]:  # it may have imported another version of the trainer
-        name, arguments = sys.argv[2:]
-        print(json.dumps(CHILDREN[name](**json.loads(arguments))))
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
         return
-    if sys.argv[1:2] == ["--small"]:  # what follows are flags of small_models.py
-        import small_models
 
-        small_models.main(sys.argv[2:])
-        return
+    sys.path.append(TOP)
+    import train_gpt2 as gpt2
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="d12", help="d6, d12, ... (default: d12, GPT-2 124M)")
-    parser.add_argument("--shapes", type=read_shapes, help="BxT,... (default: 4x64,1x1024)")
-    parser.add_argument("--rounds", type=int, default=3, help="of taking turns (default: 3)")
-    parser.add_argument("--threads", type=int, default=gpt2.threads_wanted(), help="for everybody")
-    parser.add_argument("--recompute", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--against", help="a folder with another version of this project")
-    parser.add_argument("--small", action="store_true", help="small models instead, if it is first")
-    parser.add_argument("--generation", action="store_true", help="also measure generation")
-    parser.add_argument("--hellaswag", action="store_true", help="also measure HellaSwag")
-    parser.add_argument("--full", action="store_true", help="everything: half an hour")
-    parser.add_argument("--output", help="the JSON file (default: in figures/benchmarks)")
+    parser.add_argument("--rows", default="", help=f"small, sizes, or some of {','.join(ROWS)}")
+    parser.add_argument("--cores", action="store_true", help="simulate more cores")
+    parser.add_argument("--repeats", type=int, default=4, help="of steps for the simulation")
+    parser.add_argument("--against", nargs="*", default=[], metavar="COMMIT")
+    parser.add_argument("--two_processes", action="store_true", help="of half the threads each")
+    parser.add_argument("--recompute", type=int, nargs="+", default=[1], help="(default: 1)")
+    parser.add_argument("--torch", nargs="*", default=["eager", "compiled"], help="its modes")
+    parser.add_argument("--rounds", type=int, default=5, help="of taking turns")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, or two steps")
+    parser.add_argument("--threads", type=int, default=gpt2.THREADS, help="for everybody")
     options = parser.parse_args()
-    if options.shapes is None:
-        options.shapes = [(4, 64), (1, 1024)] + ([(4, 1024)] if options.full else [])
-    found = measure(options)
+    names = GROUPS.get(options.rows, options.rows).split(",")
+    if options.cores:
+        print(SIMULATION, flush=True)
+        for name in names:
+            simulate(name, options)
+        return
 
-    kernel = blas().rpartition("kernels for ")[2]
-    words = f"{processor()} {kernel} {options.threads} threads"
-    name = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    path = options.output or os.path.join(TOP, "figures", "benchmarks", f"{name}.json")
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(path, "w") as file:
+    # In a process of its own, too: a child's peak of memory is never less than its parent's.
+    found = {"machine": in_a_process("machine", options.threads)}
+    found["limits"] = measure_limits(options.threads)
+    print(json.dumps(found), COMPARISON, sep="\n", flush=True)
+    compared = [compare(name, options, found["limits"]) for name in names]
+    if options.rows == "sizes":
+        path, found = "sizes.json", []
+        for rows in compared:
+            quickest = {"row": rows[0]["row"]}
+            for row in rows:
+                kind = "PyTorch" if row["who"].startswith("PyTorch") else "one process"
+                kind = TWO if row["who"].endswith(TWO) else kind
+                quickest[kind] = min(row["seconds"] * 1e3, quickest.get(kind, float("inf")))
+            found.append(quickest)
+    elif options.rows == "":
+        found["training"] = list(itertools.chain(*compared))
+        found["attention"] = measure_attention(options.threads, found["limits"]["flops"])
+        kernels = found["machine"]["blas"].rpartition("kernels for ")[2]
+        words = f"{found['machine']['processor']} {kernels} {options.threads} threads".lower()
+        path = "benchmarks/" + re.sub(r"[^a-z0-9]+", "-", words).strip("-") + ".json"
+    else:
+        return
+    with open(os.path.join(TOP, "figures", path), "w", encoding="utf-8") as file:
         json.dump(found, file, indent=1)
-    note(f"written to {path}")
+    print(f"written to figures/{path}", file=sys.stderr)
 
 
 if __name__ == "__main__":
