@@ -4,7 +4,7 @@ Makes the figures of the README and the tables of BENCHMARK.md: python figures/m
     blob.svg        the memory of a model, to scale, and who uses it when
     layer.svg       one layer, forward and backward, with the names of the tensors
     loss.svg        the losses in losses.json
-    sizes.svg       sizes.json, which tests/benchmark.py --small --two_processes --rows sizes writes
+    sizes.svg       sizes.json, which tests/benchmark.py --rows sizes --two_processes writes
     benchmark.svg   the measurements in benchmarks/*.json, which tests/benchmark.py writes; the
                     tables in README.md and BENCHMARK.md are made from them too
 
