@@ -1923,6 +1923,10 @@ def finish(run, complete):
     elif not run.missing:
         summary.append(f"saved in {folder}" if complete else go_on)
     print_now(("" if complete else "stopped: ") + ", ".join(summary))
+    if folder and complete:
+        weights = quoted(os.path.join(folder, "best") if step else folder)
+        print_now(f"let it write: python train_gpt2.py --model {weights} --inference_only 1")
+        print_now(f"look inside:  python -m extras.look_inside --model {weights}")
 
     remedy = go_on if run.saved >= 0 else "begin again with another --output_dir"
     require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
