@@ -227,7 +227,7 @@ FAULTS = {  # flags, lines that run first, what is said, exit code
     "prompt": (["--inference_only", 1], "", "error: --inference_only 1 writes nothing", 2),
     "total": (["--total_batch_size", 96], "", "of B*T * 2 processes = 64: try 64", 1),
     "folder": (["--output_dir", "model"], "", "model holds a run: go on with --resume 1", 1),
-    "nan": (["--learning_rate", 1e18], "", "error: update 2: the loss is nan: try", 1),
+    "nan": (["--learning_rate", 1e12], "", "error: update 2: the loss is nan: try", 1),
     "memory": ([], f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),
     "fault": ([], f"{ON_ONE}processes.adamw = None", "'NoneType' object is not callable", 1),
     "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "different flags or data", 1),

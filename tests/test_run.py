@@ -188,9 +188,10 @@ def test_a_run_is_what_the_interface_computes(call, tmp_path):
             losses.append(loss)
     assert told(stdout) == printed and next(found, None) is None
 
-    *_, best_line, last_line = stdout.splitlines()
+    *_, best_line, last_line, write, look = stdout.splitlines()
     loss, step, best = min(validations)
     assert best_line == f"best val loss {loss:.4f} at update {step}, in {tmp_path}/best"
+    assert all(f"--model {tmp_path}/best" in line for line in (write, look))
     summary = f"8 updates, train loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     assert re.fullmatch(rf"{summary}, \S+ s, \d+ tok/s, saved in {tmp_path}", last_line)
     for folder, wte in ((tmp_path / "best", best), (tmp_path, model.params["wte"].tobytes())):
