@@ -569,7 +569,7 @@ def read_vocabulary(path):
         in_order = [ids[token] for token in vocabulary] == list(range(len(ids)))
         require(in_order and len(ids) < 65536, "expected the ids from 0 on, up to 65535")
         merges_of(vocabulary)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no vocabulary: {error}") from None
     return vocabulary
 
