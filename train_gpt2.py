@@ -1302,7 +1302,7 @@ import threading
 import time
 import warnings
 import zlib
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -1661,7 +1661,7 @@ def train(run):
 
         if is_due(run.step, args.val_loss_every, done):
             validate(run)
-        if is_due(run.step, args.sample_every, done) and run.loader:
+        if is_due(run.step, args.sample_every, done):
             print_sample(run, args.max_new_tokens if done else min(args.max_new_tokens, 64))
         if done:
             return not run.signals
@@ -1676,66 +1676,46 @@ def is_due(step, every, last=False):
 
 def update(run):
     """One update, its entry in the log and, now and then, a line."""
-    args, loader = run.args, run.loader
-    started = time.perf_counter()
-    run.began = run.began or (run.step, started)
-
+    args, step, last = run.args, run.step, run.args.num_iterations
     tokens = args.total_batch_size
-    rate = scheduled_rate(args, run.step)
-    micro_batches = tokens // (loader.B * loader.T)
+    micro_batches = tokens // (run.loader.B * run.loader.T)
+    rate = learning_rate_at(
+        step, last, args.learning_rate, args.warmup_iters, args.learning_rate_decay_frac
+    )
+    started = time.perf_counter()
+    run.began = run.began or (step, started)
     try:
         loss, norm = train_step(
-            run.model, loader, micro_batches, rate, args.weight_decay, args.grad_clip
+            run.model, run.loader, micro_batches, rate, args.weight_decay, args.grad_clip
         )
     except FloatingPointError as error:
-        raise InputError(
-            f"update {run.step + 1}: {error}: try a smaller --learning_rate, or --grad_clip 1"
-        ) from None
-    run.step += 1
-
+        remedy = "try a smaller --learning_rate, or --grad_clip 1"
+        raise InputError(f"update {step + 1}: {error}: {remedy}") from None
     now = time.perf_counter()
     seconds = now - started
-    log(
-        run, train_loss=loss, norm=norm, lr=rate,
-        ms=seconds * 1e3, tokens_per_second=tokens / seconds,
-    )  # fmt: skip
+    run.step = step = step + 1
+    speed = {"ms": seconds * 1e3, "tokens_per_second": tokens / seconds}
+    log(run, train_loss=loss, norm=norm, lr=rate, **speed)
 
-    last = args.num_iterations
     first, then = run.began
-    if run.step in (first + 1, last) or is_due(run.step, lines_every(args)) or now > run.shown + 10:
+    every = args.log_every or math.ceil(last / 20)
+    if step in (first + 1, last) or is_due(step, every) or now > run.shown + 10:
         run.shown = now
-        seconds_left = round((now - then) / (run.step - first) * (last - run.step))
-        left = f", {timedelta(seconds=seconds_left)} left" if run.step < last else ""
+        seconds_left = round((now - then) / (step - first) * (last - step))
+        left = f", {timedelta(seconds=seconds_left)} left" if step < last else ""
         print_now(
-            f"step {run.step}/{last}: train loss {loss:.6f} (norm {norm:.4f}, lr {rate:.1e}, "
+            f"step {step}/{last}: train loss {loss:.6f} (norm {norm:.4f}, lr {rate:.1e}, "
             f"{seconds * 1e3:.0f} ms{left})"
         )
 
 
-def scheduled_rate(args, step):
-    """The learning rate of the update after `step` of them."""
-    return learning_rate_at(
-        step, args.num_iterations, args.learning_rate,
-        args.warmup_iters, args.learning_rate_decay_frac,
-    )  # fmt: skip
-
-
-def lines_every(args):
-    """Updates between two printed lines: --log_every, or 1, 2, 5, 10, ... for 8 to 20 lines."""
-    numbers = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    return args.log_every or next(n for n in numbers if args.num_iterations <= 20 * n)
-
-
 def describe(run):
     """Print what the run is, and what is normal for it."""
-    args, loader, V = run.args, run.loader, run.model.config.vocab_size
-    if not loader:
-        return
+    args, V = run.args, run.model.config.vocab_size
     updates, tokens = args.num_iterations, args.total_batch_size
     epochs = updates * tokens / sum(n for n, _ in run.data["training"])
-    where = f"in {run.folder}" if run.folder else "nowhere: --output_dir names a folder"
     print_now(f"{updates:,} updates of {tokens:,} tokens, {epochs:.3g} epochs, {THREADS} threads")
-    print_now(f"what it learns is kept {where}")
+    print_now(f"what it learns is kept in {run.folder or 'no folder: name one with --output_dir'}")
     if epochs > 10 and not args.overfit_single_batch:
         print_now("it may learn so small a text by heart: the least val loss is what counts")
     if args.warmup_iters > updates:
@@ -1759,49 +1739,54 @@ def passages(shards, T):
 VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
 
 
-def validate(run):
-    """Print the mean loss of the first passages of the validation data, or of all of them.
+def evaluate(run, number):
+    """What a validation finds in the first passages of its data, a dict; None after a signal.
 
     Each passage counts once, whatever the batch size. The last batch is filled up with its rows.
-    """
-    args, model = run.args, run.model
-    B = run.loader.B if run.loader else args.batch_size
-    T = args.sequence_length
-    most = 1280 if is_gpt2s(model.config.vocab_size) else VAL_TOKENS
-    wanted = max(5, most // T)
-    if args.val_max_steps:
-        wanted = args.val_max_steps * B
-    elif not run.loader:
-        wanted = None  # a text that is evaluated is read whole
 
-    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [])
+    number   of passages; None is all of them
+    """
+    model = run.model
+    B, T = model.acts["losses"].shape
+    B *= model.PROCESSES
+    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * model.config.vocab_size)
     nats, tokens, nbytes = 0.0, 0, 0
-    rows = itertools.islice(passages(run.validation, T), wanted)
+    rows = itertools.islice(passages(run.validation, T), number)
     while batch := list(itertools.islice(rows, B)):
         if run.signals:
-            return
-        windows = np.stack([window for window, _ in batch])
-        filled = np.resize(windows, (B, T + 1))
+            return None
+        filled = np.resize([window for window, _ in batch], (B, T + 1))
         losses = model.batch_losses(filled[:, :-1], filled[:, 1:])
         for row, (window, n) in enumerate(batch):
             nats += float(losses[row, :n].sum(dtype=np.float64))
             tokens += n
-            if run.tokenizer:
-                nbytes += int(lengths[window[1 : n + 1]].sum())
+            nbytes += int(lengths[window[1 : n + 1]].sum())
 
     require(tokens, "the validation data has no token after its first")
     loss = nats / tokens
     require(math.isfinite(loss), f"the validation loss is {loss}: try a smaller --learning_rate")
-    values = {"val_loss": loss, "val_tokens": tokens}
+    found = {"val_loss": loss, "val_tokens": tokens}
+    bits = ""
     if nbytes:
-        values["bits_per_byte"] = nats / math.log(2) / nbytes
-    bits = f" ({values['bits_per_byte']:.2f} bits per byte)" if nbytes else ""
+        found["bits_per_byte"] = nats / math.log(2) / nbytes
+        bits = f" ({found['bits_per_byte']:.2f} bits per byte)"
     print_now(f"val loss {loss:.6f}{bits}")
-    if run.folder and run.step > 0 and loss < best_so_far(run, tokens)[0]:
+    return found
+
+
+def validate(run):
+    """Evaluate, log, and keep the weights if they are the best so far."""
+    args, T = run.args, run.args.sequence_length
+    most = 1280 if is_gpt2s(run.model.config.vocab_size) else VAL_TOKENS
+    found = evaluate(run, args.val_max_steps * run.loader.B or max(5, most // T))
+    if not found:
+        return
+    best, _ = best_so_far(run, found["val_tokens"])
+    if run.folder and run.step > 0 and found["val_loss"] < best:
         with kept(run, "the best weights"):
             run.model.save_pretrained(os.path.join(run.folder, "best"))
-            values["best"] = True
-    log(run, **values)
+            found["best"] = True
+    log(run, **found)
 
 
 def best_so_far(run, tokens):
@@ -1887,60 +1872,38 @@ def finish(run, complete):
 
     InputError if something could not be written.
     """
-    args, folder = run.args, run.folder
-    if folder and complete and run.loader:
+    folder = run.folder
+    if folder and complete:
         with kept(run, "the weights"):
             run.model.save_pretrained(folder)
 
-    losses = {}
-    for kind in ("train", "val"):
-        losses[kind] = [e[f"{kind}_loss"] for e in run.entries if f"{kind}_loss" in e]
-        if len(losses[kind]) > 1:
-            first, last = losses[kind][0], losses[kind][-1]
-            print_now(f"{kind:5} loss {first:7.4f} {sparkline(losses[kind])} {last:.4f}")
-    if not run.loader:
-        if losses["val"]:
-            print_now(f"perplexity {math.exp(min(losses['val'][-1], 700)):.2f}")
-        require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room")
-        return
-
     tokens = [entry["val_tokens"] for entry in run.entries if "val_tokens" in entry]
     best, step = best_so_far(run, tokens[-1] if tokens else 0)
+    weights = os.path.join(folder, "best") if step else folder
     if step:
-        where = os.path.join(folder, "best")
-        print_now(f"best val loss {best:.4f} at update {step}, in {where}")
+        print_now(f"best val loss {best:.4f} at update {step}, in {weights}")
 
-    summary = [f"{run.step} updates"]
-    if losses["train"]:
-        summary.append(f"train loss {losses['train'][0]:.4f} -> {losses['train'][-1]:.4f}")
+    summary = [f"{'' if complete else 'stopped: '}{run.step} updates"]
     if run.began:
-        seconds = time.perf_counter() - run.began[1]
-        number = (run.step - run.began[0]) * args.total_batch_size
-        summary += [f"{seconds:.1f} s", f"{number / seconds:.0f} tok/s"]
+        first, then = run.began
+        seconds = time.perf_counter() - then
+        speed = (run.step - first) * run.args.total_batch_size / seconds
+        losses = [entry["train_loss"] for entry in run.entries if "train_loss" in entry]
+        summary.append(f"train loss {losses[0]:.4f} -> {losses[-1]:.4f}")
+        summary += [f"{seconds:.1f} s", f"{speed:.0f} tok/s"]
     go_on = f"go on with {quoted('--output_dir', folder, '--resume', '1')}"
     if not folder:
         summary.append("nothing is kept without --output_dir")
     elif not run.missing:
         summary.append(f"saved in {folder}" if complete else go_on)
-    print_now(("" if complete else "stopped: ") + ", ".join(summary))
+    print_now(", ".join(summary))
     if folder and complete:
-        weights = quoted(os.path.join(folder, "best") if step else folder)
-        print_now(f"let it write: python train_gpt2.py --model {weights} --inference_only 1")
-        print_now(f"look inside:  python -m extras.look_inside --model {weights}")
+        flag = quoted("--model", weights)
+        print_now(f"let it write: python train_gpt2.py {flag} --inference_only 1")
+        print_now(f"look inside:  python -m extras.look_inside {flag}")
 
     remedy = go_on if run.saved >= 0 else "begin again with another --output_dir"
     require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
-
-
-def sparkline(values, width=50):
-    """A row of characters whose heights follow the values."""
-    encoding = getattr(sys.stdout, "encoding", None) or ""
-    heights = "▁▂▃▄▅▆▇█" if "utf" in encoding.lower() else "_.-=+*#@"
-
-    groups = np.array_split(values, min(width, len(values)))
-    means = np.array([group.mean() for group in groups])
-    levels = (means - means.min()) / max(np.ptp(means), 1e-9)
-    return "".join(heights[round(level * 7)] for level in levels.tolist())
 
 
 def print_now(text, end="\n", to="stdout"):
@@ -1981,7 +1944,7 @@ def save_checkpoint(run):
     One that can't be written ends no run: the next one may find room on the disk.
     """
     model, folder = run.model, run.folder
-    if not folder or not run.loader or run.saved == run.step:
+    if not folder or run.saved == run.step:
         return
     state = {
         "step": run.step,
@@ -2033,14 +1996,16 @@ def newest_checkpoint(folder):
     return "", None
 
 
-def refuse_used_folder(folder):
-    """InputError if a folder holds a run, which a new run would overwrite."""
-    names = ["main.jsonl", "model.safetensors", "model.safetensors.index.json", "best"]
-    used = any(os.path.exists(os.path.join(folder, name)) for name in names)
-    require(
-        not used and not list_checkpoints(folder),
-        f"{folder} holds a run: go on with --resume 1, or choose another --output_dir",
-    )
+def refuse_used_folder(folder, resume):
+    """InputError if a folder holds what a new run would overwrite.
+
+    With --resume 1 that may be the log of a run that was killed before its first checkpoint.
+    """
+    names = ["model.safetensors", "model.safetensors.index.json", "best"]
+    names += [] if resume else ["main.jsonl"]
+    used = set(names) & set(os.listdir(folder)) or list_checkpoints(folder)
+    how = "go on from its checkpoint with --resume 1, or choose another --output_dir"
+    require(not used, f"{folder} holds a run, or what it has learned: {how}")
 
 
 def lock_folder(folder):
@@ -2061,9 +2026,8 @@ def lock_folder(folder):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.close()
-        raise InputError(
-            f"{folder}: another run is writing there: choose another --output_dir"
-        ) from None
+        taken = f"{folder}: another run is writing there: choose another --output_dir"
+        raise InputError(taken) from None
     except OSError:
         pass  # this file system has no locks
     return file
@@ -2438,11 +2402,11 @@ OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2-large": (36, 1280),
     "gpt2-xl": (48, 1600),
 }
-FRESH = {  # context, layers, heads and channels of models that begin with random weights
-    "bytes": (64, 2, 4, 128),
-    "d2": (64, 2, 4, 128),
-    "d6": (1024, 6, 6, 384),
-    **{f"d{L}": (1024, L, C // 64, C) for L, C in OPENAI.values()},
+FRESH = {  # GPT2Configs of models that begin with random weights; 0 is that of the data
+    "bytes": (64, 256, 2, 4, 128),
+    "d2": (64, 0, 2, 4, 128),
+    "d6": (1024, 50257, 6, 6, 384),
+    **{f"d{L}": (1024, 50257, L, C // 64, C) for L, C in OPENAI.values()},
 }
 
 
@@ -3069,35 +3033,22 @@ adamw = by_rows(adamw, "p g m v", block_bytes=BLOCK_BYTES // 2)
 # --------------------------------------------------------------------------------------------------
 # 14. The command line
 
-# What a kind of model has in place of the usual defaults.
-FROM_SCRATCH = {
-    "learning_rate_decay_frac": 0.05,
-    "weight_decay": 0.1,
-    "grad_clip": 1.0,
-    "shuffle": 1,
-}
-SMALL = FROM_SCRATCH | {
-    "batch_size": 16,
-    "num_iterations": 1400,
-    "learning_rate": 4e-3,
-    "warmup_iters": 100,
-    "recompute": 0,
-    "val_loss_every": 200,
-    "sample_every": 200,
-    "max_new_tokens": 400,
-    "temperature": 0.6,
-}
-MEDIUM = FROM_SCRATCH | {
-    "batch_size": 8,
-    "num_iterations": 1000,
-    "learning_rate": 1e-3,
-    "warmup_iters": 100,
-    "val_loss_every": 100,
-    "sample_every": 100,
-}
-PRESETS = {name: MEDIUM for name in FRESH} | {
-    "bytes": SMALL,
-    "d2": SMALL | {"learning_rate": 2e-3, "max_new_tokens": 200},
+# What a model that begins with random weights has in place of the usual defaults.
+FROM_SCRATCH = {  # d6, d12, ...; bytes; d2
+    "batch_size": (8, 16, 16),
+    "num_iterations": (1000, 1400, 1400),
+    "learning_rate": (1e-3, 4e-3, 2e-3),
+    "warmup_iters": (100, 100, 100),
+    "learning_rate_decay_frac": (0.05, 0.05, 0.05),
+    "weight_decay": (0.1, 0.1, 0.1),
+    "grad_clip": (1.0, 1.0, 1.0),
+    "shuffle": (1, 1, 1),
+    "recompute": (1, 0, 0),
+    "val_loss_every": (100, 200, 200),
+    "sample_every": (100, 200, 200),
+    "log_every": (50, 100, 100),
+    "max_new_tokens": (64, 400, 200),
+    "temperature": (1.0, 0.6, 0.6),
 }
 
 # The flags with which a run may go on that have other values than before.
@@ -3109,18 +3060,10 @@ MAY_CHANGE = {
 
 EXAMPLES = """\
 examples:
-
-    python train_gpt2.py
-        fine-tunes GPT-2 124M on Shakespeare
-
-    python train_gpt2.py --model d6 --output_dir data/d6
-        trains a small model from scratch and keeps it
-
-    python train_gpt2.py --model data/d6 --inference_only 1 --prompt "To be, or"
-        lets a model continue a text
-
-    python train_gpt2.py --model data/d6 --num_iterations 0 --input_val_bin data/my_val.bin
-        how well a model predicts a text
+    python train_gpt2.py                                       fine-tunes GPT-2 on Shakespeare
+    python train_gpt2.py --model d6 --output_dir data/d6       trains a small model, and keeps it
+    python train_gpt2.py --model data/d6 --inference_only 1    lets it write
+    python train_gpt2.py --model data/d6 --num_iterations 0    evaluates it
 
 OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
 """
@@ -3143,11 +3086,8 @@ def parse_args(argv, settings=None):
         sys.exit(2)
 
     def flag(name, default, meaning, **more):
-        meaning = f"{meaning} (default: {default!r})".replace("%", "%%")
-        kind = type(default)
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, metavar="X", help=meaning, **more
-        )
+        more |= {"help": f"{meaning} (default: {default!r})", "metavar": "X"}
+        parser.add_argument(f"--{name}", type=type(default), default=default, **more)
 
     parser.error = error
     flag("model", "", "gpt2[-medium, -large, -xl]; a folder or .safetensors; or fresh weights: "
@@ -3173,7 +3113,7 @@ def parse_args(argv, settings=None):
     flag("val_loss_every", 10, "updates between validations; 0: none")
     flag("val_max_steps", 0, "batches per validation; 0: 1,280 tokens of GPT-2's, 30,720 others")
     flag("sample_every", 20, "updates between samples; 0: none")
-    flag("log_every", 0, "updates between printed lines; 0: so that there are 8 to 20 of them")
+    flag("log_every", 0, "updates between printed lines; 0: a twentieth of all")
     flag("checkpoint_every", 0, "updates between checkpoints; 0: at the end, or when stopped")
     flag("inference_only", 0, "1: continue --prompt, and train nothing")
     flag("prompt", "", "text to continue; if empty, a new text begins")
@@ -3182,27 +3122,28 @@ def parse_args(argv, settings=None):
     flag("temperature", 1.0, "of samples: below 1 more cautious, above 1 wilder, 0 the likeliest")
 
     args = parser.parse_args(argv)
-    parser.set_defaults(**PRESETS.get(args.model, {}) | (settings or {}))
+    if args.model in FRESH:
+        column = {"bytes": 1, "d2": 2}.get(args.model, 0)
+        parser.set_defaults(**{name: values[column] for name, values in FROM_SCRATCH.items()})
     if args.inference_only:
-        parser.set_defaults(sequence_length=0)  # the whole context
+        parser.set_defaults(batch_size=1, sequence_length=0)  # the whole context
+    parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if not isinstance(value, (str, list)) and not 0 <= value <= 10**12:
-            parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
         if isinstance(value, list):
             setattr(args, name, [os.path.expanduser(path) for path in value if path])
         elif name in ("model", "output_dir"):
             setattr(args, name, os.path.expanduser(value))
-    for name in ("checkpoint_every", "resume"):
-        if getattr(args, name) and not args.output_dir:
-            parser.error(f"--{name} needs --output_dir")
+        elif not isinstance(value, str) and not 0 <= value <= 10**12:
+            parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
+    writes = args.num_iterations > 0 and not args.inference_only
+    if not args.output_dir and (args.checkpoint_every or args.resume):
+        parser.error("--checkpoint_every and --resume need --output_dir")
+    if args.output_dir and not writes:
+        parser.error("nothing is trained, so nothing is written to --output_dir: leave it out")
     if args.batch_size == 0 or args.sequence_length == 0 and not args.inference_only:
         parser.error("--batch_size and --sequence_length are at least 1")
-    if args.num_iterations == args.val_loss_every == 0:
-        parser.error("--num_iterations 0 with --val_loss_every 0 does nothing")
-    if args.inference_only and args.output_dir:
-        parser.error("--inference_only 1 writes nothing: name the folder with --model")
     return args
 
 
@@ -3212,98 +3153,83 @@ def find(args, checkpoint=""):
     checkpoint   the path of the one that the run is resumed from, in place of the model's name.
     tensors are None if the weights are to be drawn.
     """
-    name = args.model or "gpt2"
-    found = SimpleNamespace(config=None, tensors=None, vocabulary=None, training=[], validation=[])
-
-    def open_model(path):
-        found.config, found.tensors = open_weights(path)
-        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
-
+    found = SimpleNamespace(tensors=None, vocabulary=None, training=[], validation=[])
+    name = checkpoint or args.model or "gpt2"
     if name in FRESH:
         refuse_two_meanings(name)
-    if checkpoint or name not in (*OPENAI, *FRESH):
-        open_model(checkpoint or find_weights(name))  # an error before anything is fetched
-    if not args.inference_only:
-        find_data(args, name, found)
-    if name in OPENAI and not checkpoint:
-        open_model(find_weights(name))
-
-    if found.config is None:
         require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
-        shards = found.training + found.validation
-        V = 256 if name == "bytes" else shards[0].vocab_size or 50257
-        found.vocabulary = None if V == 256 else vocabulary_of(shards)
-        context, L, NH, C = FRESH[name]
-        found.config = GPT2Config(context, V, L, NH, C)
+        found.config = GPT2Config(*FRESH[name])
+    else:
+        path = find_weights(name)
+        found.config, found.tensors = open_weights(path)
+        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
+    if args.inference_only:
+        return found
+
+    training, validation = find_data(args, found.config.vocab_size)
+    if name in FRESH and name != "bytes":
+        shards = training + validation
+        found.config = replace(found.config, vocab_size=shards[0].vocab_size or 50257)
+        found.vocabulary = vocabulary_of(shards)
+    if args.num_iterations > 0:
+        found.training = training
+    if args.num_iterations == 0 or args.val_loss_every > 0:
+        found.validation = validation
     return found
 
 
-def find_data(args, name, found):
-    """Open the shards that a run needs: those that the command names, or those of its model."""
-    V = found.config.vocab_size if found.config else None
-    if args.input_bin or args.input_val_bin:
+def find_data(args, V):
+    """(training, validation): the shards that the command names, or those of a model's tokens.
+
+    V is the size of its vocabulary; 0: it will be learned from the text.
+    """
+    named = [args.input_bin, args.input_val_bin]
+    if any(named):
+        complete = all(named) or not (args.num_iterations if named[1] else args.val_loss_every)
         require(
-            args.input_val_bin or not args.val_loss_every,
-            "--input_bin without its --input_val_bin: name it, or --val_loss_every 0",
+            complete,
+            "name --input_bin and --input_val_bin, or add --num_iterations 0, which only "
+            "validates, or --val_loss_every 0, which only trains",
         )
-        require(
-            args.input_bin or args.num_iterations == 0,
-            "--input_val_bin without its --input_bin: name that too, or --num_iterations 0",
-        )
-        paths = args.input_bin, args.input_val_bin
-    elif V == 256 or name == "bytes":
-        names, *texts = text_at_hand()
-        print_now(f"the text is that of {names}, byte by byte")
-        found.training, found.validation = [[text] for text in texts]
-        paths = [], []
+        return [open_shards(paths) if paths else [] for paths in named]
+
+    if is_gpt2s(V):
+        prefix, fetch = "tiny_shakespeare", lambda: provide("tiny_shakespeare")
     else:
-        own = name == "d2" or V and not is_gpt2s(V)
-        what, prefix = ("embedded", "first") if own else ("tiny_shakespeare", "tiny_shakespeare")
-        paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
-        if not all(map(os.path.exists, paths)):
-            paths = provide(what)[:2]
-
-    if paths[0]:
-        found.training = open_shards(paths[0])
-    if paths[1]:
-        found.validation = open_shards(paths[1])
-    if args.num_iterations == 0:
-        found.training = []  # the model is to be evaluated
-    elif args.val_loss_every == 0:
-        found.validation = []
+        names, *texts = text_at_hand()
+        if V == 256:
+            print_now(f"the text is that of {names}, byte by byte")
+            return [[text] for text in texts]
+        prefix, fetch = "first", lambda: prepro("learned_files", in_data("first"), *texts, 1024)
+    paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
+    if not all(map(os.path.exists, paths)):
+        paths = fetch()
+    return [open_shards(path) for path in paths]
 
 
-def check_shards(shards, what, found):
+def check_shards(shards, found):
     """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
     V = found.config.vocab_size
+    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL"
     facts = []
     for shard in shards:
-        name = getattr(shard, "path", "the text")  # text_at_hand gives arrays
-        crc32, highest = 0, 0
-        for start in range(0, len(shard), 1 << 20):
-            piece = np.ascontiguousarray(shard[start : start + (1 << 20)])
-            crc32 = zlib.crc32(piece, crc32)
-            highest = max(highest, int(piece.max()))
-        fits = name == "the text" or belongs(shard, V, found.vocabulary)
-        how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL"
-        require(
-            fits and highest < V,
-            f"{name}: its tokens, of {getattr(shard, 'vocab_size', 256)} and up to {highest}, are "
-            f"not those of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
-        )
-        facts.append([len(shard), crc32])
-    print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
+        tokens = shard[:]
+        if isinstance(shard, TokenFile):
+            highest = tokens.max()
+            require(
+                belongs(shard, V, found.vocabulary) and highest < V,
+                f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not "
+                f"those of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
+            )
+        facts.append([len(tokens), zlib.crc32(tokens)])
     return facts
 
 
 def build(args, found, make=GPT2):
     """Print the memory plan, and make the model. MemoryError if the machine has too little."""
-    config, B, T = found.config, args.batch_size, args.sequence_length
-    require(
-        T <= config.max_seq_len,
-        f"the model's context is {config.max_seq_len}: use --sequence_length {config.max_seq_len} "
-        "or less",
-    )
+    config, most = found.config, found.config.max_seq_len
+    B, T = args.batch_size, args.sequence_length or most
+    require(T <= most, f"the model's context is {most}: use --sequence_length {most} or less")
     training = bool(found.training)
     params = 4 * count(make.param_shapes(config))
 
@@ -3341,107 +3267,86 @@ def open_run(argv, make=GPT2, first=True):
     first   False: another process writes to the folder
     """
     args = parse_args(argv)
-    checkpoint, state, lock = "", None, None
-    if args.output_dir and first and (os.path.isdir(args.output_dir) or not args.resume):
+    checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
+    if state:
+        args = resumed_args(argv, args.output_dir, state)
+    elif args.resume:
+        message = f"{args.output_dir} holds no run to resume: to begin one there, name its --model"
+        require(args.model, message)
+        print_now(f"{args.output_dir} holds NO RUN TO RESUME, so a new one begins")
+    args, found = find_or_fall_back(argv, args, checkpoint)
+    lock = None
+    if args.output_dir and first:
         lock = lock_folder(args.output_dir)
-    if args.resume:
-        checkpoint, state = newest_checkpoint(args.output_dir)
-        args = resumed_args(argv, args, state)
-    elif args.output_dir:
-        refuse_used_folder(args.output_dir)
-
-    try:
-        found = find(args, checkpoint)
-    except FetchError as error:
-        if args.model or args.input_bin or args.input_val_bin or args.resume:
-            raise  # what was asked for by name is not replaced by something else
-        print_now(f"{error.cause}\n--> so a small GPT will learn from scratch")
-        args, found = small_run(argv)
-    if args.output_dir and first and not lock:  # a new folder
-        lock = lock_folder(args.output_dir)
+        if not state:
+            refuse_used_folder(args.output_dir, args.resume)
 
     data = {}
     for what, shards in (("training", found.training), ("validation", found.validation)):
         if shards:
-            data[what] = check_shards(shards, what, found)
-    if state:
-        for what, facts in data.items():
-            require(
-                state["data"].get(what, facts) == facts,
-                f"the {what} data has changed since this run began: put it back, or start another",
-            )
-        data = state["data"] | data
+            data[what] = check_shards(shards, found)
+            print_now(f"{what} data: {sum(n for n, _ in data[what]):,} tokens")
+    before = state["data"] if state else data
+    for what, facts in data.items():
+        require(
+            before.get(what, facts) == facts,
+            f"the {what} data has changed since this run began: put it back, or start another",
+        )
     loader = make_loader(args, found.training, make.PROCESSES)
     model = build(args, found, make)
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
-        if args.prompt:
-            tokens.encode(args.prompt)
+        tokens.encode(args.prompt)
     except InputError as error:
+        if args.inference_only:
+            raise
         print_now(f"no samples: {error}")
         tokens = None
     folder = args.output_dir if first else ""
-    run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
+    run = Run(args, model, loader, found.validation, before | data, tokens, folder, lock)
     if state:
         stored, _ = read_safetensors(checkpoint)
         model.moments[...] = stored["moments"].array
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)
-        print_now(f"resuming from {checkpoint}")
-    describe(run)
+        rates = [f"{entry['lr']:.1e}" for entry in run.entries if "lr" in entry]
+        print_now(f"resuming from {checkpoint}: the learning rate was {[*rates, 'unknown'][-1]}")
+    if loader:
+        describe(run)
     return run
 
 
-def small_run(argv):
-    """(args, what find gives) of a small GPT that learns from scratch what lies at hand."""
-    try:
-        args = parse_args([*argv, "--model", "d2"])
-        found = find(args)
-    except InputError as error:
-        print_now(f"{error}\n--> so it will learn bytes")
-        args = parse_args([*argv, "--model", "bytes"])
-        found = find(args)
-    first = in_data("first")
-    if not args.output_dir and args.num_iterations and not os.path.exists(first):
-        args.output_dir = first
-    return args, found
+def find_or_fall_back(argv, args, checkpoint):
+    """(args, found): what find gives; if GPT-2 can't be fetched and nothing was asked for by name,
+    the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
+    """
+    named = args.model or args.input_bin or args.input_val_bin or args.resume
+    for small in ("d2", "bytes", ""):
+        try:
+            return args, find(args, checkpoint)
+        except FetchError as error:
+            if named or args.inference_only or not small:
+                raise
+            print_now(f"{error.cause}\n--> so a small GPT will learn from scratch")
+            args = parse_args([*argv, "--model", small])
+            free = args.num_iterations > 0 and not os.path.exists(in_data("first"))
+            args.output_dir = args.output_dir or (in_data("first") if free else "")
 
 
-def resumed_args(argv, args, state):
+def resumed_args(argv, folder, state):
     """The flags of a run that goes on. InputError if one has changed that may not."""
-    folder = args.output_dir
-    if state is None:
-        weights = any(holds_weights(os.path.join(folder, name)) for name in ("", "best"))
-        require(not weights, f"{folder} holds weights, but no run to resume: name them as --model")
-        message = f"{folder} holds no run to resume: to begin one there, name its --model"
-        require(args.model, message)
-        print_now(f"{folder} holds NO RUN TO RESUME, so a new one begins")
-        return args
-
-    before = state["settings"]
+    before, step = state["settings"], state["step"]
     args = parse_args(argv, before)
     args.total_batch_size = args.total_batch_size or before["total_batch_size"]
-    clashes = [
-        f"--{name} {value!r} (it was {before[name]!r})"
-        for name, value in vars(args).items()
-        if name not in MAY_CHANGE and value != before[name]
-    ]
-    require(
-        not clashes,
-        f"the run in {folder} can't go on with {', '.join(clashes)}: leave that out, or start "
-        "another",
-    )
-    step = state["step"]
-    require(
-        args.num_iterations >= max(1, step),
-        f"the run in {folder} has done {step} updates: use --num_iterations {step} or more",
-    )
-    if step < args.num_iterations != before["num_iterations"]:
-        then = scheduled_rate(SimpleNamespace(**before), min(step, before["num_iterations"] - 1))
-        now = scheduled_rate(args, step)
-        if then != now:
-            print_now(f"note: the learning rate was {then:.2e} and goes on with {now:.2e}")
+    for name, value in vars(args).items():
+        require(
+            name in MAY_CHANGE or value == before[name],
+            f"the run in {folder} can't go on with --{name} {value!r} (it was {before[name]!r}): "
+            "leave that out, or start another",
+        )
+    message = f"the run in {folder} has done {step} updates: use --num_iterations {step} or more"
+    require(args.num_iterations >= step, message)
     if state["threads"] != THREADS:
         print_now(f"note: with {THREADS} threads in place of {state['threads']}, last bits differ")
     return args
@@ -3456,11 +3361,10 @@ def make_loader(args, shards, processes=1):
         return None
     B, T = args.batch_size, args.sequence_length
     long = [shard for shard in shards if len(shard) > B * T]
-    longest = max(map(len, shards))
     require(
         long,
-        f"the training data has {longest} tokens in one piece, a batch needs B*T + 1 = "
-        f"{B * T + 1}: use a smaller --batch_size or --sequence_length",
+        f"the training data has {max(map(len, shards))} tokens in one piece, a batch needs B*T + 1 "
+        f"= {B * T + 1}: use a smaller --batch_size or --sequence_length",
     )
     if len(long) < len(shards):
         print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
@@ -3468,30 +3372,25 @@ def make_loader(args, shards, processes=1):
         long = [long[0][: B * T + 1]]
     batch = B * T * processes
     total = args.total_batch_size = args.total_batch_size or batch
-    what = "B*T" if processes == 1 else f"B*T * {processes} processes"
     require(
         total % batch == 0,
-        f"--total_batch_size {total} is not a multiple of {what} = {batch}: try "
-        f"{max(1, total // batch) * batch}",
+        f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
+        f"{batch}: try {max(1, total // batch) * batch}",
     )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
-def continue_prompt(args):
+def continue_prompt(run):
     """--inference_only: print a prompt, and how a model continues it."""
-    found = find(args)
-    args.batch_size = 1
-    args.sequence_length = args.sequence_length or found.config.max_seq_len
-    model = build(args, found)
-    tokens = tokenizer(model.config.vocab_size, model.vocabulary)
     with contextlib.suppress(BrokenPipeError):  # a reader that has enough, as in `| head`
-        for text in sample_text(args, model, tokens, args.max_new_tokens):
+        for text in sample_text(run.args, run.model, run.tokenizer, run.args.max_new_tokens):
             print(text, end="", flush=True)
         print(flush=True)
 
 
-def note_signals(signals):
-    """From now on, a signal that asks for an end is added to a list. Returns what it did before.
+@contextlib.contextmanager
+def noted(signals):
+    """In this block a signal that asks for an end is added to a list, and the block goes on.
 
     Ctrl-C, SIGTERM, SIGHUP and what batch systems send first finish the update. The same signal
     once more does what it did before, which ends the program at once.
@@ -3513,7 +3412,11 @@ def note_signals(signals):
         if in_main_thread and handler not in (None, signal.SIG_IGN):
             before[number] = handler
             signal.signal(number, note)
-    return before
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv=()):
@@ -3521,21 +3424,23 @@ def main(argv=()):
 
     0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
     """
-    before = {}
     try:
         processes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
         alone = processes == ["1", "1"]
         require(alone, "several processes are: mpiexec -n N python -m extras.processes FLAGS")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
-        args = parse_args(argv)
-        if args.inference_only:
-            continue_prompt(args)
-            return 0
         run = open_run(argv)
-        before = note_signals(run.signals)
-        complete = train(run)
-        finish(run, complete)
-        return 0 if complete else 128 + run.signals[0]
+        if run.args.inference_only:
+            continue_prompt(run)
+        elif not run.loader:
+            loss = evaluate(run, run.args.val_max_steps * run.args.batch_size or None)["val_loss"]
+            print_now(f"perplexity {math.exp(min(loss, 700)):.2f}")
+        else:
+            with noted(run.signals):
+                complete = train(run)
+                finish(run, complete)
+            return 0 if complete else 128 + run.signals[0]
+        return 0
     except SystemExit as end:  # of parse_args
         return end.code
     except KeyboardInterrupt:
@@ -3543,9 +3448,6 @@ def main(argv=()):
     except (InputError, OSError, MemoryError) as error:
         print_now(f"error: {error}", to="stderr")
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
