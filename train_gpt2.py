@@ -3310,8 +3310,8 @@ def open_run(argv, make=GPT2, first=True):
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)
-        rates = [f"{entry['lr']:.1e}" for entry in run.entries if "lr" in entry]
-        print_now(f"resuming from {checkpoint}: the learning rate was {[*rates, 'unknown'][-1]}")
+        rate = next((entry["lr"] for entry in reversed(run.entries) if "lr" in entry), 0.0)
+        print_now(f"resuming from {checkpoint}: the learning rate was {rate:.1e}")
     if loader:
         describe(run)
     return run
