@@ -226,6 +226,7 @@ def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, nam
     seam = updates[-1] + 1 if updates else 0
     last, _, go_on = stdout.splitlines()[-1].partition(", go on with ")
     assert last.startswith(f"stopped: {len(updates)} updates")
+    assert name != "batch_losses" or "val loss" not in "".join(first[seam:])
 
     second = told(stdout_of(call(*shlex.split(go_on))))  # which repeats what followed it
     assert second[: len(first) - seam] == first[seam:]
@@ -461,23 +462,24 @@ def test_what_may_change_when_a_run_goes_on(name, place, call, tmp_path):
         assert f"can't go on with --{name} {value!r} (it was {was!r})" in line_of(result)
 
 
-FULL = [  # what finds no room, and what it is called
-    ("main.jsonl", "the log"),
-    ("checkpoint_", "a checkpoint"),
-    ("best/model", "the best weights"),
-    ("o/model", "the weights"),
+FULL = [  # what finds no room, from which time on, and what it is called
+    ("main.jsonl", 3, "the log"),
+    ("checkpoint_", 0, "a checkpoint"),
+    ("best/model", 0, "the best weights"),
+    ("o/model", 0, "the weights"),
 ]
 
 
 @pytest.mark.parametrize("times", [1, 100])
-@pytest.mark.parametrize("part, what", FULL)
-def test_without_room_no_run_ends(place, call, tmp_path, monkeypatch, part, what, times):
+@pytest.mark.parametrize("part, since, what", FULL)
+def test_without_room_no_run_ends(place, call, tmp_path, monkeypatch, part, since, what, times):
     """What can be written later is. What can't be is said once, and by the exit code."""
-    failures = iter(range(times))
+    calls = itertools.count()
 
     def open_on_a_full_disk(path, mode="r", **more):
         file = open(path, mode, **more)
-        if mode in ("ab", "wb") and part in str(path) and next(failures, None) is not None:
+        written = mode in ("ab", "wb") and part in str(path)
+        if written and since <= next(calls) < since + times:
             with file:
                 file.write(b'{"half')
             raise OSError(28, "No space left on device")
@@ -594,6 +596,8 @@ def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
 @pytest.mark.parametrize("count", [2, 8, 9, 10, 70])
 def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2, "VAL_TOKENS", 16)  # of a run, not of an evaluation
+    bytes_of = SimpleNamespace(lengths=[i % 5 for i in range(256)], encode=list)
+    monkeypatch.setattr(gpt2, "tokenizer", lambda *args: bytes_of)
     tokens = np.fromfile(place / "val.bin", "<u2")[512:][:count]
     write_tokens(tmp_path / "text.bin", tokens)
     truth = losses_by_hand(gpt2.GPT2.from_pretrained("model", 1, 8), tokens).mean()
@@ -602,7 +606,8 @@ def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_p
         stdout = stdout_of(call(*flags, "--batch_size", batch_size, "--sequence_length", 8))
         loss, bits = re.search(r"\nval loss (\S+) \((\S+) bits per byte\)", stdout).groups()
         assert float(loss) == pytest.approx(truth, abs=2e-6)
-        assert float(bits) == pytest.approx(truth / math.log(2), abs=0.0051)
+        nbytes = (tokens[1:] % 5).sum() / (count - 1)
+        assert float(bits) == pytest.approx(truth / math.log(2) / nbytes, abs=0.0051)
         assert stdout.endswith(f"perplexity {math.exp(truth):.2f}\n")
 
 
@@ -634,7 +639,7 @@ def test_any_prompt_is_gone_on_with_and_harms_no_terminal(written, shown, prompt
     assert rest == [read, 20, 0.5, 3] and rng.random() == np.random.default_rng([7, 9]).random()
 
 
-def test_what_is_normal_is_said(call, tmp_path):
+def test_what_is_normal_is_said(call, tmp_path, monkeypatch):
     stdout = stdout_of(call(*RUN.split(), *"--model bytes --num_iterations 2".split()))
     for words in (f"{gpt2.THREADS} threads", "is kept in no folder: name one", "2 updates of",
                   "peak only at update 100", "loss of ln(256) = 5.55", "nothing is kept without"):
@@ -646,10 +651,24 @@ def test_what_is_normal_is_said(call, tmp_path):
     steps = re.findall(r"(?m)^step (\d+)/200: .*\d ms(?:, \d:\d\d:\d\d left)?\)$", stdout)
     assert [int(step) for step in steps] == [1, *range(10, 201, 10)]
 
+    with monkeypatch.context() as patch:
+        patch.setattr(gpt2, "sample_text", lambda *args: str(args[-2:]))
+        stdout = stdout_of(call(*FLAGS, *"--sample_every 4 --max_new_tokens 70 --checkpoint_every 0".split()))
+    assert re.findall(r"sample\n(.*)", stdout) == ["(64, 0)", "(64, 4)", "(70, 8)"]
+
     gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained(tmp_path)
     stdout = stdout_of(call(*RUN.split(), "--model", tmp_path))
     assert stdout.count("no samples: the model's 300 tokens are of a vocabulary") == 1
     assert "--- sample" not in stdout and re.search(r"\nval loss \S+\n", stdout)
+
+
+def test_how_long_it_will_still_take(place, call, tmp_path, monkeypatch):
+    """By the updates of this process: each takes 10 s of this clock, and so do the others."""
+    shutil.copytree(place / "part", tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(gpt2.time, "perf_counter", itertools.count(0, 10).__next__)
+    stdout = stdout_of(call("--output_dir", tmp_path, "--resume", 1))
+    left = re.findall(r"(?m)^step (\d)/8: .*, 10000 ms(?:, (.*) left)?\)$", stdout)
+    assert left == [("5", "0:00:30"), ("6", "0:00:30"), ("7", "0:00:17"), ("8", "")]
 
 
 def test_the_best_is_one_that_was_written_and_read_as_much():
