@@ -653,7 +653,8 @@ def test_what_is_normal_is_said(call, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "sample_text", lambda *args: str(args[-2:]))
-        stdout = stdout_of(call(*FLAGS, *"--sample_every 4 --max_new_tokens 70 --checkpoint_every 0".split()))
+        flags = "--sample_every 4 --max_new_tokens 70 --checkpoint_every 0"
+        stdout = stdout_of(call(*FLAGS, *flags.split()))
     assert re.findall(r"sample\n(.*)", stdout) == ["(64, 0)", "(64, 4)", "(70, 8)"]
 
     gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained(tmp_path)
