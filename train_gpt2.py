@@ -1636,7 +1636,6 @@ class Run:
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
     step: int = 0  # updates done
-    saved: int = -1  # at the newest checkpoint
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
@@ -1902,7 +1901,7 @@ def finish(run, complete):
         print_now(f"let it write: python train_gpt2.py {flag} --inference_only 1")
         print_now(f"look inside:  python -m extras.look_inside {flag}")
 
-    remedy = go_on if run.saved >= 0 else "begin again with another --output_dir"
+    remedy = go_on if list_checkpoints(folder) else "begin again with another --output_dir"
     require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
 
 
@@ -1939,12 +1938,12 @@ def list_checkpoints(folder):
 
 
 def save_checkpoint(run):
-    """Write DIR/checkpoint_STEP.safetensors, unless it is there, and delete all before it but one.
+    """Write DIR/checkpoint_STEP.safetensors, and delete all before it but one.
 
     One that can't be written ends no run: the next one may find room on the disk.
     """
     model, folder = run.model, run.folder
-    if not folder or run.saved == run.step:
+    if not folder:
         return
     state = {
         "step": run.step,
@@ -1965,7 +1964,6 @@ def save_checkpoint(run):
             with atomic_write(os.path.join(folder, name)) as file:
                 file.write(data)
         write_safetensors(path, tensors, metadata, checksum=True)
-        run.saved = run.step
     until_now = [other for other in list_checkpoints(folder) if other <= path]
     for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
         with contextlib.suppress(OSError):
@@ -3284,14 +3282,10 @@ def open_run(argv, make=GPT2, first=True):
     data = {}
     for what, shards in (("training", found.training), ("validation", found.validation)):
         if shards:
-            data[what] = check_shards(shards, found)
-            print_now(f"{what} data: {sum(n for n, _ in data[what]):,} tokens")
-    before = state["data"] if state else data
-    for what, facts in data.items():
-        require(
-            before.get(what, facts) == facts,
-            f"the {what} data has changed since this run began: put it back, or start another",
-        )
+            facts = data[what] = check_shards(shards, found)
+            print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
+            same = not state or state["data"].get(what, facts) == facts
+            require(same, f"the {what} data has changed: put it back, or start another run")
     loader = make_loader(args, found.training, make.PROCESSES)
     model = build(args, found, make)
     try:
@@ -3303,11 +3297,11 @@ def open_run(argv, make=GPT2, first=True):
         print_now(f"no samples: {error}")
         tokens = None
     folder = args.output_dir if first else ""
-    run = Run(args, model, loader, found.validation, before | data, tokens, folder, lock)
+    run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
     if state:
         stored, _ = read_safetensors(checkpoint)
         model.moments[...] = stored["moments"].array
-        model.updates = run.step = run.saved = state["step"]
+        model.updates = run.step = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)
         rate = next((entry["lr"] for entry in reversed(run.entries) if "lr" in entry), 0.0)
