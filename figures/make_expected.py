@@ -3,7 +3,8 @@ Makes EXPECTED.md, what a run on Tiny Shakespeare should look like, from real ru
 
     python figures/make_expected.py data/tiny_shakespeare.txt
 
-trains three models, which takes some 20 minutes on two cores. The losses come from main.jsonl.
+trains three models, and one of two layers with each of five vocabularies, which takes some 25
+minutes on two cores. The losses come from main.jsonl.
 """
 
 import argparse
@@ -27,12 +28,21 @@ TOP = os.path.dirname(HERE)
 
 COMMON = "--warmup_iters 20 --learning_rate_decay_frac 0.1 --weight_decay 0.1 --grad_clip 1 "
 COMMON += "--val_loss_every 10 --sample_every 1000 --temperature 0.8 --seed 1337 --max_new_tokens "
-BYTES = "--input_bin data/bytes_train.bin --input_val_bin data/bytes_val.bin"
+BYTES = "--input_bin data/tiny_shakespeare_bytes_train.bin "
+BYTES += "--input_val_bin data/tiny_shakespeare_bytes_val.bin"
 RUNS = {  # name: flags
     "bytes": f"--model bytes --num_iterations 1000 {BYTES} {COMMON} 200",
     "d6": f"--model d6 --num_iterations 1000 --batch_size 8 --learning_rate 1e-3 {COMMON} 60",
     "d12": f"--model d12 --num_iterations 200 --learning_rate 6e-4 {COMMON} 60",
 }
+VOCABULARIES = {  # name: flags of prepro_tinyshakespeare.py, the files' prefix, the model
+    "bytes": ("--bytes 1", "tiny_shakespeare_bytes"),
+    "512": ("--vocab_size 512", "tiny_shakespeare_512"),
+    "1,024": ("--vocab_size 1024", "tiny_shakespeare_1024"),
+    "2,048": ("--vocab_size 2048", "tiny_shakespeare_2048"),
+    "GPT-2's": ("", "tiny_shakespeare"),
+}
+SECONDS = 60  # of updates for each of them
 STEPS = (0, 10, 40, 100, 200, 1000)
 PRIOR = 20  # how many tokens of the unigram distribution the bigram's counts begin with
 
@@ -56,16 +66,41 @@ def read_tokens(path):
     return np.fromfile(path, "<u2", offset=1024).astype(np.int64)
 
 
-def train(folder, name):
-    """(entries of main.jsonl, the sample at the end) of a run."""
-    words = [sys.executable, os.path.join(TOP, "train_gpt2.py"), *RUNS[name].split()]
+def run_of(folder, name, flags):
+    """(entries of main.jsonl, stdout) of a run in data/NAME."""
+    words = [sys.executable, os.path.join(TOP, "train_gpt2.py"), *flags.split()]
     words += ["--output_dir", f"data/{name}"]
-    print(f"{name}: {RUNS[name]}", flush=True)
+    print(f"{name}: {flags}", flush=True)
     stdout = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, check=True).stdout.decode()
     with open(os.path.join(folder, "data", name, "main.jsonl"), encoding="utf-8") as file:
-        entries = [json.loads(line) for line in file]
-    sample = stdout.rpartition("--- sample\n")[2].partition("\ntrain loss ")[0]
-    return entries, sample
+        return [json.loads(line) for line in file], stdout
+
+
+def train(folder, name):
+    """(entries of main.jsonl, the sample at the end) of one of RUNS."""
+    entries, stdout = run_of(folder, name, RUNS[name])
+    return entries, stdout.rpartition("--- sample\n")[2].partition("\nbest val loss ")[0]
+
+
+def median_ms(entries):
+    """How long an update took, in milliseconds."""
+    return statistics.median(entry["ms"] for entry in entries if "ms" in entry)
+
+
+def in_equal_time(folder, name):
+    """A row of the table of vocabularies: a small model that has learned for SECONDS."""
+    _, prefix = VOCABULARIES[name]
+    model = "bytes" if name == "bytes" else "d2"
+    flags = f"--model {model} --input_bin data/{prefix}_train.bin --sample_every 0 "
+    flags += f"--input_val_bin data/{prefix}_val.bin --val_max_steps 9999 --num_iterations "
+    entries, _ = run_of(folder, f"{prefix} timed", f"{flags} 100 --val_loss_every 0")
+    updates = round(1000 * SECONDS / median_ms(entries))
+    entries, stdout = run_of(folder, f"{prefix} run", f"{flags} {updates} --val_loss_every 200")
+    parameters = stdout.partition("model: ")[2].partition(" parameters")[0]
+    best = min((e for e in entries if "val_loss" in e), key=lambda entry: entry["val_loss"])
+    bits = best["bits_per_byte"]
+    losses = f"{best['val_loss']:.3f}", f"{bits * math.log(2):.3f}", f"{bits:.2f}"
+    return name, parameters, f"{median_ms(entries):.0f}", updates, *losses
 
 
 def table(rows):
@@ -74,7 +109,7 @@ def table(rows):
     return [first, "|" + "---|" * len(rows[0]), *others]
 
 
-def report(runs, tokens, text):
+def report(runs, tokens, text, equal):
     """The lines of EXPECTED.md."""
     machine = f"two threads, {platform.machine()} ({platform.system()}), Python "
     machine += f"{platform.python_version()}, NumPy {np.__version__}, {date.today()}"
@@ -101,9 +136,21 @@ def report(runs, tokens, text):
         least, step = min(losses)
         last = entries[-1]["step"]
         turned = "where it turns" if step < last - 50 else "it has not turned yet"
-        ms = statistics.median(e["ms"] for e in entries if "ms" in e)
+        ms = median_ms(entries)
         yield f"- {name}: {ms:.0f} ms an update. The least validation loss is {least:.3f}, after"
         yield f"  update {step} of {last}; {turned}. `python train_gpt2.py {RUNS[name]}`"
+    yield ""
+    yield "## Vocabularies, in equal time"
+    yield ""
+    yield "The model of the first run (2 layers, 128 channels, 16 passages of 64 tokens a batch), by"
+    yield f"the settings of `--model d2` or `bytes`, after {SECONDS} seconds of updates. Losses in nats"
+    yield "a token can't be compared between vocabularies; those a byte can. The validation text is"
+    yield "read whole; it is the first 106,657 bytes, and what follows them is what 512, 1,024 and"
+    yield "2,048 tokens are learned from. GPT-2's have an <|endoftext|> at each blank line, whose loss"
+    yield "counts, and which is no byte."
+    yield ""
+    rows = ["vocabulary", "parameters", "ms an update", "updates", "nats a token", "nats a byte"]
+    yield from table([[*rows, "bits a byte"], *equal])
     yield ""
     yield "## What the text alone gives"
     yield ""
@@ -147,21 +194,22 @@ def main():
         os.mkdir(os.path.join(folder, "data"))
         shutil.copy(args.text, os.path.join(folder, "data", "tiny_shakespeare.txt"))
         prepro = [sys.executable, os.path.join(TOP, "prepro_tinyshakespeare.py")]
-        subprocess.run(prepro, cwd=folder, check=True)
-        words = "--input data/tiny_shakespeare.txt --bytes 1 --output_prefix data/bytes".split()
-        subprocess.run(prepro + words, cwd=folder, check=True)
+        for words, _ in VOCABULARIES.values():
+            subprocess.run(prepro + words.split(), cwd=folder, check=True)
 
         tokens = {}
-        for name, prefix, V in (("bytes", "bytes", 256), ("GPT-2's", "tiny_shakespeare", 50257)):
+        for name, V in (("bytes", 256), ("GPT-2's", 50257)):
+            _, prefix = VOCABULARIES[name]
             paths = [os.path.join(folder, "data", f"{prefix}_{x}.bin") for x in ("train", "val")]
             tokens[name] = V, *map(read_tokens, paths)
         with open(args.text, "rb") as file:
             text = file.read()
+        equal = [in_equal_time(folder, name) for name in VOCABULARIES]
         runs = {name: train(folder, name) for name in RUNS}
 
     path = os.path.join(HERE, "EXPECTED.md")
     with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(report(runs, tokens, text)) + "\n")
+        file.write("\n".join(report(runs, tokens, text, equal)) + "\n")
     print(path)
 
 
