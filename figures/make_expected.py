@@ -43,6 +43,12 @@ VOCABULARIES = {  # name: flags of prepro_tinyshakespeare.py, the files' prefix,
     "GPT-2's": ("", "tiny_shakespeare"),
 }
 SECONDS = 60  # of updates for each of them
+EQUAL_TIME = f"""\
+The model of the first run (2 layers, 128 channels, 16 passages of 64 tokens a batch), by the
+settings of `--model d2` or `bytes`, after {SECONDS} seconds of updates. Losses in nats a token
+can't be compared between vocabularies; those a byte can. The validation text, the first 106,657 bytes, is
+read whole. 512, 1,024 and 2,048 tokens are learned from what follows it. GPT-2's have an
+<|endoftext|> at each blank line, whose loss counts, and which is no byte."""
 STEPS = (0, 10, 40, 100, 200, 1000)
 PRIOR = 20  # how many tokens of the unigram distribution the bigram's counts begin with
 
@@ -142,12 +148,7 @@ def report(runs, tokens, text, equal):
     yield ""
     yield "## Vocabularies, in equal time"
     yield ""
-    yield "The model of the first run (2 layers, 128 channels, 16 passages of 64 tokens a batch), by"
-    yield f"the settings of `--model d2` or `bytes`, after {SECONDS} seconds of updates. Losses in nats"
-    yield "a token can't be compared between vocabularies; those a byte can. The validation text is"
-    yield "read whole; it is the first 106,657 bytes, and what follows them is what 512, 1,024 and"
-    yield "2,048 tokens are learned from. GPT-2's have an <|endoftext|> at each blank line, whose loss"
-    yield "counts, and which is no byte."
+    yield EQUAL_TIME
     yield ""
     rows = ["vocabulary", "parameters", "ms an update", "updates", "nats a token", "nats a byte"]
     yield from table([[*rows, "bits a byte"], *equal])
