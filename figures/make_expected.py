@@ -35,7 +35,7 @@ RUNS = {  # name: flags
     "d6": f"--model d6 --num_iterations 1000 --batch_size 8 --learning_rate 1e-3 {COMMON} 60",
     "d12": f"--model d12 --num_iterations 200 --learning_rate 6e-4 {COMMON} 60",
 }
-VOCABULARIES = {  # name: flags of prepro_tinyshakespeare.py, the files' prefix, the model
+VOCABULARIES = {  # name: flags of prepro_tinyshakespeare.py, the files' prefix
     "bytes": ("--bytes 1", "tiny_shakespeare_bytes"),
     "512": ("--vocab_size 512", "tiny_shakespeare_512"),
     "1,024": ("--vocab_size 1024", "tiny_shakespeare_1024"),
@@ -46,9 +46,9 @@ SECONDS = 60  # of updates for each of them
 EQUAL_TIME = f"""\
 The model of the first run (2 layers, 128 channels, 16 passages of 64 tokens a batch), by the
 settings of `--model d2` or `bytes`, after {SECONDS} seconds of updates. Losses in nats a token
-can't be compared between vocabularies; those a byte can. The validation text, the first 106,657 bytes, is
-read whole. 512, 1,024 and 2,048 tokens are learned from what follows it. GPT-2's have an
-<|endoftext|> at each blank line, whose loss counts, and which is no byte."""
+can't be compared between vocabularies; those a byte can. The validation text, the first 106,657
+bytes, is read whole. 512, 1,024 and 2,048 tokens are learned from what follows it. GPT-2's have
+an <|endoftext|> at each blank line, whose loss counts, and which is no byte."""
 STEPS = (0, 10, 40, 100, 200, 1000)
 PRIOR = 20  # how many tokens of the unigram distribution the bigram's counts begin with
 
