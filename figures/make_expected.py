@@ -98,10 +98,11 @@ def in_equal_time(folder, name):
     _, prefix = VOCABULARIES[name]
     model = "bytes" if name == "bytes" else "d2"
     flags = f"--model {model} --input_bin data/{prefix}_train.bin --sample_every 0 "
-    flags += f"--input_val_bin data/{prefix}_val.bin --val_max_steps 9999 --num_iterations "
-    entries, _ = run_of(folder, f"{prefix} timed", f"{flags} 100 --val_loss_every 0")
+    flags += f"--input_val_bin data/{prefix}_val.bin --val_max_steps 9999 --num_iterations"
+    entries, _ = run_of(folder, f"{prefix} timed", f"{flags} 60 --val_loss_every 0")
     updates = round(1000 * SECONDS / median_ms(entries))
-    entries, stdout = run_of(folder, f"{prefix} run", f"{flags} {updates} --val_loss_every 200")
+    flags += f" {updates} --warmup_iters {updates // 14} --val_loss_every 200"
+    entries, stdout = run_of(folder, f"{prefix} run", flags)
     parameters = stdout.partition("model: ")[2].partition(" parameters")[0]
     best = min((e for e in entries if "val_loss" in e), key=lambda entry: entry["val_loss"])
     bits = best["bits_per_byte"]
