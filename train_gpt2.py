@@ -1780,18 +1780,17 @@ def validate(run):
     found = evaluate(run, args.val_max_steps * run.loader.B or max(5, most // T))
     if not found:
         return
-    best, _ = best_so_far(run, found["val_tokens"])
-    if run.folder and run.step > 0 and found["val_loss"] < best:
+    if run.folder and run.step > 0 and found["val_loss"] < best_so_far(run)[0]:
         with kept(run, "the best weights"):
             run.model.save_pretrained(os.path.join(run.folder, "best"))
             found["best"] = True
     log(run, **found)
 
 
-def best_so_far(run, tokens):
-    """(loss, step) of the weights in best/, if their loss rests on so many tokens."""
-    kept = [e for e in run.entries if e.get("best") and e["val_tokens"] == tokens]
-    return min(((e["val_loss"], e["step"]) for e in kept), default=(math.inf, 0))
+def best_so_far(run):
+    """(loss, step) of the weights in best/."""
+    kept = [(entry["val_loss"], entry["step"]) for entry in run.entries if entry.get("best")]
+    return min(kept, default=(math.inf, 0))
 
 
 def print_sample(run, length):
@@ -1876,8 +1875,7 @@ def finish(run, complete):
         with kept(run, "the weights"):
             run.model.save_pretrained(folder)
 
-    tokens = [entry["val_tokens"] for entry in run.entries if "val_tokens" in entry]
-    best, step = best_so_far(run, tokens[-1] if tokens else 0)
+    best, step = best_so_far(run)
     weights = os.path.join(folder, "best") if step else folder
     if step:
         print_now(f"best val loss {best:.4f} at update {step}, in {weights}")
@@ -3052,7 +3050,7 @@ FROM_SCRATCH = {  # d6, d12, ...; bytes; d2
 # The flags with which a run may go on that have other values than before.
 MAY_CHANGE = {
     "input_bin", "input_val_bin", "output_dir", "num_iterations", "val_loss_every",
-    "val_max_steps", "sample_every", "log_every", "checkpoint_every", "resume", "prompt",
+    "sample_every", "log_every", "checkpoint_every", "resume", "prompt",
     "max_new_tokens", "top_k", "temperature",
 }  # fmt: skip
 
