@@ -70,11 +70,7 @@ def model_and_batches(row, folder=TOP, processes=1, **settings):
     B, T, V, L, NH, C = row
     make = gpt2.GPT2
     if processes > 1:
-        from mpi4py import MPI
-
         from extras.processes import SharedGPT2 as make
-
-        make.comm = MPI.COMM_WORLD
     model = make(gpt2.GPT2Config(max(T, 64), V, L, NH, C), B // processes, T, **settings)
     return model, np.random.default_rng(0).integers(0, V, (8, 2, B // processes, T))
 

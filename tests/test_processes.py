@@ -229,9 +229,9 @@ FAULTS = {  # flags, lines that run first, what is said, exit code
     "folder": (["--output_dir", "model"], "", "model holds a run: go on with --resume 1", 1),
     "nan": (["--learning_rate", 1e12], "", "error: update 2: the loss is nan: try", 1),
     "memory": ([], f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),
-    "fault": ([], f"{ON_ONE}processes.adamw = None", "'NoneType' object is not callable", 1),
-    "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "different flags or data", 1),
-    "weights": ([], f"{ON_ONE}gpt2.GPT2.init_weights = print", "different weights", 1),
+    "fault": ([], f"{ON_ONE}gpt2.adamw = None", "'NoneType' object is not callable", 1),
+    "data": ([], f"{ON_ONE}sys.argv += ['--input_bin', 'val.bin']", "differ in flags, data", 1),
+    "weights": ([], f"{ON_ONE}gpt2.GPT2.init_weights = print", "or weights: give all", 1),
 }
 
 
