@@ -36,7 +36,7 @@ PROGRAM = """if True:
     import os, resource, signal, sys
     import train_gpt2 as gpt2
     from extras import processes
-    rank = int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+    rank = processes.RANK
     processes.PIECE = 50_000
     if rank > 0:
         del gpt2.GPT2.next_logits, gpt2.Model.next_logits
