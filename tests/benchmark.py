@@ -408,7 +408,8 @@ def folder_of(commit):
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
+        found = json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3])))
+        sys.stdout.write(found + "\n")  # at one go: the lines of several processes do not mix
         return
 
     sys.path.append(TOP)
