@@ -264,11 +264,7 @@ class LlamaConfig:
 
 
 class LlamaModel(Model):
-    """What is not as in Model, where it is said what each method does.
-
-    First the tables: those of GPT-2, without what has gone, with what is new or has another shape.
-    Then forward, and backward in reverse order.
-    """
+    """What is not as in Model, where it is said what each method does."""
 
     CLASSIFIER = "lmhead"
 
@@ -301,8 +297,8 @@ class LlamaModel(Model):
 
     @staticmethod
     def shared_by_layers(names, recompute, training):
-        if training and recompute == 1:  # rope and repkv are linear: backward reads no grouped
-            return ["ln1", "grouped", "attproj", "ln2", "fch_swiglu", "fcproj"]
+        if training and recompute == 1:  # what backward does not read: rope and repkv are linear
+            return ["grouped", "attproj", "fcproj"]
         return Model.shared_by_layers(names, recompute, training)
 
     @staticmethod
@@ -369,7 +365,7 @@ class LlamaModel(Model):
         params, grads, acts = self.params, self.grads, self.acts
         B, T = self.inputs.shape
         add = self.micro_batch > 0
-        w = SimpleNamespace(**{name: acts[name] for name in self.work_shapes(self.config, B, T)})
+        w = SimpleNamespace(**acts)  # of which it is the work space that is used
 
         w.dresidual[...] = 0
         last, rstd = acts["residual3"][-1], acts["lnf_rstd"]
@@ -379,8 +375,8 @@ class LlamaModel(Model):
             p = self.params_of(params, l)
             a = self.acts_of(l, B, T)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            if l < self.config.num_layers - 1:
-                self.compute_again(p, a, residual)
+            if self.recompute == 2 and l < self.config.num_layers - 1:
+                self.forward_layer(p, a, residual, whole=False)
             self.backward_layer(p, self.params_of(grads, l), a, w, residual, add)
 
         if not add:
@@ -408,22 +404,9 @@ class LlamaModel(Model):
         gpt2.matmul_backward(w.dln1, g.qkvw, None, w.dgrouped, a.ln1, p.qkvw, add)
         rmsnorm_backward(w.dresidual, g.ln1w, w.dln1, residual, a.ln1_rstd, p.ln1w, add)
 
-    def compute_again(self, p, a, residual):
-        if self.recompute == 1:
-            eps = self.config.norm_eps
-            rmsnorm_forward(a.ln1, a.ln1_rstd, residual, p.ln1w, eps)
-            rmsnorm_forward(a.ln2, a.ln2_rstd, a.residual2, p.ln2w, eps)
-            swiglu_forward(a.fch_swiglu, a.fch)
-
-        if self.recompute == 2:
-            self.forward_layer(p, a, residual, whole=False)
-
 
 class Llama(GPT2, LlamaModel):
-    """A Llama 3, with the calls, checks, fresh weights and sampling of GPT2.
-
-    GPT2 stands before LlamaModel, so where GPT2 says super(), it means a LlamaModel here.
-    """
+    """LlamaModel with the calls, checks and sampling of GPT2, whose super() is LlamaModel here."""
 
     @staticmethod
     def check_config(config):
@@ -498,10 +481,7 @@ def huggingface_config(config):
 
 
 def huggingface_views(config, params):
-    """The parameters' memory under Hugging Face's names: {"lm_head.weight": view, ...}.
-
-    What is one product here is two or three there: rows of qkvw and of fcw.
-    """
+    """The same memory under Hugging Face's names, where qkvw is three matrices, and fcw two."""
     C, F = config.channels, config.ffn_channels
     keys = (config.grouped_channels - C) // 2
     views = {
@@ -586,10 +566,7 @@ def work(args):
     if args.model:
         T = len(args.prompt_ids) + args.max_new_tokens
         model = Llama.from_pretrained(args.model, 1, T, training=False)
-        written = model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337)
-        for token in written:
-            print(token, end=" ", flush=True)
-        print()
+        print(*model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337))
     else:
         model = compare(args.num_iterations)
     if folder:

@@ -124,7 +124,7 @@ def test_recompute_changes_no_bit(recompute):
             model.backward()
         grads.append(model.grads)
     assert_same_bits(*grads)
-    assert len(model.acts["fch_swiglu"]) == 1
+    assert len(model.acts["grouped"]) == 1
 
 
 def test_layers_by_hand():
