@@ -125,15 +125,16 @@ def rope_frequencies(config):
     return keep * freq + (1 - keep) * freq / config.rope_factor
 
 
-def rope_forward(qkv, positions, cos, sin, heads):
+def rope_forward(qkv, positions, freq, heads):
     """Rotate queries and keys by angles that grow with their positions (Su et al., 2021), in place.
 
     qkv (B, T, ...), whose first `heads` heads are queries and keys; positions (B, T), integers
-    cos, sin (positions, hs / 2), those of angle[t, i] = t * freq[i]: see rope_frequencies
+    freq (hs / 2,): see rope_frequencies
 
     Channels i and i + hs/2 of a head are the coordinates of a point, which is rotated around 0:
 
-        x, y = x * cos(angle) - y * sin(angle), x * sin(angle) + y * cos(angle)
+        angle = position * freq[i]
+        x, y  = x * cos(angle) - y * sin(angle), x * sin(angle) + y * cos(angle)
 
     (Meta's own files pair channel 2i with 2i + 1. In Hugging Face's, qkvw has its rows in the order
     that makes halves of them, as here.)
@@ -145,15 +146,14 @@ def rope_forward(qkv, positions, cos, sin, heads):
     Their product is -0.416 = cos(2), as it is at positions 13 and 11.
     """
     B, T = qkv.shape[:2]
-    hs = 2 * cos.shape[-1]
-    points = qkv[..., : heads * hs].reshape(B, T, heads, 2, hs // 2, copy=False)
+    points = qkv[..., : heads * 2 * len(freq)].reshape(B, T, heads, 2, -1, copy=False)
     x, y = points[..., 0, :], points[..., 1, :]
-    cos = cos[positions][:, :, np.newaxis]  # (B, T, 1, hs / 2), the same for all heads
-    sin = sin[positions][:, :, np.newaxis]
+    angle = positions[..., np.newaxis, np.newaxis] * freq  # (B, T, 1, hs / 2), for all heads
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     x[...], y[...] = x * cos - y * sin, x * sin + y * cos
 
 
-def rope_backward(dqkv, positions, cos, sin, heads):
+def rope_backward(dqkv, positions, freq, heads):
     """From the gradient of what rope_forward wrote to that of what it read, in place; see there.
 
     With c = cos(angle) and s = sin(angle), x goes into x * c - y * s and into x * s + y * c. By the
@@ -163,7 +163,7 @@ def rope_backward(dqkv, positions, cos, sin, heads):
 
     which is the rotation by -angle, since cos(-angle) = c and sin(-angle) = -s.
     """
-    rope_forward(dqkv, positions, cos, -sin, heads)
+    rope_forward(dqkv, -positions, freq, heads)
 
 
 def repkv_forward(qkv, grouped, NH, NKV):
@@ -315,12 +315,6 @@ class LlamaModel(Model):
         del shapes["lnf_mean"]
         return shapes
 
-    def cut_blob(self):
-        super().cut_blob()
-        angles = np.outer(np.arange(self.sequence_length), rope_frequencies(self.config))
-        self.cos = np.cos(angles).astype(self.blob.dtype)  # (T, hs / 2): see rope_forward
-        self.sin = np.sin(angles).astype(self.blob.dtype)
-
     def forward_tokens(self, tokens, start=0):
         B, n = tokens.shape
         params, acts = self.params, self.acts
@@ -347,7 +341,7 @@ class LlamaModel(Model):
         # residual2 = residual + attproj(attention(repkv(rope(qkv(rmsnorm(residual))))))
         rmsnorm_forward(a.ln1, a.ln1_rstd, residual, p.ln1w, eps)
         gpt2.matmul_forward(a.grouped, a.ln1, p.qkvw)
-        rope_forward(a.grouped, positions, self.cos, self.sin, NH + NKV)
+        rope_forward(a.grouped, positions, rope_frequencies(self.config), NH + NKV)
         repkv_forward(a.qkv[:, T - n :], a.grouped, NH, NKV)
         gpt2.attention_forward(a.atty, a.att_lse, a.qkv, NH)
         gpt2.matmul_forward(a.attproj, a.atty, p.attprojw)
@@ -400,7 +394,7 @@ class LlamaModel(Model):
         gpt2.matmul_backward(w.datty, g.attprojw, None, w.dresidual, a.atty, p.attprojw, add)
         gpt2.attention_backward(w.dqkv, w.datty, a.atty, a.att_lse, a.qkv, NH)
         repkv_backward(w.dgrouped, w.dqkv, NH, NKV)
-        rope_backward(w.dgrouped, positions, self.cos, self.sin, NH + NKV)
+        rope_backward(w.dgrouped, positions, rope_frequencies(self.config), NH + NKV)
         gpt2.matmul_backward(w.dln1, g.qkvw, None, w.dgrouped, a.ln1, p.qkvw, add)
         rmsnorm_backward(w.dresidual, g.ln1w, w.dln1, residual, a.ln1_rstd, p.ln1w, add)
 
