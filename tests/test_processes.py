@@ -33,7 +33,7 @@ FLAGS = """--model bytes --input_bin train_0.bin train_1.bin --input_val_bin val
 # Small pieces, so that a part of the model has several. The first process opens its run before the
 # others do, and it alone samples. In the end a process holds no moments but its own.
 PROGRAM = """if True:
-    import os, resource, signal, sys
+    import os, signal, sys
     import train_gpt2 as gpt2
     from extras import processes
     rank = processes.RANK
@@ -174,26 +174,6 @@ def test_a_signal_to_some_processes(name, ranks, code, saved, folder):
     assert steps == saved and ("stopped: 6 updates" in stdout) == (name != "SIGKILL")
     trained(2, folder, "--resume", 1)
     assert_same(left_in(folder / "run"), left_in(folder / "whole"), exactly=True)
-
-
-FULL_DISK = """
-save_checkpoint = gpt2.save_checkpoint
-
-def save(run):
-    if rank == 0 and run.step >= 6:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2_500_000, resource.RLIM_INFINITY))
-    save_checkpoint(run)
-
-gpt2.save_checkpoint = save
-"""
-
-
-def test_a_disk_that_is_full_amid_the_moments(folder):
-    """The first process does not get to the end of a checkpoint. The other one goes on with it."""
-    stdout, stderr = trained(2, folder, fault=FULL_DISK, code=1)
-    assert stdout.count("can't write a checkpoint: ") == 1 and "step 8/8" in stdout
-    assert "error: run lacks a checkpoint: make room" in stderr
-    assert left_in(folder / "run")[2] == [3]
 
 
 ON_ONE = "if rank == 1:\n    "
