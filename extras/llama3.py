@@ -359,7 +359,7 @@ class LlamaModel(Model):
         params, grads, acts = self.params, self.grads, self.acts
         B, T = self.inputs.shape
         add = self.micro_batch > 0
-        w = SimpleNamespace(**acts)  # of which it is the work space that is used
+        w = SimpleNamespace(**acts)  # backward_layer takes the work space from it
 
         w.dresidual[...] = 0
         last, rstd = acts["residual3"][-1], acts["lnf_rstd"]

@@ -12,7 +12,6 @@ numbers by MPI. The first process prints, samples and writes files.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -38,7 +37,8 @@ PIECE = 1 << 20  # numbers that are sent at a time
 class SharedGPT2(gpt2.GPT2):
     """A GPT-2 that several processes train by train_step. What one of them calls, all must call.
 
-    parts     the slices of the flat vector that they own; `own` is that of this process
+    parts     the slices of the flat vector that they own; `own` is that of this process, and
+              `own_table` says how much of each tensor lies there
     asked     the numbers of the signals that have come to this process
     signals   those that all processes know of
     """
@@ -50,11 +50,9 @@ class SharedGPT2(gpt2.GPT2):
         self.parts = gpt2.cut(self.flat.shape[1], SIZE)
         self.lengths = [part.stop - part.start for part in self.parts]
         own = self.own = self.parts[RANK]
-        self.own_table = {}  # what of each tensor lies in this part
-        for name, place in gpt2.places(self.param_table).items():
-            length = min(place.stop, own.stop) - max(place.start, own.start)
-            if length > 0:
-                self.own_table[name] = (length,)
+        shared = lambda place: min(place.stop, own.stop) - max(place.start, own.start)
+        places = gpt2.places(self.param_table).items()
+        self.own_table = {name: (shared(place),) for name, place in places if shared(place) > 0}
         self.asked, self.signals = [], []
 
     def together(self, number):
@@ -91,7 +89,7 @@ class SharedGPT2(gpt2.GPT2):
                 side_by_side = np.concatenate(pieces)
                 COMM.Reduce_scatter(side_by_side, pieces[RANK], [len(piece) for piece in pieces])
             squares = gpt2.sum_of_squares(self.flat[1, self.own])
-            return math.sqrt(sum(self.together(squares)))
+            return sum(self.together(squares)) ** 0.5
 
     def update(self, *args, **settings):
         """After grad_norm: GPT2.update of this part alone. The others come from their owners."""

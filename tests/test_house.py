@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).parent.parent
-FILES = [path for path in sorted(TOP.rglob("*.py")) if path != TOP / "mine.py"]  # a student's copy
-OUTSIDE = re.compile(r"data|venv|\..*")  # folders that are not of this project
-FILES = [path for path in FILES if not any(map(OUTSIDE.fullmatch, path.relative_to(TOP).parts))]
-NAMES = [path.relative_to(TOP).as_posix() for path in FILES]
+OUTSIDE = re.compile(r"mine\.py|(.*/)?(data|venv|\.[^/]*)/.*")  # what is not of this project
+NAMES = sorted(path.relative_to(TOP).as_posix() for path in TOP.rglob("*.py"))
+NAMES = [name for name in NAMES if not OUTSIDE.fullmatch(name)]
 EXTRAS = [name for name in NAMES if name.startswith("extras/")]
 OWN = {"train_gpt2", "prepro_tinyshakespeare", "test_gpt2", "extras"}
 
