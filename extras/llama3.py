@@ -203,11 +203,10 @@ def swiglu_forward(out, inp):
         sig = 1 / (1 + exp(-gate))
         out = gate * sig * up
 
-    For gate = log(3) = 1.0986 and up = 2: sig 3/4, out 1.648. For gates below -88, exp may overflow
-    to infinity. Then out is 0, as it should be.
+    For gate = log(3) = 1.0986 and up = 2: sig 3/4, out 1.648.
     """
     gate, up = np.split(inp, 2, axis=-1)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # of a gate below -88, for which 0 is right
         np.multiply(gate / (1 + np.exp(-gate)), up, out=out)
 
 
@@ -558,7 +557,8 @@ def work(args):
     taken = folder and os.path.exists(os.path.join(folder, "config.json"))
     require(not taken, f"{folder} holds a model: choose another --output_dir")
     if args.model:
-        T = len(args.prompt_ids) + args.max_new_tokens
+        most = open_llama(args.model)[0].max_seq_len
+        T = min(most, len(args.prompt_ids) + args.max_new_tokens)
         model = Llama.from_pretrained(args.model, 1, T, training=False)
         print(*model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337))
     else:

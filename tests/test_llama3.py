@@ -242,7 +242,7 @@ def test_the_program(tmp_path, capsys):
     assert first[0] == 0 and last[0] == 5 and last[1] < first[1] and last[2] < first[2]
     assert llama3.main(["--num_iterations", "1", "--output_dir", folder]) == 1  # it holds a model
     capsys.readouterr()
-    flags = "--prompt_ids 10 20 --max_new_tokens 3 --temperature 0".split()
-    assert llama3.main(["--model", folder, *flags]) == 0
-    ids = Llama.from_pretrained(folder).generate([10, 20], 3, temperature=0)
+    flags = "--prompt_ids 10 20 --max_new_tokens 65 --temperature 0".split()
+    assert llama3.main(["--model", folder, *flags]) == 0  # its context is 64
+    ids = Llama.from_pretrained(folder).generate([10, 20], 65, temperature=0)
     assert capsys.readouterr().out.split() == [str(i) for i in ids]
