@@ -2,10 +2,10 @@
 From GPT-2 to Llama 3: what has changed, written out. Read sections 1 to 8 of train_gpt2.py first.
 
     python -m extras.llama3
-        trains a small Llama and a GPT-2 of its size, by bytes, on the same text,
-        for as many updates, and prints their losses side by side
+        trains a small GPT-2 and a Llama of its size, by bytes, on the same text, for as many
+        updates, and prints their losses side by side
 
-    python -m extras.llama3 --model DIR --prompt_ids 1,2,3
+    python -m extras.llama3 --model DIR --prompt_ids 1 2 3
         continues token ids with a model of Hugging Face's LlamaForCausalLM
 
 Five things have changed:
@@ -32,7 +32,7 @@ All else is train_gpt2.py's and has gpt2. before its name: the residual stream, 
 the loss, the blob, AdamW, data, sampling. Its three rules of = and += hold. Names are llm.c's.
 """
 
-import argparse
+import copy
 import json
 import math
 import os
@@ -43,6 +43,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import train_gpt2 as gpt2
+from extras import command_line, exit_code_of
 from train_gpt2 import GPT2, InputError, Model, by_rows, require
 
 # --------------------------------------------------------------------------------------------------
@@ -124,15 +125,16 @@ def rope_frequencies(config):
     return keep * freq + (1 - keep) * freq / config.rope_factor
 
 
-def rope_forward(qkv, positions, cos, sin, heads):
+def rope_forward(qkv, positions, freq, heads):
     """Rotate queries and keys by angles that grow with their positions (Su et al., 2021), in place.
 
     qkv (B, T, ...), whose first `heads` heads are queries and keys; positions (B, T), integers
-    cos, sin (positions, hs / 2), those of angle[t, i] = t * freq[i]: see rope_frequencies
+    freq (hs / 2,): see rope_frequencies
 
     Channels i and i + hs/2 of a head are the coordinates of a point, which is rotated around 0:
 
-        x, y = x * cos(angle) - y * sin(angle), x * sin(angle) + y * cos(angle)
+        angle = position * freq[i]
+        x, y  = x * cos(angle) - y * sin(angle), x * sin(angle) + y * cos(angle)
 
     (Meta's own files pair channel 2i with 2i + 1. In Hugging Face's, qkvw has its rows in the order
     that makes halves of them, as here.)
@@ -144,15 +146,14 @@ def rope_forward(qkv, positions, cos, sin, heads):
     Their product is -0.416 = cos(2), as it is at positions 13 and 11.
     """
     B, T = qkv.shape[:2]
-    hs = 2 * cos.shape[-1]
-    points = qkv[..., : heads * hs].reshape(B, T, heads, 2, hs // 2, copy=False)
+    points = qkv[..., : heads * 2 * len(freq)].reshape(B, T, heads, 2, -1, copy=False)
     x, y = points[..., 0, :], points[..., 1, :]
-    cos = cos[positions][:, :, np.newaxis]  # (B, T, 1, hs / 2), the same for all heads
-    sin = sin[positions][:, :, np.newaxis]
+    angle = positions[..., np.newaxis, np.newaxis] * freq  # (B, T, 1, hs / 2), for all heads
+    cos, sin = np.cos(angle).astype(x.dtype), np.sin(angle).astype(x.dtype)
     x[...], y[...] = x * cos - y * sin, x * sin + y * cos
 
 
-def rope_backward(dqkv, positions, cos, sin, heads):
+def rope_backward(dqkv, positions, freq, heads):
     """From the gradient of what rope_forward wrote to that of what it read, in place; see there.
 
     With c = cos(angle) and s = sin(angle), x goes into x * c - y * s and into x * s + y * c. By the
@@ -162,7 +163,7 @@ def rope_backward(dqkv, positions, cos, sin, heads):
 
     which is the rotation by -angle, since cos(-angle) = c and sin(-angle) = -s.
     """
-    rope_forward(dqkv, positions, cos, -sin, heads)
+    rope_forward(dqkv, -positions, freq, heads)
 
 
 def repkv_forward(qkv, grouped, NH, NKV):
@@ -202,11 +203,10 @@ def swiglu_forward(out, inp):
         sig = 1 / (1 + exp(-gate))
         out = gate * sig * up
 
-    For gate = log(3) = 1.0986 and up = 2: sig 3/4, out 1.648. For gates below -88, exp may overflow
-    to infinity. Then out is 0, as it should be.
+    For gate = log(3) = 1.0986 and up = 2: sig 3/4, out 1.648.
     """
     gate, up = np.split(inp, 2, axis=-1)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore"):  # of a gate below -88, for which 0 is right
         np.multiply(gate / (1 + np.exp(-gate)), up, out=out)
 
 
@@ -263,11 +263,7 @@ class LlamaConfig:
 
 
 class LlamaModel(Model):
-    """What is not as in Model, where it is said what each method does.
-
-    First the tables: those of GPT-2, without what has gone, with what is new or has another shape.
-    Then forward, and backward in reverse order.
-    """
+    """What is not as in Model, where it is said what each method does."""
 
     CLASSIFIER = "lmhead"
 
@@ -300,8 +296,8 @@ class LlamaModel(Model):
 
     @staticmethod
     def shared_by_layers(names, recompute, training):
-        if training and recompute == 1:  # rope and repkv are linear: backward reads no grouped
-            return ["ln1", "grouped", "attproj", "ln2", "fch_swiglu", "fcproj"]
+        if training and recompute == 1:  # what backward does not read: rope and repkv are linear
+            return ["grouped", "attproj", "fcproj"]
         return Model.shared_by_layers(names, recompute, training)
 
     @staticmethod
@@ -317,12 +313,6 @@ class LlamaModel(Model):
         shapes = super().act_shapes(config, B, T, recompute, training)
         del shapes["lnf_mean"]
         return shapes
-
-    def cut_blob(self):
-        super().cut_blob()
-        angles = np.outer(np.arange(self.sequence_length), rope_frequencies(self.config))
-        self.cos = np.cos(angles).astype(self.blob.dtype)  # (T, hs / 2): see rope_forward
-        self.sin = np.sin(angles).astype(self.blob.dtype)
 
     def forward_tokens(self, tokens, start=0):
         B, n = tokens.shape
@@ -350,7 +340,7 @@ class LlamaModel(Model):
         # residual2 = residual + attproj(attention(repkv(rope(qkv(rmsnorm(residual))))))
         rmsnorm_forward(a.ln1, a.ln1_rstd, residual, p.ln1w, eps)
         gpt2.matmul_forward(a.grouped, a.ln1, p.qkvw)
-        rope_forward(a.grouped, positions, self.cos, self.sin, NH + NKV)
+        rope_forward(a.grouped, positions, rope_frequencies(self.config), NH + NKV)
         repkv_forward(a.qkv[:, T - n :], a.grouped, NH, NKV)
         gpt2.attention_forward(a.atty, a.att_lse, a.qkv, NH)
         gpt2.matmul_forward(a.attproj, a.atty, p.attprojw)
@@ -368,7 +358,7 @@ class LlamaModel(Model):
         params, grads, acts = self.params, self.grads, self.acts
         B, T = self.inputs.shape
         add = self.micro_batch > 0
-        w = SimpleNamespace(**{name: acts[name] for name in self.work_shapes(self.config, B, T)})
+        w = SimpleNamespace(**acts)  # backward_layer takes the work space from it
 
         w.dresidual[...] = 0
         last, rstd = acts["residual3"][-1], acts["lnf_rstd"]
@@ -378,8 +368,8 @@ class LlamaModel(Model):
             p = self.params_of(params, l)
             a = self.acts_of(l, B, T)
             residual = acts["residual3"][l - 1] if l > 0 else acts["encoded"]
-            if l < self.config.num_layers - 1:
-                self.compute_again(p, a, residual)
+            if self.recompute == 2 and l < self.config.num_layers - 1:
+                self.forward_layer(p, a, residual, whole=False)
             self.backward_layer(p, self.params_of(grads, l), a, w, residual, add)
 
         if not add:
@@ -393,37 +383,23 @@ class LlamaModel(Model):
         positions = np.tile(np.arange(T), (B, 1))
 
         # residual3 = residual2 + fcproj
-        dfcproj = w.dresidual
-        gpt2.matmul_backward(w.dfch_swiglu, g.fcprojw, None, dfcproj, a.fch_swiglu, p.fcprojw, add)
+        dout, inp = w.dresidual, a.fch_swiglu
+        gpt2.matmul_backward(w.dfch_swiglu, g.fcprojw, None, dout, inp, p.fcprojw, add)
         swiglu_backward(w.dfch, w.dfch_swiglu, a.fch)
         gpt2.matmul_backward(w.dln2, g.fcw, None, w.dfch, a.ln2, p.fcw, add)
         rmsnorm_backward(w.dresidual, g.ln2w, w.dln2, a.residual2, a.ln2_rstd, p.ln2w, add)
 
         # residual2 = residual + attproj
-        dattproj = w.dresidual
-        gpt2.matmul_backward(w.datty, g.attprojw, None, dattproj, a.atty, p.attprojw, add)
+        gpt2.matmul_backward(w.datty, g.attprojw, None, w.dresidual, a.atty, p.attprojw, add)
         gpt2.attention_backward(w.dqkv, w.datty, a.atty, a.att_lse, a.qkv, NH)
         repkv_backward(w.dgrouped, w.dqkv, NH, NKV)
-        rope_backward(w.dgrouped, positions, self.cos, self.sin, NH + NKV)
+        rope_backward(w.dgrouped, positions, rope_frequencies(self.config), NH + NKV)
         gpt2.matmul_backward(w.dln1, g.qkvw, None, w.dgrouped, a.ln1, p.qkvw, add)
         rmsnorm_backward(w.dresidual, g.ln1w, w.dln1, residual, a.ln1_rstd, p.ln1w, add)
 
-    def compute_again(self, p, a, residual):
-        if self.recompute == 1:
-            eps = self.config.norm_eps
-            rmsnorm_forward(a.ln1, a.ln1_rstd, residual, p.ln1w, eps)
-            rmsnorm_forward(a.ln2, a.ln2_rstd, a.residual2, p.ln2w, eps)
-            swiglu_forward(a.fch_swiglu, a.fch)
-
-        if self.recompute == 2:
-            self.forward_layer(p, a, residual, whole=False)
-
 
 class Llama(GPT2, LlamaModel):
-    """A Llama 3, with the calls, checks, fresh weights and sampling of GPT2.
-
-    GPT2 stands before LlamaModel, so where GPT2 says super(), it means a LlamaModel here.
-    """
+    """LlamaModel with the calls, checks and sampling of GPT2, whose super() is LlamaModel here."""
 
     @staticmethod
     def check_config(config):
@@ -435,8 +411,7 @@ class Llama(GPT2, LlamaModel):
 
         C, NH, NKV = config.channels, config.num_heads, config.num_kv_heads
         low, high = config.low_freq_factor, config.high_freq_factor
-        even = C % (2 * NH) == 0
-        require(even, f"{C} channels can't be shared by {NH} heads, an even number for each")
+        require(C % (2 * NH) == 0, f"{C} channels are no even number for each of {NH} heads")
         require(NH % NKV == 0, f"{NH} heads of queries can't share {NKV} heads of keys")
         require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
 
@@ -446,21 +421,19 @@ class Llama(GPT2, LlamaModel):
 
         If the classifier there is wte (as in Llama 3.2 1B), lmhead is a copy, trained by itself.
         """
-        config, tensors = open_llama(os.fspath(source))
+        config, tensors = open_llama(source)
         model = cls(config, batch_size, sequence_length, None, recompute, training)
         gpt2.copy_tensors(huggingface_views(config, model.params), tensors)
         return model
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, which LlamaForCausalLM reads."""
+        text = json.dumps(huggingface_config(self.config), indent=2)
         os.makedirs(folder, exist_ok=True)
         with gpt2.atomic_write(os.path.join(folder, "config.json")) as file:
-            no_ends = {"bos_token_id": None, "eos_token_id": None}  # here they are not known
-            text = json.dumps(huggingface_config(self.config) | no_ends, indent=2)
             file.write(text.encode())
-        path = os.path.join(folder, "model.safetensors")
         views = huggingface_views(self.config, self.params)
-        gpt2.write_safetensors(path, views, {"format": "pt"})
+        gpt2.write_safetensors(os.path.join(folder, "model.safetensors"), views, {"format": "pt"})
 
 
 # As the trainer wraps its own layers: blocks of rows, which the cores share.
@@ -475,37 +448,33 @@ swiglu_backward = by_rows(swiglu_backward, "dinp dout inp")
 # --------------------------------------------------------------------------------------------------
 # 4. Hugging Face's files
 
-HF_SIZES = (  # the names of LlamaConfig's first nine fields
+HF_NAMES = (  # of LlamaConfig's fields, in their order
     "max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_size", "intermediate_size", "rms_norm_eps", "rope_theta",
-)  # fmt: skip
-HF_SCALING = (  # and of the other four
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
 )  # fmt: skip
 
 
 def huggingface_config(config):
     """What config.json says of a model, as transformers 4 and 5 read it."""
-    values = astuple(config)
-    scaling = dict(zip(HF_SCALING, values[9:], strict=True)) | {"rope_type": "llama3"}
-    return {
+    values = dict(zip(HF_NAMES, astuple(config), strict=True))
+    scaling = {name: values.pop(name) for name in HF_NAMES[9:]} | {"rope_type": "llama3"}
+    return values | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **dict(zip(HF_SIZES, values[:9], strict=True)),
         "rope_scaling": None if config.rope_factor == 1 else scaling,
         "head_dim": config.channels // config.num_heads,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
+        "bos_token_id": None,  # here they are not known
+        "eos_token_id": None,
     }
 
 
 def huggingface_views(config, params):
-    """The parameters' memory under Hugging Face's names: {"lm_head.weight": view, ...}.
-
-    What is one product here is two or three there: rows of qkvw and of fcw.
-    """
+    """The same memory under Hugging Face's names, where qkvw is three matrices, and fcw two."""
     C, F = config.channels, config.ffn_channels
     keys = (config.grouped_channels - C) // 2
     views = {
@@ -533,34 +502,27 @@ def open_llama(folder):
     """(LlamaConfig, {Hugging Face's name: Stored}) of a folder. InputError if it is no Llama."""
     path = os.path.join(folder, "config.json")
     told = gpt2.read_json(path)
-    tied = told.pop("tie_word_embeddings", False)
     tensors, _ = gpt2.read_parts(folder)
-    if tied and "model.embed_tokens.weight" in tensors:
+    if told.pop("tie_word_embeddings", False) and "model.embed_tokens.weight" in tensors:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
-    # In older files rope_theta stands by itself, and rope_scaling has what else newer ones have in
-    # rope_parameters. A rope_type was first called type.
-    rope = told.pop("rope_parameters", None) or told.get("rope_scaling") or {}
-    require(isinstance(rope, dict), f"{path}: rope_scaling is {rope!r}, expected an object")
-    told["rope_theta"] = rope.pop("rope_theta", told.get("rope_theta", 10000.0))
-    kind = rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
-    require(
-        kind in ("default", "llama3"),
-        f"{path}: rotary embeddings of type {kind!r}, expected 'default' or 'llama3'",
-    )
-    told["rope_scaling"] = rope if kind == "llama3" else None
-
-    found = told | {"num_hidden_layers": sum(name.endswith(".q_proj.weight") for name in tensors)}
-    names = [*HF_SIZES, *HF_SCALING] if told["rope_scaling"] else HF_SIZES
-    config = LlamaConfig(*[(found | rope).get(name) for name in names])
     try:
+        # In older files, rope_theta stands by itself, and type is what is now rope_type.
+        older = told.pop("rope_scaling", None)
+        found = {"rope_theta": 10000.0} | told | (told.get("rope_parameters") or older or {})
+        kind = found.get("rope_type", found.get("type", "default"))
+        names = {"default": HF_NAMES[:9], "llama3": HF_NAMES}.get(kind)
+        require(names, f"rotary embeddings of type {kind!r}, expected 'default' or 'llama3'")
+
+        found["num_hidden_layers"] = sum(name.endswith(".q_proj.weight") for name in tensors)
+        config = LlamaConfig(*map(found.get, names))
         Llama.check_config(config)
+        for key, expected in huggingface_config(config).items():
+            right = expected is None or told.get(key) in (None, expected)
+            require(right, f"it says {key} = {told.get(key)!r}, expected {expected!r}")
         params = {n: np.broadcast_to(0, shape) for n, shape in Llama.param_shapes(config).items()}
-    except ValueError as error:  # an InputError, or NumPy's of a shape that can't be
+    except (TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
-    for key, expected in huggingface_config(config).items():
-        right = told.get(key) is None or told[key] == expected
-        require(right, f"{path} says {key} = {told.get(key)!r}, expected {expected!r}")
     gpt2.check_tensors(folder, huggingface_views(config, params), tensors)
     return config, tensors
 
@@ -570,94 +532,54 @@ def open_llama(folder):
 
 # As many parameters as the GPT-2 of `python train_gpt2.py --model bytes` has, within 1 %.
 SMALL = LlamaConfig(64, 256, 2, 4, 2, 128, 352, rope_theta=10000.0)
-BUDGET = gpt2.parse_args(["--model", "bytes"])  # its batches, updates and learning rates
 
 
 def compare(updates):
-    """Train that GPT-2 and a Llama, and print their losses side by side. Returns the Llama."""
-    B, T = BUDGET.batch_size, SMALL.max_seq_len
-    names, text, held_back = gpt2.text_at_hand()
-    models = [GPT2(gpt2.GPT2Config(64, 256, 2, 4, 128), B, T), Llama(SMALL, B, T)]
-    loaders = [gpt2.DataLoader([text], B, T, shuffle_seed=1337) for _ in models]
-    val_loader = gpt2.DataLoader([held_back], B, T)
-    val_batches = [val_loader.next_batch() for _ in range(min(30720, len(held_back)) // (B * T))]
-    print(*models, f"text: {names}", sep="\n")
-    print("update    GPT-2 val    Llama val  GPT-2 train  Llama train", flush=True)
+    """Train that GPT-2, then a Llama, and print their losses side by side. Returns the Llama."""
+    run = gpt2.open_run(["--model", "bytes", "--num_iterations", str(updates)])
+    other = copy.deepcopy(run)
+    B, T = run.args.batch_size, run.args.sequence_length
+    other.model = Llama(SMALL, B, T, run.args.seed, run.args.recompute)
+    for each in (run, other):
+        print(f"\n{each.model}")
+        gpt2.train(each)
 
-    losses = []  # of both models, since the last line
-    for step in range(updates + 1):
-        if step % BUDGET.val_loss_every == 0 or step == updates:
-            val = [[m.forward(*batch, train=False) for m in models] for batch in val_batches]
-            means = [*np.mean(val, axis=0), *(np.mean(losses, axis=0) if losses else [])]
-            print(f"{step:6}", *(f"{mean:12.4f}" for mean in means), flush=True)
-            losses = []
-        if step == updates:
-            return models[1]
-
-        rate = gpt2.learning_rate_at(
-            step, updates, BUDGET.learning_rate,
-            BUDGET.warmup_iters, BUDGET.learning_rate_decay_frac,
-        )  # fmt: skip
-        decay, clip = BUDGET.weight_decay, BUDGET.grad_clip
-        pairs = zip(models, loaders, strict=True)
-        done = [gpt2.train_step(model, loader, 1, rate, decay, clip) for model, loader in pairs]
-        losses.append([loss for loss, _ in done])
+    print("\nval losses    GPT-2    Llama")
+    for entry, others in zip(run.entries, other.entries, strict=True):
+        if "val_loss" in entry:
+            print(f"{entry['step']:10} {entry['val_loss']:8.4f} {others['val_loss']:8.4f}")
+    return other.model
 
 
-def run(args):
+def work(args):
     """What main does with its flags."""
-    taken = args.output_dir and os.path.exists(os.path.join(args.output_dir, "config.json"))
-    require(not taken, f"{args.output_dir} holds a model: choose another --output_dir")
+    folder = args.output_dir
+    taken = folder and os.path.exists(os.path.join(folder, "config.json"))
+    require(not taken, f"{folder} holds a model: choose another --output_dir")
     if args.model:
-        config, _ = open_llama(args.model)
-        T = min(config.max_seq_len, len(args.prompt_ids) + args.max_new_tokens)
+        most = open_llama(args.model)[0].max_seq_len
+        T = min(most, len(args.prompt_ids) + args.max_new_tokens)
         model = Llama.from_pretrained(args.model, 1, T, training=False)
-        written = model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337)
-        for token in written:
-            print(token, end=" ", flush=True)
-        print()
+        print(*model.generate(args.prompt_ids, args.max_new_tokens, args.temperature, rng=1337))
     else:
         model = compare(args.num_iterations)
-        text = bytes(model.generate(b"\n", 400, BUDGET.temperature, rng=1337))
-        print(text.decode(errors="replace"))
-    if args.output_dir:
-        model.save_pretrained(args.output_dir)
-        print(f"saved in {args.output_dir}")
-
-
-def token_ids(text):
-    """The ids in a text such as "1,2,3": a list. argparse makes a line of its ValueError."""
-    return [int(word) for word in text.split(",")]
+    if folder:
+        model.save_pretrained(folder)
+        print(f"saved in {folder}")
 
 
 def main(argv=None):
-    """The command line. Returns the exit code: 0, 1 after what its user can mend, 130 at Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="python -m extras.llama3",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """The command line. Returns the exit code."""
+    parser = command_line("llama3", __doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="a folder of LlamaForCausalLM; without it, train")
-    add("--prompt_ids", type=token_ids, default=[1], metavar="IDS", help="as 1,2,3")
+    add("--prompt_ids", type=int, nargs="+", default=[1], metavar="ID", help="what it continues")
     add("--max_new_tokens", type=int, default=64, metavar="N", help="how many ids to add")
     add("--temperature", type=float, default=1.0, metavar="X", help="0: always the likeliest")
-    add("--num_iterations", type=int, default=BUDGET.num_iterations, metavar="N", help="updates")
+    add("--num_iterations", type=int, default=1400, metavar="N", help="updates of each model")
     add("--output_dir", metavar="DIR", help="where to save the Llama")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print("stopped: run it again", file=sys.stderr)
-        return 130
-    except (InputError, OSError, MemoryError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_code_of(work, parser.parse_args(argv))
 
 
 if __name__ == "__main__":
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="replace")  # a text may hold what a terminal can't show
     sys.exit(main())

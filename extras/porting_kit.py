@@ -61,7 +61,6 @@ OTHER_NAMES = {
     ("matmul_backward", "dfch"): "dfch_gelu",  # gelu_backward turns it into dfch
 }
 
-
 # --------------------------------------------------------------------------------------------------
 # Making the kit
 
@@ -93,10 +92,9 @@ def put_given(kit, model, inputs, targets):
     """What a port begins with."""
     kit.put("inputs", inputs)
     kit.put("targets", targets)
-    adamw = {f"adamw_{name}": value for name, value in ADAMW.items()}
-    settings = asdict(CONFIG) | {"batch_size": B, "sequence_length": T} | adamw
-    settings |= {"grad_clip": GRAD_CLIP, "layernorm_eps": gpt2.LN_EPS}
-    for name, value in settings.items():
+    settings = asdict(CONFIG) | {"batch_size": B, "sequence_length": T, "grad_clip": GRAD_CLIP}
+    settings |= {f"adamw_{name}": value for name, value in ADAMW.items()}
+    for name, value in (settings | {"layernorm_eps": gpt2.LN_EPS}).items():
         kit.put(f"settings/{name}", value)
     for name, view in model.params.items():
         kit.put(f"params/{name}", view)
@@ -107,8 +105,7 @@ def put_cases(kit, dtype):
     B, T, C, NH, V, OC = 2, 5, 12, 3, 17, 7
     rng = np.random.default_rng(2)
 
-    def normal(*shape):
-        return rng.standard_normal(shape, np.float32).astype(dtype)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32).astype(dtype)
 
     def case(function, *args, variant=""):
         run = getattr(gpt2, function)
@@ -154,10 +151,9 @@ def put_cases(kit, dtype):
             grads = normal(B, T, C), normal(OC, C), dbias
             case("matmul_backward", *grads, dproduct, inp, matrix, add, variant=name)
 
-    arrays = normal(C), normal(C), normal(C), normal(C) ** 2  # parameters, gradients, m, v
     learning_rate, beta1, beta2, eps, weight_decay = ADAMW.values()
     numbers = learning_rate * weight_decay, learning_rate, beta1, beta2, eps, 3, 0.5  # step 3
-    case("adamw", *arrays, *numbers)
+    case("adamw", normal(C), normal(C), normal(C), normal(C) ** 2, *numbers)  # v is not below 0
 
 
 def places_of(model):
@@ -178,7 +174,6 @@ def put_pass(kit, model, inputs, targets):
     an array is called follows from its address, and in backward_layer from the layer's number.
     """
     places = places_of(model)
-    work_space = model.work_shapes(CONFIG, B, T)
     stream = [("dresidual3", CONFIG.num_layers - 1)]  # what dresidual holds, one after the other
     for l in reversed(range(CONFIG.num_layers)):
         stream += [("dresidual2", l), ("dresidual3", l - 1) if l > 0 else ("dencoded", None)]
@@ -194,7 +189,7 @@ def put_pass(kit, model, inputs, targets):
                     continue
                 if name == "dresidual":
                     name, l = stream.pop(0)
-                elif name in work_space:  # which the layers share
+                elif name in model.work_shapes(CONFIG, B, T):  # which the layers share
                     l = layer
                 if x.shape[:2] == (1, B * T):  # the classifier sees the batch as one sequence
                     x = x.reshape(B, T, *x.shape[2:])
@@ -314,11 +309,9 @@ def compare(path, kit_path):
 
     order = json.loads(metadata["order"])
     missing = [name for name, _, writer in order if writer and name not in mine]
-    found = []
-    for name, l, writer in order:
-        if name in mine:
-            found.append((name, l, writer, difference(name, l, mine[name], kit[name].array)))
-    wrong = [entry for entry in found if entry[-1] is not None]
+    found = [entry for entry in order if entry[0] in mine]
+    said = [difference(name, l, mine[name], kit[name].array) for name, l, _ in found]
+    wrong = [(*entry, what) for entry, what in zip(found, said, strict=True) if what]
     if wrong:
         name, l, writer, what = wrong[0]
         print(f"the first to differ is {name}" + ("" if l is None else f" of layer {l}"))
@@ -334,14 +327,13 @@ def main(argv=None):
     """The command line. Returns the exit code: 0; 1 if a tensor differs, or for an error."""
     parser = command_line("porting_kit", __doc__)
     add = parser.add_argument
-    add("--kit", metavar="FILE", help="the kit's path (default: data/kit.safetensors)")
+    path = gpt2.in_data("kit.safetensors")
+    add("--kit", default=path, metavar="FILE", help="the kit's path (default: %(default)s)")
     add("--compare", metavar="MINE", help="compare this file with the kit, and write nothing")
     args = parser.parse_args(argv)
-
-    kit = args.kit or gpt2.in_data("kit.safetensors")
     if args.compare is None:
-        return exit_code_of(write_kit, kit)
-    return exit_code_of(compare, args.compare, kit)
+        return exit_code_of(write_kit, args.kit)
+    return exit_code_of(compare, args.compare, args.kit)
 
 
 if __name__ == "__main__":

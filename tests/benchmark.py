@@ -70,11 +70,7 @@ def model_and_batches(row, folder=TOP, processes=1, **settings):
     B, T, V, L, NH, C = row
     make = gpt2.GPT2
     if processes > 1:
-        from mpi4py import MPI
-
         from extras.processes import SharedGPT2 as make
-
-        make.comm = MPI.COMM_WORLD
     model = make(gpt2.GPT2Config(max(T, 64), V, L, NH, C), B // processes, T, **settings)
     return model, np.random.default_rng(0).integers(0, V, (8, 2, B // processes, T))
 
@@ -258,13 +254,14 @@ AT_MEMORYS_RATE = ("adamw", "sum_of_squares", "residual_forward")
 SIMULATION = """
 | model | cores | ms per step | times as fast as one | work | where the time goes, ms | measured |
 |---|---|---|---|---|---|---|"""
+REPEATS = 4  # steps that are recorded
 
 
-def record(row, cores, repeats):
+def record(row, cores):
     """For each number of cores what a step consists of: [(layer, is it parallel, seconds), ...].
 
     The work is cut for so many cores. Each task of each call of `parallel` is timed alone, on one
-    thread, and so is what runs between the calls. Of some steps, the least times count.
+    thread, and so is what runs between the calls. Of some steps, the one of least work counts.
     """
     passes = ours(row, TOP)
     import train_gpt2 as gpt2
@@ -290,20 +287,21 @@ def record(row, cores, repeats):
         return results
 
     gpt2.parallel = parallel
-    found = {}
-    for _ in range(repeats + 1):
+    found = {n: [] for n in cores}
+    for _ in range(REPEATS):
         for gpt2.THREADS in cores:
             events.clear()
             marks[:] = [clock()]
             for one in passes:
                 one()
             between_the_calls()
-            before = found.get(gpt2.THREADS, events)
-            found[gpt2.THREADS] = [
-                (layer, is_parallel, list(map(min, old, new)))
-                for (layer, is_parallel, old), (*_, new) in zip(before, events, strict=True)
-            ]
-    return found
+            found[gpt2.THREADS].append(list(events))
+    return {n: min(steps, key=seconds_of) for n, steps in found.items()}
+
+
+def seconds_of(events):
+    """The work of a step that `record` has taken down."""
+    return sum(sum(seconds) for *_, seconds in events)
 
 
 def simulated(events, paces):
@@ -321,29 +319,24 @@ def simulated(events, paces):
     return step
 
 
-def simulate(name, options):
+def simulate(name):
     """Print what a row of ROWS would take on more cores; measure it where there are as many."""
-    row = ROWS[name]
     cores = sorted({len(paces) for paces in CORES.values()})
-    found = in_a_process("record", 1, row=row, cores=cores, repeats=options.repeats)
+    found = in_a_process("record", 1, row=ROWS[name], cores=cores)
     base = sum(simulated(found["1"], [1.0]).values())
     for label, paces in CORES.items():
-        n = len(paces)
-        step = simulated(found[str(n)], paces)
-        total = sum(step.values())
-        work = sum(sum(seconds) for *_, seconds in found[str(n)])
+        events = found[str(len(paces))]
+        step = simulated(events, paces)
+        total, work = sum(step.values()), seconds_of(events)
         measured = ""
-        if label == str(n) and n <= (os.cpu_count() or 1):
-            run = {"make": "ours", "steps": options.repeats, "row": row, "folder": TOP}
-            steps = in_a_process("timed_steps", n, **run)["steps"]
+        if label.isdecimal() and len(paces) <= (os.cpu_count() or 1):
+            passes = {"make": "ours", "steps": REPEATS, "row": ROWS[name], "folder": TOP}
+            steps = in_a_process("timed_steps", len(paces), **passes)["steps"]
             measured = f"{statistics.median(map(sum, steps)) * 1e3:.1f}"
         most = sorted(step, key=step.get, reverse=True)[:7]
         parts = ", ".join(f"{one} {step[one] * 1e3:.1f}" for one in most)
-        print(
-            f"| {name} | {label} | {total * 1e3:.1f} | {base / total:.2f} | {work / base:.2f} | "
-            f"{parts} | {measured} |",
-            flush=True,
-        )
+        numbers = f"{total * 1e3:.1f} | {base / total:.2f} | {work / base:.2f}"
+        print(f"| {name} | {label} | {numbers} | {parts} | {measured} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,7 +408,8 @@ def folder_of(commit):
 
 def main():
     if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3]))))
+        found = json.dumps(globals()[sys.argv[2]](**json.loads(sys.argv[3])))
+        sys.stdout.write(found + "\n")  # at one go: the lines of several processes do not mix
         return
 
     sys.path.append(TOP)
@@ -426,7 +420,6 @@ def main():
     )
     parser.add_argument("--rows", default="", help=f"small, sizes, or some of {','.join(ROWS)}")
     parser.add_argument("--cores", action="store_true", help="simulate more cores")
-    parser.add_argument("--repeats", type=int, default=4, help="of steps for the simulation")
     parser.add_argument("--against", nargs="*", default=[], metavar="COMMIT")
     parser.add_argument("--two_processes", action="store_true", help="of half the threads each")
     parser.add_argument("--recompute", type=int, nargs="+", default=[1], help="(default: 1)")
@@ -439,7 +432,7 @@ def main():
     if options.cores:
         print(SIMULATION, flush=True)
         for name in names:
-            simulate(name, options)
+            simulate(name)
         return
 
     # In a process of its own, too: a child's peak of memory is never less than its parent's.

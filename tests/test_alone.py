@@ -29,23 +29,18 @@ sys.meta_path.insert(0, OnlyNumPy())
 """
 
 
-def prepare(folder):
-    """(a folder with a copy of the trainer, the environment of a process that uses it)."""
+def prepare(folder, *names):
+    """(a folder with the trainer, or with files of these names, the environment of a process)."""
     blocker, alone = folder / "blocker", folder / "alone"
     blocker.mkdir(parents=True)
     alone.mkdir()
     (blocker / "sitecustomize.py").write_text(ONLY_NUMPY)
-    (alone / "train_gpt2.py").write_bytes(TRAINER.read_bytes())
-    drop = ("PYTHON", "OMP_", "TIKTOKEN", "PMI_", "COLUMNS")
-    environment = {name: x for name, x in os.environ.items() if not name.startswith(drop)}
-    environment |= {"PYTHONPATH": str(blocker), "PYTHONIOENCODING": "utf-8"}
-    return alone, environment | {"PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-def write_chapter(folder):
-    """chapter.py: the trainer's text up to the line, as its header says."""
-    chapter, _, _ = TRAINER.read_text("utf-8").partition("\n# Here the algorithm ends")
-    (folder / "chapter.py").write_text(chapter, "utf-8")
+    trainer = TRAINER.read_text("utf-8")
+    chapter, _, _ = trainer.partition("\n# Here the algorithm ends")  # as its header says
+    for name in names or ["train_gpt2.py"]:
+        (alone / name).write_text(chapter if name == "chapter.py" else trainer, "utf-8")
+    own = {"PYTHONPATH": str(blocker), "PYTHONIOENCODING": "utf-8", "OPENBLAS_NUM_THREADS": "1"}
+    return alone, os.environ | own
 
 
 def run(place, *words, code=0):
@@ -73,10 +68,8 @@ def test_everything_else_is_hidden(tmp_path):
 
 def test_the_chapter_trains_and_writes(tmp_path):
     """Cut off at the line, the algorithm is a program."""
-    folder, environment = prepare(tmp_path)
-    (folder / "train_gpt2.py").unlink()
-    write_chapter(folder)
-    stdout, _ = run((folder, environment), "-c", "import chapter; chapter.demo(steps=30)")
+    place = prepare(tmp_path, "chapter.py")
+    stdout, _ = run(place, "-c", "import chapter; chapter.demo(steps=30)")
     losses = [loss for _, loss in losses_in(stdout)]
     assert len(losses) == 30 and losses[-1] < losses[0] - 0.5
     written = stdout.partition("step 30/30: ")[2].partition("\n")[2]
@@ -106,9 +99,7 @@ SIDE_BY_SIDE = """if True:
 
 def test_the_tool_computes_what_the_chapter_computes(tmp_path):
     """In float64, three updates of two micro-batches leave the same tensors, to 1e-10."""
-    place = prepare(tmp_path)
-    write_chapter(place[0])
-    run(place, "-c", SIDE_BY_SIDE)
+    run(prepare(tmp_path, "chapter.py", "train_gpt2.py"), "-c", SIDE_BY_SIDE)
 
 
 def test_a_run_is_saved_resumed_and_loaded(tmp_path):

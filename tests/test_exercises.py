@@ -76,14 +76,13 @@ def test_the_wiring_has_every_tensor_of_the_tables():
     config = gpt2.GPT2Config(num_heads=sizes["N"], channels=C)
     params, acts = gpt2.Model.layer_params(config), gpt2.Model.layer_acts(config, B, T)
     work = gpt2.Model.work_shapes(config, B, T)
-    tables = {"p": params, "a": acts, "residual": {"residual": (B, T, C)}}
+    tables = {"p": params, "a": acts}
     del work["dlnf"]
     for name in exercises.WIRING:
         found = exercises.ARGUMENTS[name]
         shapes = {x: tuple(sizes[letter] for letter in found[x][1:]) for x in found}
         expected = {f"{x}.{y}": s for x, table in tables.items() for y, s in table.items()}
-        expected["residual"] = expected.pop("residual.residual")
-        assert shapes == expected
+        assert shapes == expected | {"residual": (B, T, C)}
         tables |= {"g": params, "w": work}
 
 
@@ -134,13 +133,11 @@ ADDS, OVERWRITES = "it adds to what stood there before", "it overwrites what sto
 WRITES = "nothing is written into it: x[...] = y writes, x = y does not"
 IF, PLAIN = "yours is what would be right if", "in plain cases it is right"
 AVERAGE, WITH_NORM = "-rstd * average(dnorm)", "-rstd * norm * average(dnorm * norm)"
-STEP = "-learning_rate * (m / c1) / (sqrt(v / c2) + eps)"
 ADD = "np.add(inp1, inp2, out=out)"
 MASK = "preatt[..., past + start :] += HIDE_FUTURE[:rows, :rows]"
 RESIDUAL = "residual_forward(a.residual2, residual, a.attproj)"
 LN2 = "    layernorm_forward(a.ln2, a.ln2_mean, a.ln2_rstd, a.residual2, p.ln2w, p.ln2b)\n"
 GELU = "    gelu_backward(w.dfch, w.dfch, a.fch)  # from dfch_gelu to dfch, in place\n"
-FC = "    matmul_backward(w.dln2, g.fcw, g.fcb, w.dfch, a.ln2, p.fcw, add)\n"
 SOFTMAX, FORWARD, BACKWARD = "crossentropy_softmax", "forward_layer", "backward_layer"
 MISTAKES = [
     ("residual_forward", {ADD: "out = inp1 + inp2"}, "out", WRITES),
@@ -154,9 +151,7 @@ MISTAKES = [
     ("gelu_backward", {"slope = x": "dinp[...] = 0; slope = x"}, "dinp is wrong (B=2, T=5,", PLAIN),
     ("matmul_forward", {"False, bias": "False, None"}, "out", f"{IF} bias were 0"),
     ("matmul_backward", {"dout.T, inp": "inp.T, dout"}, "dweight", "the right one transposed"),
-    ("matmul_backward", {"inp, add": "inp, False"}, "dweight", OVERWRITES),
     ("matmul_backward", {"inp, add": "inp, not add"}, "dweight", ADDS),
-    ("matmul_backward", {"if dbias is not None": "if True"}, "TypeError in line 28: 'NoneType'"),
     ("encoder_backward", {"dwpe[T:] = 0": "0"}, "dwpe", "still holds what stood there before"),
     ("layernorm_backward", {"dinp += dnorm": "dinp[...] = dnorm"}, "dinp", OVERWRITES),
     ("layernorm_backward", {"dnorm -= av": "dnorm += av"}, "dinp", f"{AVERAGE} has the wrong sign"),
@@ -166,26 +161,18 @@ MISTAKES = [
      f"{WITH_NORM} is missing, and there is -rstd * norm * average(dout * norm) in its place"),
     (f"{SOFTMAX}_forward", {"logits -= ": ""}, "logits is wrong (B=2, T=5, V=11, all nu", PLAIN),
     (f"{SOFTMAX}_backward", {"-= 1": "-= 0"}, "probs", "the term -dloss at the target is missing"),
-    (f"{SOFTMAX}_backward", {"*= dloss": "*= 1"}, "probs", "yours is 1/dloss times the right one"),
     ("adamw", {"1 - decay": "1 - learning_rate * decay"}, "p", "-decay * p is learning_rate times"),
-    ("adamw", {"math.sqrt(c2)": "1", "/ c1": ""}, "p", f"{STEP} is missing, and there is -l"),
-    ("adamw", {"/ c1": ""}, "p"),
     ("attention_forward", {MASK: ""}, "out", "what it would be if t2 > t were not hidden"),
     ("attention_forward", {" * hs**-0.5": ""}, "out", "yours is what preatt = q . k would give"),
     ("attention_backward", {"dq_sum, scale": "dq_sum, 1"}, "dq", "yours is sqrt(hs) times the"),
     ("attention_backward", {"datt -= dout": "0 * dout"}, "dq", "what dpreatt = att * datt would"),
     ("attention_backward", {"dq, dk, dv =": "dk, dq, dv ="}, "dq", "yours is the right dk"),
     # The wiring.
-    (FORWARD, {"residual, p.ln1w": "residual, p.ln2w"}, "a.ln1",
-     "your layernorm_forward gets weight=p.ln2w, the trainer's gets weight=p.ln1w"),
     (FORWARD, {"ln2_rstd, a.residual2": "ln2_rstd, residual"}, "a.ln2_mean",
      "your layernorm_forward gets inp=residual, the trainer's gets inp=a.residual2"),
     (FORWARD, {RESIDUAL: "a.residual2 = residual + a.attproj"}, "a.residual2", WRITES),
-    (FORWARD, {RESIDUAL: "a.residual2[...] = a.attproj"}, "a.residual2", "the right a.attproj"),
     (FORWARD, {LN2: "", "    gelu_forward": LN2 + "    gelu_forward"}, "a.fch",
      "the last to write a.ln2 before your matmul_forward is no layer, not layernorm_forward"),
-    (BACKWARD, {GELU + FC: FC + GELU}, "w.dln2",
-     "the last to write w.dfch before your matmul_backward is matmul_backward, not gelu_backward"),
     (BACKWARD, {GELU: ""}, "w.dfch", "it is written by matmul_backward, in the trainer by mat"),
     (BACKWARD, {"p.fcw, add": "p.fcw, False"}, "g.fcw",
      "your matmul_backward gets add=False, the trainer's gets add=True"),
@@ -217,14 +204,9 @@ FILES = {  # that are no sheets
 }
 
 
-def test_files_that_are_no_sheets_ctrl_c_and_help(ask, capsys):
+def test_files_that_are_no_sheets_and_ctrl_c(ask, capsys):
     assert exercises.main(["mine.py"]) == 1 and "mine.py: no such file" in capsys.readouterr().err
     for text, said in FILES.items():
         assert ask(text) == (1, "", f"error: {said}\n")
     stopped = (130, "residual_forward: ", "\nstopped: run it again\n")
     assert ask(changed("residual_forward", {ADD: "raise KeyboardInterrupt"})) == stopped
-    with pytest.raises(SystemExit):
-        exercises.main(["--help"])
-    out = capsys.readouterr().out
-    assert "    python -m extras.exercises mine.py\n" in out
-    assert all(len(line) <= 80 for line in out.splitlines())

@@ -124,17 +124,16 @@ def test_recompute_changes_no_bit(recompute):
             model.backward()
         grads.append(model.grads)
     assert_same_bits(*grads)
-    assert len(model.acts["fch_swiglu"]) == 1
+    assert len(model.acts["grouped"]) == 1
 
 
 def test_layers_by_hand():
     out, rstd = np.empty((1, 1, 3)), np.empty((1, 1))
     llama3.rmsnorm_forward(out, rstd, np.array([[[1.0, 2, 6]]]), np.ones(3), 0.0)
     assert np.round(out, 3).tolist() == [[[0.271, 0.541, 1.623]]]
-    angles = np.arange(14.0)[:, np.newaxis]
     for t, t2 in ((3, 1), (13, 11)):
         heads = np.array([[[1.0, 0], [1.0, 0]]])  # a query and a key
-        llama3.rope_forward(heads, np.array([[t, t2]]), np.cos(angles), np.sin(angles), 1)
+        llama3.rope_forward(heads, np.array([[t, t2]]), np.ones(1), 1)
         assert heads[0, 0] @ heads[0, 1] == pytest.approx(math.cos(2), abs=1e-12)
     out, dinp, inp = np.empty((1, 1, 1)), np.empty((1, 1, 2)), np.array([[[math.log(3), 2]]])
     llama3.swiglu_forward(out, inp)
@@ -154,19 +153,15 @@ def test_generation_with_keys_equals_generation_without(training, temperature):
     assert_all_close(*({0: each.acts["logits"][0, 0]} for each in (model, plain)))
 
 
-def test_it_trains_and_is_checked_as_gpt2_is():
-    model = random_llama(2, 9, np.float32)
-    text = np.random.default_rng(4).integers(0, 53, (2, 10))
-    inputs, targets = text[:, :-1], text[:, 1:]
+def test_it_is_checked_and_scores_as_gpt2_does():
+    model = random_llama(1, 9)
+    text = np.random.default_rng(4).integers(0, 53, (1, 10))
     assert next(iter(model.params)) == model.CLASSIFIER  # as room_for_logits wants it
-    before = model.forward(inputs, targets, train=False)
+    model.forward(text[:, :-1], text[:, 1:], train=False)
     with pytest.raises(InputError, match="can't follow"):
         model.backward()
     scored, _ = model.token_losses(text[0, :3], [text[0, 3:], text[0, 3:5]])
-    assert scored.tolist() == pytest.approx(model.acts["losses"][0, 2:].tolist(), rel=1e-4)
-    loader = SimpleNamespace(next_batch=lambda: (inputs, targets))
-    losses = [gpt2.train_step(model, loader, 1, 1e-2, 0.1, 1.0)[0] for _ in range(20)]
-    assert losses[0] == before and losses[-1] < before / 2
+    assert scored == pytest.approx(model.acts["losses"][0, 2:])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,6 +221,7 @@ def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
         ({"num_key_value_heads": 3}, "4 heads of queries can't share 3"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
         ({"hidden_size": 1 << 62}, "config.json: "),
+        ({"rope_scaling": [1]}, "config.json: "),
         ({"vocab_size": 54}, "lm_head.weight"),
     ],
 )  # fmt: skip
@@ -238,13 +234,15 @@ def test_another_model_is_one_line(changed, message, tmp_path, capsys):
 
 
 def test_the_program(tmp_path, capsys):
+    """It trains a GPT-2 and a Llama, and both learn. What it saves, it continues."""
     folder = str(tmp_path / "small")
     assert llama3.main(["--num_iterations", "5", "--output_dir", folder]) == 0
-    first, last = [line.split() for line in capsys.readouterr().out.splitlines()[4:6]]
-    assert float(last[1]) < float(first[1]) and float(last[2]) < float(first[2])
+    table = capsys.readouterr().out.partition("val losses")[2].splitlines()[1:3]
+    first, last = [list(map(float, line.split())) for line in table]
+    assert first[0] == 0 and last[0] == 5 and last[1] < first[1] and last[2] < first[2]
     assert llama3.main(["--num_iterations", "1", "--output_dir", folder]) == 1  # it holds a model
     capsys.readouterr()
-    flags = "--prompt_ids 10,20 --max_new_tokens 3 --temperature 0".split()
-    assert llama3.main(["--model", folder, *flags]) == 0
-    ids = Llama.from_pretrained(folder).generate([10, 20], 3, temperature=0)
+    flags = "--prompt_ids 10 20 --max_new_tokens 65 --temperature 0".split()
+    assert llama3.main(["--model", folder, *flags]) == 0  # its context is 64
+    ids = Llama.from_pretrained(folder).generate([10, 20], 65, temperature=0)
     assert capsys.readouterr().out.split() == [str(i) for i in ids]
