@@ -151,28 +151,25 @@ def train_together(argv):
     if RANK == 0:
         COMM.Barrier()  # so the others find what it had to fetch
     args, model = run.args, run.model
-    require(not args.inference_only, "one process continues a prompt: python train_gpt2.py")
+    require(run.loader, "one process evaluates or continues a prompt: python train_gpt2.py")
 
     facts = json.dumps([vars(args) | {"output_dir": ""}, run.data, run.step]).encode()
     same = len(set(model.together(zlib.crc32(facts, zlib.crc32(model.flat[0]))))) == 1
     require(same, "the processes differ in flags, data or weights: give all the same files")
     print_now(f"processes: {SIZE}, with so many threads and so much memory each")
 
-    if run.loader:
-        run.loader = SharedLoader(run.loader)
-    else:
-        args.batch_size *= SIZE  # the rows that are evaluated at a time
+    run.loader = SharedLoader(run.loader)
     if RANK > 0:
         args.sample_every = 0  # nobody would read it
     run.signals = model.signals
-    gpt2.note_signals(model.asked)
     rows = model.flat[2:, model.own]
     model.windows = [MPI.Win.Create(row, row.itemsize, comm=COMM) for row in rows]
-    complete = gpt2.train(run)
-    for window in model.windows:
-        window.Free()  # when all are here: from one that had left MPI, the first could not read
-    if RANK == 0:
-        gpt2.finish(run, complete)
+    with gpt2.noted(model.asked):
+        complete = gpt2.train(run)
+        for window in model.windows:
+            window.Free()  # when all are here: from one that had left MPI, none could read
+        if RANK == 0:
+            gpt2.finish(run, complete)
     return 0 if complete else 128 + run.signals[0]
 
 
