@@ -1423,7 +1423,7 @@ class GPT2(Model):
         path = find_weights(os.fspath(source))
         config, tensors = open_weights(path)
         model = cls(config, batch_size, sequence_length, None, recompute, training)
-        read_weights(model.params, tensors)
+        copy_tensors(huggingface_views(model.params), tensors)
         model.vocabulary = saved_vocabulary(path, config.vocab_size)
         return model
 
@@ -2099,9 +2099,7 @@ def prepro(function, *args):
         raise InputError(str(error)) from None
 
 
-def provide(what):
-    """The path, or paths, of what a run needs: see provide in prepro_tinyshakespeare.py."""
-    return prepro("provide", what)
+provide = functools.partial(prepro, "provide")  # gives the path, or paths, of what a run needs
 
 
 def in_data(name):
@@ -2143,19 +2141,17 @@ class TokenFile(np.memmap):
         256 int32: 20240520, version 1, number of tokens, vocab_size, vocabulary_crc, zeros
         the tokens, uint16
 
-    vocab_size is 256 for bytes, 50257 for GPT-2's tokens, and 0 if it is unknown, as in llm.c.
-    vocabulary_crc is the CRC-32 of a vocabulary of one's own, or 0.
+    vocab_size: 256 is bytes, 50257 GPT-2's tokens, 0, as in llm.c, unknown. vocabulary_crc: the
+    CRC-32 of a vocabulary of one's own, or 0.
     """
 
     def __new__(cls, path):
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             header = np.fromfile(file, "<u4", 5).tolist()
-            require(
-                size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2],
-                f"{path}: no whole token file: {size} bytes that begin with {header[:3]}, expected "
-                f"20240520, 1, the number of tokens: write it with {PREPRO}",
-            )
+            right = size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2]
+            found = f"{size} bytes that begin with {header[:3]}, not 20240520, 1, their number"
+            require(right, f"{path}: no whole token file: {found}: write it with {PREPRO}")
             tokens = super().__new__(cls, file, "<u2", "r", 1024)
         tokens.path = path
         tokens.vocab_size, tokens.vocabulary_crc = header[3:]
@@ -2175,9 +2171,8 @@ def open_shards(paths):
 def text_at_hand():
     """(names, training, validation): a text that needs no network, as two uint8 arrays.
 
-    It is Tiny Shakespeare if that lies in data/, or else this file and the main ones beside it. Of
-    passages of 1,000 bytes, and the rest of their last line, every tenth is for validation, so that
-    it has passages of all kinds.
+    It is Tiny Shakespeare if that lies in data/, or else the main files of this project. Of its
+    passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds of them do.
     """
     here = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
@@ -2200,13 +2195,11 @@ def text_at_hand():
 # the bytes and 50257 GPT-2's. [] is one that can't be read here.
 
 END_OF_TEXT = b"<|endoftext|>"
-GPT2_CRC = 2990262213  # of GPT-2's vocabulary: see vocabulary_crc
 
 
 def tokenizer(vocab_size, vocabulary=None):
     """How a model reads and writes: encode(text) gives ids, decode(id) bytes, `first` is the id
     that begins a new text, lengths[id] the number of bytes that an id stands for in a text.
-
     InputError if the vocabulary is not known, FetchError if GPT-2's can't be fetched.
     """
     if vocabulary:
@@ -2216,8 +2209,8 @@ def tokenizer(vocab_size, vocabulary=None):
         tokens, first = [bytes([i]) for i in range(256)], ord("\n")
         encode = lambda text: list(text.encode(errors="surrogateescape"))
     else:
-        known = vocabulary is None and is_gpt2s(vocab_size)
         message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
+        known = vocabulary is None and is_gpt2s(vocab_size)
         require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
         gpt2 = prepro("get_encoding")
         tokens = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
@@ -2235,10 +2228,7 @@ def is_gpt2s(vocab_size):
 
 
 def vocabulary_of(shards):
-    """The vocabulary of a run's own tokens: PREFIX.tiktoken, which lies beside PREFIX_train.bin.
-
-    None if they are bytes, GPT-2's or unknown. Whether it belongs to them is another question.
-    """
+    """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
     if shards[0].vocabulary_crc == 0:
         return None
     prefix = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path)
@@ -2256,14 +2246,9 @@ def saved_vocabulary(path, vocab_size):
         return None
     except InputError:
         return []
-    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
+    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == 2990262213:  # GPT-2's
         return None
     return vocabulary if len(vocabulary) == vocab_size else []
-
-
-def vocabulary_crc(vocabulary):
-    """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
-    return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
 
 
 def belongs(shard, vocab_size, vocabulary):
@@ -2274,18 +2259,17 @@ def belongs(shard, vocab_size, vocabulary):
     return V == 0 or same_size and same_list
 
 
+def vocabulary_crc(vocabulary):
+    """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
+    return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
+
+
 def vocabulary_files(vocab_size, vocabulary):
     """Hugging Face's files of a vocabulary: {name: bytes}. Nothing if it is not at hand."""
     with contextlib.suppress(FetchError):  # this file stands alone
         return prepro("huggingface_files", vocab_size, vocabulary)
     return {}
 
-
-# Hugging Face's safetensors:
-#
-#     8 bytes: n, little-endian
-#     n bytes of JSON: {name: {"dtype": ..., "shape": ..., "data_offsets": [begin, end]}, ...}
-#     the tensors, one after the other, without holes
 
 ARRAY_TYPES = {
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
@@ -2296,9 +2280,11 @@ Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped f
 
 
 def read_safetensors(path, checksum=False):
-    """({name: Stored}, metadata) of a .safetensors file.
+    """({name: Stored}, metadata) of a .safetensors file, Hugging Face's format:
 
-    checksum   whether the last four bytes must be the CRC-32 of all before them
+        8 bytes: n, little-endian
+        n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
+        the tensors, which fill the rest; with a checksum, the CRC-32 of all before it is the last
     """
     tensors = {}
     try:
@@ -2324,8 +2310,7 @@ def read_safetensors(path, checksum=False):
 def write_safetensors(path, tensors, metadata, checksum=False):
     """Write tensors {name: array}, as float32, and metadata {str: str}.
 
-    In place of an array there may be what has its shape and gives its numbers piece by piece, for
-    instance from other processes. checksum: see read_safetensors. It is a tensor called "crc32".
+    What is no array must have a shape, and gives its numbers piece by piece.
     """
     header = {"__metadata__": metadata}
     end = 0
@@ -2352,7 +2337,7 @@ def write_safetensors(path, tensors, metadata, checksum=False):
 
 
 # Hugging Face's GPT-2. A model is read in three steps: find_weights gives its path, open_weights
-# its sizes and tensors, and read_weights copies the numbers.
+# its sizes and tensors, and copy_tensors copies the numbers.
 
 HF_NAMES = {  # w is .weight there, and b .bias
     "wte": "wte", "wpe": "wpe", "lnf": "ln_f",
@@ -2366,18 +2351,14 @@ OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2-xl": (48, 1600),
 }
 FRESH = {  # context, layers, heads and channels of models that begin with random weights
-    "bytes": (64, 2, 4, 128),
-    "d2": (64, 2, 4, 128),
+    **dict.fromkeys(("bytes", "d2"), (64, 2, 4, 128)),
     "d6": (1024, 6, 6, 384),
     **{f"d{L}": (1024, L, C // 64, C) for L, C in OPENAI.values()},
 }
 
 
 def huggingface_views(params):
-    """The same memory under Hugging Face's names: {"h.0.ln_1.weight": view, ...}.
-
-    params: {"ln1w": (L, C) array, ...}. The matrices of a layer are (C, OC) there, transposed.
-    """
+    """The same memory under Hugging Face's names. The matrices of a layer are transposed there."""
     views = {}
     for name, array in params.items():
         hf_name = HF_NAMES[name.rstrip("wb")] + (".bias" if name.endswith("b") else ".weight")
@@ -2397,7 +2378,6 @@ def huggingface_config(config):
         "n_embd": config.channels,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": 4 * config.channels,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": LN_EPS,
         "tie_word_embeddings": True,
@@ -2420,14 +2400,12 @@ def find_weights(source):
 def refuse_two_meanings(name):
     """InputError if the name of a model is here also a folder that holds a model."""
     both = weights_in(name) or weights_in(f"{name}/best")
-    message = f"{name!r} is the name of a model, and here also a folder that holds one"
-    require(not both, f"{message}: write ./{name} for the folder, or rename it")
+    message = f"{name!r} is the name of a model, and a folder that holds one: write ./{name} for it"
+    require(not both, message)
 
 
 def weights_in(folder):
-    """The files of a folder's weights: one, or the parts of a large model; of a run that was
-    stopped, its newest checkpoint.
-    """
+    """The files of a folder's weights: one, or several parts, or else its newest checkpoint."""
     place = os.path.join(glob.escape(folder), "model")
     whole = glob.glob(f"{place}.safetensors") or sorted(glob.glob(f"{place}-*-of-*.safetensors"))
     return whole or list_checkpoints(folder)[:1]
@@ -2463,9 +2441,8 @@ def open_weights(path):
     config = GPT2Config(max_seq_len, V, L, int(heads), C)
     GPT2.check_config(config)
     for key, expected in huggingface_config(config).items():
-        found = told.get(key)
-        right = found in (None, expected)
-        require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
+        found = told.get(key, expected)
+        require(found == expected, f"{beside} says {key} = {found!r}, expected {expected!r}")
 
     shapes = GPT2.param_shapes(config)
     params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
@@ -2502,22 +2479,12 @@ def check_tensors(path, views, tensors):
     require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
 
 
-def read_weights(params, tensors):
-    """copy_tensors, from Hugging Face's names into params {name: float32 array}."""
-    copy_tensors(huggingface_views(params), tensors)
-
-
 def copy_tensors(views, tensors):
-    """Copy tensors {name: Stored} into views {name: float32 array}. InputError if not finite.
-
-    tensors is empty afterwards, so that no file stays mapped.
-    """
+    """Move tensors {name: Stored} into views {name: float32 array}. InputError if not finite."""
     for name, out in views.items():
-        array, dtype = tensors.pop(name)
+        array, dtype = tensors.pop(name)  # so that no file stays mapped
         if dtype == "BF16":
-            bits = out.view(np.uint32)
-            bits[...] = array
-            bits <<= 16
+            np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array
         finite = np.isfinite([out.min(), out.max()]).all()
@@ -3206,7 +3173,7 @@ def build(args, found, make=GPT2):
     seed = None if found.tensors else args.seed
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
-        read_weights(model.params, found.tensors)
+        copy_tensors(huggingface_views(model.params), found.tensors)
     model.vocabulary = found.vocabulary
     return model
 
