@@ -2084,18 +2084,18 @@ class FetchError(InputError):
         self.cause = cause
 
 
-def prepro(function, *args):
+def prepro(name, *args):
     """Call a function of prepro_tinyshakespeare.py. Its errors become ours."""
     try:
-        import prepro_tinyshakespeare as module
+        import prepro_tinyshakespeare as prep
     except ImportError:
         cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
         raise FetchError(f"{cause}: get it from where this file comes from", cause) from None
     try:
-        return getattr(module, function)(*args)
-    except module.FetchError as error:
+        return getattr(prep, name)(*args)
+    except prep.FetchError as error:
         raise FetchError(str(error), error.cause) from None
-    except module.InputError as error:
+    except prep.InputError as error:
         raise InputError(str(error)) from None
 
 
@@ -2147,7 +2147,7 @@ class TokenFile(np.memmap):
 
     def __new__(cls, path):
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = os.path.getsize(path)
             header = np.fromfile(file, "<u4", 5).tolist()
             right = size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2]
             found = f"{size} bytes that begin with {header[:3]}, not 20240520, 1, their number"
@@ -2174,14 +2174,13 @@ def text_at_hand():
     It is Tiny Shakespeare if that lies in data/, or else the main files of this project. Of its
     passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds of them do.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
-    paths = [os.path.join(here, name) for name in names]
-    shakespeare = in_data("tiny_shakespeare.txt")
-    if os.path.exists(shakespeare) and os.path.getsize(shakespeare) > 20_000:
-        paths = [shakespeare]
+    own = [os.path.join(folder, name) for name in names]
+    tiny = in_data("tiny_shakespeare.txt")
+    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
+    paths = [tiny] if large else [path for path in own if os.path.exists(path)]
 
-    paths = list(filter(os.path.exists, paths))
     text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
     passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
     validation = b"".join(passages[5::10])
@@ -2275,7 +2274,6 @@ ARRAY_TYPES = {
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
     "F32": "<f4", "I32": "<i4", "F64": "<f8", "I64": "<i8",
 }  # fmt: skip
-FLOATS = ("F32", "F16", "BF16")  # what parameters may be. bfloat16 is the upper half of a float32
 Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped file, and "F32" or so
 
 
@@ -2302,16 +2300,12 @@ def read_safetensors(path, checksum=False):
             right &= zlib.crc32(file[:-4]).to_bytes(4, "little") == file[-4:].tobytes()
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
         right = False  # what should be an object, a list or a number is something else
-    message = f"{path}: its {os.path.getsize(path)} bytes are no whole .safetensors file"
-    require(right, f"{message}: fetch it again, or save it again")
+    require(right, f"{path} is no whole .safetensors file: fetch it again, or save it again")
     return tensors, metadata
 
 
 def write_safetensors(path, tensors, metadata, checksum=False):
-    """Write tensors {name: array}, as float32, and metadata {str: str}.
-
-    What is no array must have a shape, and gives its numbers piece by piece.
-    """
+    """Write tensors {name: array, or what gives one in pieces}, as float32; metadata {str: str}."""
     header = {"__metadata__": metadata}
     end = 0
     for name, tensor in tensors.items():
@@ -2323,27 +2317,32 @@ def write_safetensors(path, tensors, metadata, checksum=False):
 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    text = len(text).to_bytes(8, "little") + text
-    crc32 = zlib.crc32(text)
+    n = len(text).to_bytes(8, "little")
+    crc = zlib.crc32(n + text)
     with atomic_write(path) as file:
-        file.write(text)
+        file.write(n + text)
         for tensor in tensors.values():
             for piece in [tensor] if isinstance(tensor, np.ndarray) else tensor:
                 piece = np.ascontiguousarray(piece, "<f4")  # copies a transposed view
                 file.write(piece)
-                crc32 = zlib.crc32(piece, crc32)
+                crc = zlib.crc32(piece, crc)
         if checksum:
-            file.write(crc32.to_bytes(4, "little"))
+            file.write(crc.to_bytes(4, "little"))
 
 
-# Hugging Face's GPT-2. A model is read in three steps: find_weights gives its path, open_weights
-# its sizes and tensors, and copy_tensors copies the numbers.
+# Hugging Face's GPT-2. find_weights gives a path, open_weights views, copy_tensors the numbers.
 
-HF_NAMES = {  # w is .weight there, and b .bias
-    "wte": "wte", "wpe": "wpe", "lnf": "ln_f",
-    "ln1": "h.{}.ln_1", "qkv": "h.{}.attn.c_attn", "attproj": "h.{}.attn.c_proj",
-    "ln2": "h.{}.ln_2", "fc": "h.{}.mlp.c_fc", "fcproj": "h.{}.mlp.c_proj",
-}  # fmt: skip
+HF_NAMES = {  # w is .weight there, b .bias
+    "wte": "wte",
+    "wpe": "wpe",
+    "ln1": "h.{}.ln_1",
+    "qkv": "h.{}.attn.c_attn",
+    "attproj": "h.{}.attn.c_proj",
+    "ln2": "h.{}.ln_2",
+    "fc": "h.{}.mlp.c_fc",
+    "fcproj": "h.{}.mlp.c_proj",
+    "lnf": "ln_f",
+}
 OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2": (12, 768),
     "gpt2-medium": (24, 1024),
@@ -2351,7 +2350,8 @@ OPENAI = {  # layers and channels; a head has 64 of them
     "gpt2-xl": (48, 1600),
 }
 FRESH = {  # context, layers, heads and channels of models that begin with random weights
-    **dict.fromkeys(("bytes", "d2"), (64, 2, 4, 128)),
+    "bytes": (64, 2, 4, 128),
+    "d2": (64, 2, 4, 128),
     "d6": (1024, 6, 6, 384),
     **{f"d{L}": (1024, L, C // 64, C) for L, C in OPENAI.values()},
 }
@@ -2386,22 +2386,21 @@ def huggingface_config(config):
     }
 
 
-def find_weights(source):
-    """The path of a model: of one of OpenAI's, which is fetched if need be, or source itself."""
-    if source in OPENAI:
-        refuse_two_meanings(source)
-        path = in_data(f"{source}.safetensors")
-        return path if os.path.exists(path) else provide(source)
-    names = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
-    require(os.path.exists(source), f"{source!r}: no such model: no file or folder, nor {names}")
-    return source
+def find_weights(name):
+    """The path of a model: of one of OpenAI's, which is fetched if need be, or name itself."""
+    if name in OPENAI:
+        refuse_two_meanings(name)
+        path = in_data(f"{name}.safetensors")
+        return path if os.path.exists(path) else provide(name)
+    others = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
+    require(os.path.exists(name), f"{name!r}: no such model: no file or folder, nor {others}")
+    return name
 
 
 def refuse_two_meanings(name):
     """InputError if the name of a model is here also a folder that holds a model."""
     both = weights_in(name) or weights_in(f"{name}/best")
-    message = f"{name!r} is the name of a model, and a folder that holds one: write ./{name} for it"
-    require(not both, message)
+    require(not both, f"{name!r} is a model, and a folder that holds one: write ./{name} for it")
 
 
 def weights_in(folder):
@@ -2415,8 +2414,8 @@ def open_weights(path):
     """(GPT2Config, {Hugging Face's name: Stored}) of a folder or a file.
 
     InputError unless there is exactly what a GPT-2 has, and a config.json beside it agrees. The
-    classifier, lm_head.weight, must be wte.weight, or stand in its place. The number of heads is in
-    the metadata of the files that we write, or in config.json; or else the size is one of OpenAI's.
+    classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
+    metadata of our files, or by config.json, or else the size must be one of OpenAI's.
     """
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
@@ -2472,10 +2471,10 @@ def check_tensors(path, views, tensors):
     """InputError unless tensors {name: Stored} are what views {name: array} expect."""
     for name, view in views.items():
         array, dtype = tensors.get(name, (np.empty(0), "none"))
-        right = array.shape == view.shape and dtype in FLOATS
-        expected = f"expected {view.shape} of {', '.join(FLOATS)}"
-        require(right, f"{path}: tensor {name!r}: found {array.shape} of {dtype}, {expected}")
-    extra = sorted(tensors.keys() - views.keys())
+        right = array.shape == view.shape and dtype in ("F32", "F16", "BF16")
+        found = f"found {array.shape} of {dtype}, expected floats {view.shape}"
+        require(right, f"{path}: tensor {name!r}: {found}")
+    extra = sorted(set(tensors) - set(views))
     require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
 
 
@@ -2483,7 +2482,7 @@ def copy_tensors(views, tensors):
     """Move tensors {name: Stored} into views {name: float32 array}. InputError if not finite."""
     for name, out in views.items():
         array, dtype = tensors.pop(name)  # so that no file stays mapped
-        if dtype == "BF16":
+        if dtype == "BF16":  # the upper half of a float32
             np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array

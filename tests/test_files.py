@@ -77,7 +77,7 @@ def one_more(name):
     return lambda h, b: packed(h | {name: empty}, b)
 
 
-NOT_WHOLE = "bytes are no whole .safetensors file"
+NOT_WHOLE = "is no whole .safetensors file"
 FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "nothing": (packed, ""),
     "OpenAI's names": (renamed("transformer.", ""), ""),
@@ -85,7 +85,7 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "a mask": (one_more("h.0.attn.bias"), ""),
     "its number": (one_more("transformer.h.0.attn.masked_bias"), ""),
     "another order": (lambda h, b: packed(dict(sorted(h.items())), b), ""),
-    "empty": (lambda h, b: b"", "its 0 " + NOT_WHOLE),
+    "empty": (lambda h, b: b"", NOT_WHOLE),
     "its beginning": (lambda h, b: packed(h)[:100], NOT_WHOLE),
     "no JSON": (lambda h, b: packed(json.dumps(h).encode()[:-1], b), NOT_WHOLE),
     "nested": (lambda h, b: packed(b'{"a":' * 100_000, b), NOT_WHOLE),
