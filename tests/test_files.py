@@ -134,7 +134,6 @@ CONFIGS = [  # what config.json says, and what the refusal says, if it is one
     ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
     ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx = True"),
     ({"n_head": 5}, "24 channels can't be shared by 5 heads"),
-    ({"n_head": "many"}, "how many heads"),
     ({"n_head": None}, 'how many heads has it? Put a config.json with {"n_head": NUMBER} beside'),
     (b"[]", "expected a JSON object, found []"),
     (b"\xff", "expected JSON"),
@@ -160,10 +159,10 @@ def test_heads_of_openais_sizes_are_known_and_no_others(L, C, heads, monkeypatch
     views = gpt2.huggingface_views({name: np.broadcast_to(0, shape) for name, shape in shapes})
     stored = {name: Stored(view, "F32") for name, view in views.items()}
     monkeypatch.setattr(gpt2, "read_parts", lambda path: (stored, {}))
-    if heads:
+    try:
         assert gpt2.open_weights("x/y")[0].num_heads == heads
-    else:
-        assert "how many heads" in refusal(gpt2.open_weights, "x/y")
+    except InputError as error:
+        assert not heads and "how many heads" in str(error)
 
 
 def peak_of(call):
@@ -230,14 +229,7 @@ def test_what_we_save_opens_in_transformers(tmp_path):
     assert_same_model(ours, theirs)
 
 
-# --------------------------------------------------------------------------------------------------
-# Writing
-
-
-class Pieces(list):
-    """A tensor whose numbers come piece by piece."""
-
-    shape = 3, 4
+Pieces = type("Pieces", (list,), {"shape": (3, 4)})  # a tensor that comes piece by piece
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -470,7 +462,7 @@ def test_which_tokens_are_a_models(theirs, theirs_list, V, vocabulary, fit, tmp_
 
 
 # --------------------------------------------------------------------------------------------------
-# What chance does to a file: it is read as it is now, or refused in one line
+# What chance does to a folder: it is read as it is now, or refused in one line
 
 JSON_WORD = re.compile(rb'"[^"]*"|-?\d+|[][{}:,]')
 ODD_WORDS = rb'null true -1 0 2 1.5 1e999 NaN [] {} "" "F16" "I32" "\ud800"'.split()
@@ -478,56 +470,47 @@ ODD_WORDS += [b"9" * 20, b"9" * 5000, b"[" * 2000]
 
 
 def damaged(rng, data):
-    """A file after an accident: to its bits, its length, or a word of its JSON."""
+    """A file after an accident to a word of its JSON, or to some of its bytes."""
     begin = 8 if data[8:9] == b"{" else 0  # of JSON, behind the length in .safetensors
     end = 8 + int.from_bytes(data[:8], "little") if begin else len(data)
     words = list(JSON_WORD.finditer(data, begin, end))
-    if words and rng.random() < 0.6:
+    if rng.random() < 0.6:
         word, other = rng.choice(words), rng.choice(words)[0]
         other = rng.choice([rng.choice(ODD_WORDS), other, b"%d" % rng.getrandbits(12)])
         text = data[begin : word.start()] + other + data[word.end() : end]
         return (struct.pack("<Q", len(text)) if begin else b"") + text + data[end:]
-    at, n = rng.randrange(len(data)), rng.choice([1, 4, 100])
-    new = rng.choice([bytes([data[at] ^ 1 << rng.randrange(8)]), rng.randbytes(n), b""])
-    return data[:at] + new + data[at + rng.choice([len(new), n, len(data)]) :]
+    at, n = rng.randrange(len(data)), rng.choice([1, 4, 100, len(data)])
+    return data[:at] + rng.choice([rng.randbytes(n % 50), b""]) + data[at + n :]
 
 
 @pytest.mark.parametrize("number", [150, pytest.param(4000, marks=pytest.mark.slow)])
 def test_damage_by_chance(number, tmp_path):
     rng = random.Random(1)
-    random_model(V=SIZE).save_pretrained(tmp_path)
-    (tmp_path / "vocab.json").write_bytes(vocab_json(OWN))
-    (tmp_path / "t.tiktoken").write_bytes(prepro.vocabulary_file(OWN[:-1]))
-    token_file(tmp_path / "t.bin", SOUND, SIZE, zlib.crc32(prepro.vocabulary_file(OWN[:-1])))
-    names = ("model.safetensors", "config.json", "vocab.json", "t.bin", "t.tiktoken")
-    sound = {name: (tmp_path / name).read_bytes() for name in names}
+    model = random_model(V=SIZE)
+    model.vocabulary = OWN
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
 
     def check():
-        now = {name: (tmp_path / name).read_bytes() for name in names}
-        model = loaded(tmp_path)
-        n = 8 + int.from_bytes(now["model.safetensors"][:8], "little")
-        header = json.loads(now["model.safetensors"][8:n])
-        for name, view in gpt2.huggingface_views(model.params).items():
-            begin, _ = header[f"transformer.{name}"]["data_offsets"]
-            floats = np.frombuffer(now["model.safetensors"], "<f4", view.size, n + begin)
-            assert view.tobytes() == floats.tobytes() and np.isfinite(floats).all()
+        model, data = loaded(tmp_path), weights.read_bytes()
+        n = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:n])
         assert model.config.num_heads == int(header["__metadata__"]["n_head"])
-        assert model.vocabulary in ([], OWN)
-        [shard] = gpt2.open_shards(str(tmp_path / "t.bin"))
-        assert shard.tobytes() == now["t.bin"][1024:]
-        assert gpt2.belongs(shard, SIZE, gpt2.vocabulary_of([shard])) or now != sound
+        assert np.isfinite(model.flat[0]).all() and model.vocabulary in ([], OWN)
+        for name, view in gpt2.huggingface_views(model.params).items():
+            begin, end = header[f"transformer.{name}"]["data_offsets"]
+            assert view.tobytes() == data[n + begin : n + end]
 
     check()
     accepted = []
     for i in range(number):
-        name = rng.choice(names)
-        (tmp_path / name).write_bytes(damaged(rng, sound[name]))
+        path = rng.choice([weights, tmp_path / "config.json", tmp_path / "vocab.json"])
+        sound = path.read_bytes()
+        path.write_bytes(damaged(rng, sound))
         try:
-            assert peak_of(check) < 8e6
-            accepted.append(name)
+            assert peak_of(check) < 8e6, (i, path)
+            accepted.append(path)
         except (InputError, OSError) as error:
-            assert str(error).isprintable(), (i, name)
-        except Exception as error:
-            raise AssertionError(f"damage {i}, of {name}, is neither read nor refused") from error
-        (tmp_path / name).write_bytes(sound[name])
-    assert number / 20 < len(accepted) < number / 2 and len(set(accepted)) >= 4, accepted
+            assert str(error).isprintable(), (i, path)
+        path.write_bytes(sound)
+    assert number / 20 < len(accepted) and len(set(accepted)) == 3
