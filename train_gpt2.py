@@ -2071,7 +2071,8 @@ def lock_folder(folder):
 # --------------------------------------------------------------------------------------------------
 # 12. Files and weights
 #
-# Whatever is read from outside is checked before it is used.
+# Whatever is read from outside is checked before it is used. A model is read in three steps:
+# find_weights gives a path, open_weights sizes and views, and copy_tensors the numbers.
 
 PREPRO = "python prepro_tinyshakespeare.py"
 
@@ -2230,8 +2231,9 @@ def vocabulary_of(shards):
     """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
     if shards[0].vocabulary_crc == 0:
         return None
-    prefix = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path)
-    return [*prepro("read_vocabulary", f"{prefix}.tiktoken"), END_OF_TEXT]
+    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shards[0].path)
+    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
+    return [*prepro("read_vocabulary", path), END_OF_TEXT]
 
 
 def saved_vocabulary(path, vocab_size):
@@ -2280,9 +2282,9 @@ Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped f
 def read_safetensors(path, checksum=False):
     """({name: Stored}, metadata) of a .safetensors file, Hugging Face's format:
 
-        8 bytes: n, little-endian
-        n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
-        the tensors, which fill the rest; with a checksum, the CRC-32 of all before it is the last
+    8 bytes: n, little-endian
+    n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
+    the tensors, which fill the rest; with a checksum, the CRC-32 of all before it is the last
     """
     tensors = {}
     try:
@@ -2329,8 +2331,6 @@ def write_safetensors(path, tensors, metadata, checksum=False):
         if checksum:
             file.write(crc.to_bytes(4, "little"))
 
-
-# Hugging Face's GPT-2. find_weights gives a path, open_weights views, copy_tensors the numbers.
 
 HF_NAMES = {  # w is .weight there, b .bias
     "wte": "wte",
@@ -2472,8 +2472,8 @@ def check_tensors(path, views, tensors):
     for name, view in views.items():
         array, dtype = tensors.get(name, (np.empty(0), "none"))
         right = array.shape == view.shape and dtype in ("F32", "F16", "BF16")
-        found = f"found {array.shape} of {dtype}, expected floats {view.shape}"
-        require(right, f"{path}: tensor {name!r}: {found}")
+        found = f"found {array.shape} of {dtype}"
+        require(right, f"{path}: tensor {name!r}: {found}, expected floats {view.shape}")
     extra = sorted(set(tensors) - set(views))
     require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
 
