@@ -1302,9 +1302,9 @@ import threading
 import time
 import warnings
 import zlib
+from collections import namedtuple
 from dataclasses import asdict, field, replace
 from datetime import timedelta
-from typing import NamedTuple
 
 if sys.version_info < (3, 10):
     sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
@@ -1423,7 +1423,7 @@ class GPT2(Model):
         path = find_weights(os.fspath(source))
         config, tensors = open_weights(path)
         model = cls(config, batch_size, sequence_length, None, recompute, training)
-        read_weights(model.params, tensors)
+        copy_tensors(huggingface_views(model.params), tensors)
         model.vocabulary = saved_vocabulary(path, config.vocab_size)
         return model
 
@@ -1955,7 +1955,7 @@ def save_checkpoint(run):
         "state": json.dumps(state),
         "n_head": str(model.config.num_heads),
     }
-    tensors = huggingface_views(model.params) | {"moments": (model.moments.shape, model.moments)}
+    tensors = huggingface_views(model.params) | {"moments": model.moments}
     path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
     with kept(run, "a checkpoint"):
         for name, data in vocabulary_files(model.config.vocab_size, model.vocabulary).items():
@@ -1976,8 +1976,7 @@ def newest_checkpoint(folder):
     paths = list_checkpoints(folder)
     for path in paths:
         try:
-            check_crc32(path)
-            _, metadata = read_safetensors(path)
+            _, metadata = read_safetensors(path, checksum=True)
         except (InputError, OSError) as error:
             print_now(f"{path} is damaged: {error}: taking the one before it")
             continue
@@ -2032,7 +2031,10 @@ def lock_folder(folder):
 # --------------------------------------------------------------------------------------------------
 # 12. Files and weights
 #
-# Whatever is read from outside is checked before it is used.
+# Whatever is read from outside is checked before it is used. A model is read in three steps:
+# find_weights gives a path, open_weights sizes and views, and copy_tensors the numbers.
+
+PREPRO = "python prepro_tinyshakespeare.py"
 
 
 class FetchError(InputError):
@@ -2043,27 +2045,22 @@ class FetchError(InputError):
         self.cause = cause
 
 
-def prepro(function, *args):
-    """Call a function of prepro_tinyshakespeare.py, which does not lie beside a copy of this file.
-
-    Its errors become ours. FetchError if it is not there.
-    """
+def prepro(name, *args):
+    """Call a function of prepro_tinyshakespeare.py. Its errors become ours."""
     try:
-        import prepro_tinyshakespeare as module
+        import prepro_tinyshakespeare as prep
     except ImportError:
         cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
         raise FetchError(f"{cause}: get it from where this file comes from", cause) from None
     try:
-        return getattr(module, function)(*args)
-    except module.FetchError as error:
+        return getattr(prep, name)(*args)
+    except prep.FetchError as error:
         raise FetchError(str(error), error.cause) from None
-    except module.InputError as error:
+    except prep.InputError as error:
         raise InputError(str(error)) from None
 
 
-def provide(what):
-    """The path, or paths, of what a run needs: see provide in prepro_tinyshakespeare.py."""
-    return prepro("provide", what)
+provide = functools.partial(prepro, "provide")  # gives the path, or paths, of what a run needs
 
 
 def in_data(name):
@@ -2075,11 +2072,7 @@ def in_data(name):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """A binary file to write to, which takes the place of `path` when it is whole and on the disk.
-
-    It is written to PATH.tmp, flushed, and renamed. So PATH is never half a file, and if writing
-    fails, the old PATH is still there.
-    """
+    """A file for bytes, which takes the place of `path` when it is whole and on the disk."""
     temporary = f"{path}.tmp"  # the same name each time: what a killed run left is overwritten
     try:
         with open(temporary, "wb") as file:
@@ -2087,12 +2080,6 @@ def atomic_write(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        with contextlib.suppress(OSError):  # Windows has no such handles
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            try:
-                os.fsync(folder)  # so that the new name survives a power cut
-            finally:
-                os.close(folder)
     finally:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -2109,118 +2096,89 @@ def read_json(path):
     return value
 
 
-# llm.c's token file, in which llm.c leaves the vocabulary's size and CRC-32 at 0:
-#
-#     256 int32: 20240520, version 1, number of tokens, size of the vocabulary, its CRC-32, zeros
-#     the tokens, uint16
+class TokenFile(np.memmap):
+    """The tokens in a file, uint16: a map of it, which stays what it was if the file is replaced.
 
-TOKENS = 20240520
-PREPRO = "python prepro_tinyshakespeare.py"
+        256 int32: 20240520, version 1, number of tokens, vocab_size, vocabulary_crc, zeros
+        the tokens, uint16
 
-
-class TokenFile:
-    """A file of token ids: it has a length, and its slices are uint16 arrays.
-
-    vocab_size       of its vocabulary: 256 is the bytes, 50257 GPT-2's, 0 unknown
-    vocabulary_crc   the CRC-32 of a vocabulary of one's own, or 0
-
-    The file is mapped into memory when it is opened. So it stays what it is for us when another one
-    takes its name. Windows does not let that happen before close().
+    vocab_size: 256 is bytes, 50257 GPT-2's tokens, 0, as in llm.c, unknown. vocabulary_crc: the
+    CRC-32 of a vocabulary of one's own, or 0.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __new__(cls, path):
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            size = os.path.getsize(path)
             header = np.fromfile(file, "<u4", 5).tolist()
-            right = len(header) == 5 and header[:2] == [TOKENS, 1]
-            require(
-                right and size == 1024 + 2 * header[2] > 1024,
-                f"{path}: no whole token file: {size} bytes that begin with {header[:3]}, expected "
-                f"{TOKENS}, 1, the number of tokens: write it with {PREPRO}",
-            )
-            self.vocab_size, self.vocabulary_crc = header[3:]
-            self.tokens = np.asarray(np.memmap(file, "<u2", "r", 1024))
-
-    def __len__(self):
-        return len(self.tokens)
-
-    def __getitem__(self, piece):
-        return self.tokens[piece]
-
-    def close(self):
-        """Give the map up. No tokens are left."""
-        self.tokens = np.empty(0, np.uint16)
+            right = size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2]
+            found = f"{size} bytes that begin with {header[:3]}, not 20240520, 1, their number"
+            require(right, f"{path}: no whole token file: {found}: write it with {PREPRO}")
+            tokens = super().__new__(cls, file, "<u2", "r", 1024)
+        tokens.path = path
+        tokens.vocab_size, tokens.vocabulary_crc = header[3:]
+        return tokens
 
 
 def open_shards(paths):
     """The TokenFiles of a path, of a pattern, or of a list of these, by name."""
-    one = isinstance(paths, (str, os.PathLike))
     names = set()
-    for path in map(os.fspath, [paths] if one else paths):
+    for path in [paths] if isinstance(paths, str) else paths:
         found = [path] if os.path.exists(path) else glob.glob(path)
         require(found, f"{path}: no such token file: write one with {PREPRO}")
         names.update(found)
-    require(names, "no token file is named")
     return [TokenFile(name) for name in sorted(names)]
 
 
 def text_at_hand():
-    """(names, training, validation): the bytes of this file and those beside it, uint8 arrays.
+    """(names, training, validation): a text that needs no network, as two uint8 arrays.
 
-    Of passages of 1000 bytes, and the rest of their last line, every tenth is for validation, so
-    that it has passages of all kinds.
+    It is Tiny Shakespeare if that lies in data/, or else the main files of this project. Of its
+    passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds of them do.
     """
-    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
-    names = [name for name in names if os.path.exists(os.path.join(here, name))]
-    text = np.concatenate([np.fromfile(os.path.join(here, name), np.uint8) for name in names])
-    passages = re.findall(rb"(?s:.{1000})[^\n]*\n?|(?s:.+)", text.tobytes())
+    own = [os.path.join(folder, name) for name in names]
+    tiny = in_data("tiny_shakespeare.txt")
+    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
+    paths = [tiny] if large else [path for path in own if os.path.exists(path)]
+
+    text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
+    passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
     validation = b"".join(passages[5::10])
     del passages[5::10]
     texts = b"".join(passages), validation
-    return ", ".join(names), *(np.frombuffer(text, np.uint8) for text in texts)
+    return ", ".join(map(os.path.basename, paths)), *(np.frombuffer(t, np.uint8) for t in texts)
 
 
 # A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that
 # merge two earlier ones, and at last <|endoftext|>. Where there is no list but None, 256 tokens are
 # the bytes and 50257 GPT-2's. [] is one that can't be read here.
 
-BYTES = [bytes([i]) for i in range(256)]
 END_OF_TEXT = b"<|endoftext|>"
-GPT2_CRC = 2990262213  # of GPT-2's vocabulary: see vocabulary_crc
 
 
 def tokenizer(vocab_size, vocabulary=None):
-    """How a model reads and writes: an object with
-
-    encode    a function from a text to a list of ids
-    decode    a function from an id to bytes
-    first     the id that begins a new text
-    lengths   how many bytes of a text each id stands for: a list
-
+    """How a model reads and writes: encode(text) gives ids, decode(id) bytes, `first` is the id
+    that begins a new text, lengths[id] the number of bytes that an id stands for in a text.
     InputError if the vocabulary is not known, FetchError if GPT-2's can't be fetched.
     """
-    first = ord("\n")
-    encode = lambda text: list(text.encode(errors="surrogateescape"))
     if vocabulary:
-        first = vocabulary.index(b"\n")
+        tokens, first = vocabulary, vocabulary.index(b"\n")
         encode = lambda text: prepro("encoding_of", vocabulary[:-1]).encode_ordinary(text)
     elif vocab_size == 256:
-        vocabulary = BYTES
+        tokens, first = [bytes([i]) for i in range(256)], ord("\n")
+        encode = lambda text: list(text.encode(errors="surrogateescape"))
     else:
-        known = vocabulary is None and is_gpt2s(vocab_size)
         message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
+        known = vocabulary is None and is_gpt2s(vocab_size)
         require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
         gpt2 = prepro("get_encoding")
-        vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
+        tokens = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
+        tokens += [b"<%d>" % i for i in range(50257, vocab_size)]  # no text has them
         first, encode = gpt2.eot_token, gpt2.encode_ordinary
 
-    padding = range(len(vocabulary), vocab_size)
-    shown = [b"\n" if token == END_OF_TEXT else token for token in vocabulary]
-    shown += [b"<%d>" % i for i in padding]
-    lengths = [0 if token == END_OF_TEXT else len(token) for token in vocabulary]
-    lengths += [0 for _ in padding]
+    lengths = [0 if token == END_OF_TEXT else len(token) for token in tokens]
+    shown = [b"\n" if token == END_OF_TEXT else token for token in tokens]
     return SimpleNamespace(encode=encode, decode=shown.__getitem__, first=first, lengths=lengths)
 
 
@@ -2230,22 +2188,36 @@ def is_gpt2s(vocab_size):
 
 
 def vocabulary_of(shards):
-    """The vocabulary of token files, which lies beside them: PREFIX.tiktoken for PREFIX_train.bin.
-
-    None if it is bytes, GPT-2's or unknown. InputError if it is not that of all of them.
-    """
-    crc32 = shards[0].vocabulary_crc
-    for shard in shards:
-        same = shard.vocabulary_crc == crc32
-        require(same, f"{shard.path} and {shards[0].path} are of different vocabularies")
-    if crc32 == 0:
+    """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
+    if shards[0].vocabulary_crc == 0:
         return None
-    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", "", shards[0].path) + ".tiktoken"
+    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shards[0].path)
     require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
-    vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
-    same = (len(vocabulary), vocabulary_crc(vocabulary)) == (shards[0].vocab_size, crc32)
-    require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
-    return vocabulary
+    return [*prepro("read_vocabulary", path), END_OF_TEXT]
+
+
+def saved_vocabulary(path, vocab_size):
+    """The vocabulary that lies beside weights, as Hugging Face keeps it."""
+    if vocab_size == 256:
+        return None
+    try:
+        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
+        vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
+    except (FetchError, FileNotFoundError):  # this file stands alone, or there is none
+        return None
+    except InputError:
+        return []
+    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == 2990262213:  # GPT-2's
+        return None
+    return vocabulary if len(vocabulary) == vocab_size else []
+
+
+def belongs(shard, vocab_size, vocabulary):
+    """Whether the tokens of a file are those of a model. llm.c's files, which do not say, pass."""
+    V = shard.vocab_size
+    same_size = V == vocab_size or V == 50257 and is_gpt2s(vocab_size)
+    same_list = shard.vocabulary_crc == vocabulary_crc(vocabulary) and vocabulary != []
+    return V == 0 or same_size and same_list
 
 
 def vocabulary_crc(vocabulary):
@@ -2253,135 +2225,74 @@ def vocabulary_crc(vocabulary):
     return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
 
 
-def saved_vocabulary(path, vocab_size):
-    """The vocabulary that lies beside weights, as Hugging Face keeps it."""
-    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-    names = ("vocab.json", "tokenizer.json")
-    if vocab_size == 256 or not any(os.path.exists(os.path.join(folder, name)) for name in names):
-        return None
-    try:
-        vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
-    except FetchError:  # this file stands alone
-        return None if is_gpt2s(vocab_size) else []
-    except InputError:
-        return []
-    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == GPT2_CRC:
-        return None
-    return vocabulary if len(vocabulary) == vocab_size else []
-
-
-def belongs(shard, vocab_size, vocabulary):
-    """Whether the tokens of a file are those of a model. llm.c's files, which do not say, pass."""
-    if shard.vocab_size == 0:
-        return True
-    same_size = shard.vocab_size == vocab_size or shard.vocab_size == 50257 and is_gpt2s(vocab_size)
-    same_list = shard.vocabulary_crc == vocabulary_crc(vocabulary) and vocabulary != []
-    return same_size and same_list
-
-
-# safetensors, Hugging Face's format:
-#
-#     8 bytes: n, little-endian
-#     n bytes of JSON: {name: {"dtype": ..., "shape": ..., "data_offsets": [begin, end]}, ...}
-#     the tensors, one after the other, without holes
-
-
-class Stored(NamedTuple):
-    """A tensor in a file. array is a view of the file, mapped into memory as long as it is used."""
-
-    array: np.ndarray
-    dtype: str
+def vocabulary_files(vocab_size, vocabulary):
+    """Hugging Face's files of a vocabulary: {name: bytes}. Nothing if it is not at hand."""
+    with contextlib.suppress(FetchError):  # this file stands alone
+        return prepro("huggingface_files", vocab_size, vocabulary)
+    return {}
 
 
 ARRAY_TYPES = {
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
     "F32": "<f4", "I32": "<i4", "F64": "<f8", "I64": "<i8",
 }  # fmt: skip
-FLOATS = ("F32", "F16", "BF16")  # what parameters may be. bfloat16 is the upper half of a float32
+Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped file, and "F32" or so
 
 
-def read_safetensors(path):
-    """({name: Stored}, metadata) of a .safetensors file, in the order in which the tensors lie."""
-    with open(path, "rb") as file:
-        total = os.fstat(file.fileno()).st_size
-        n = int.from_bytes(file.read(8), "little")
-        plausible = 8 < total and n <= min(total - 8, 1 << 22)
-        require(plausible, f"{path}: not a .safetensors file: {total} bytes, a header of {n}")
-        text = file.read(n)
-        data = np.asarray(np.memmap(file, np.uint8, "r"))[8 + n :]
+def read_safetensors(path, checksum=False):
+    """({name: Stored}, metadata) of a .safetensors file, Hugging Face's format:
 
+    8 bytes: n, little-endian
+    n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
+    the tensors, which fill the rest; with a checksum, the CRC-32 of all before it is the last
+    """
     tensors = {}
-    end = 0
     try:
-        header = json.loads(text)
+        file = np.asarray(np.memmap(path, np.uint8, "r"))
+        n = min(int.from_bytes(file[:8].tobytes(), "little"), 1 << 22)  # no header is larger
+        header, data = json.loads(file[8 : 8 + n].tobytes()), file[8 + n :]
         metadata = header.pop("__metadata__", None) or {}  # null is as good as nothing
         right = isinstance(metadata, dict)
-        # In the order of their places, each tensor must begin where the one before it ends.
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape = np.dtype(ARRAY_TYPES[entry["dtype"]]), entry["shape"]
-            begin = end
-            end += math.prod(shape) * dtype.itemsize
-            right &= entry["data_offsets"] == [begin, end]
-            array = data[begin:end].view(dtype).reshape(shape)
+        for name, entry in header.items():
+            part = data[slice(*entry["data_offsets"])]
+            array = part.view(ARRAY_TYPES[entry["dtype"]]).reshape(entry["shape"])
             tensors[name] = Stored(array, entry["dtype"])
+        right &= sum(array.nbytes for array, _ in tensors.values()) == len(data)
+        if checksum:
+            right &= zlib.crc32(file[:-4]).to_bytes(4, "little") == file[-4:].tobytes()
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
         right = False  # what should be an object, a list or a number is something else
-    require(
-        right and end == len(data),
-        f"{path}: its header does not describe its {total} bytes: fetch it again, or save it again",
-    )
+    require(right, f"{path} is no whole .safetensors file: fetch it again, or save it again")
     return tensors, metadata
 
 
 def write_safetensors(path, tensors, metadata, checksum=False):
-    """tensors {name: array, or (shape, pieces)}, written as float32; metadata {str: str}.
-
-    pieces     arrays that hold the tensor's numbers in order, for instance what other processes
-               send. One that is a transposed view is copied, one at a time
-    checksum   whether a last tensor, "crc32", holds the CRC-32 of all bytes before it
-    """
+    """Write tensors {name: array, or what gives one in pieces}, as float32; metadata {str: str}."""
     header = {"__metadata__": metadata}
-    parts = []
     end = 0
     for name, tensor in tensors.items():
-        shape, pieces = tensor if isinstance(tensor, tuple) else (tensor.shape, [tensor])
-        parts.append(pieces)
         begin = end
-        end += 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        end += 4 * math.prod(tensor.shape)
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [begin, end]}
     if checksum:
         header["crc32"] = {"dtype": "U8", "shape": [4], "data_offsets": [end, end + 4]}
 
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    text = len(text).to_bytes(8, "little") + text
-    crc32 = zlib.crc32(text)
+    n = len(text).to_bytes(8, "little")
+    crc = zlib.crc32(n + text)
     with atomic_write(path) as file:
-        file.write(text)
-        for piece in itertools.chain.from_iterable(parts):
-            piece = np.ascontiguousarray(piece, "<f4")
-            file.write(piece)
-            crc32 = zlib.crc32(piece, crc32) if checksum else 0
+        file.write(n + text)
+        for tensor in tensors.values():
+            for piece in [tensor] if isinstance(tensor, np.ndarray) else tensor:
+                piece = np.ascontiguousarray(piece, "<f4")  # copies a transposed view
+                file.write(piece)
+                crc = zlib.crc32(piece, crc)
         if checksum:
-            file.write(crc32.to_bytes(4, "little"))
+            file.write(crc.to_bytes(4, "little"))
 
 
-def check_crc32(path):
-    """InputError unless a file ends with the checksum of all bytes before it."""
-    end = os.path.getsize(path) - 4
-    crc32 = 0
-    with open(path, "rb") as file:
-        for start in range(0, end, 1 << 20):
-            crc32 = zlib.crc32(file.read(min(end - start, 1 << 20)), crc32)
-        found = file.read()
-    right = found == crc32.to_bytes(4, "little")
-    require(right, f"{path}: its bytes do not match the checksum at its end")
-
-
-# Hugging Face's GPT-2. A model is read in three steps: find_weights gives its path, open_weights
-# its sizes and tensors, and read_weights copies the numbers.
-
-HF_NAMES = {  # w is .weight there, and b .bias
+HF_NAMES = {  # w is .weight there, b .bias
     "wte": "wte",
     "wpe": "wpe",
     "ln1": "h.{}.ln_1",
@@ -2407,16 +2318,12 @@ FRESH = {  # GPT2Configs of models that begin with random weights; 0 is that of 
 
 
 def huggingface_views(params):
-    """The same memory under Hugging Face's names: {"h.0.ln_1.weight": view, ...}.
-
-    params: {"ln1w": (L, C) array, ...}. The matrices of a layer are (C, OC) there, transposed.
-    """
+    """The same memory under Hugging Face's names. The matrices of a layer are transposed there."""
     views = {}
     for name, array in params.items():
         hf_name = HF_NAMES[name.rstrip("wb")] + (".bias" if name.endswith("b") else ".weight")
         if "{}" in hf_name:
-            for l, view in enumerate(array):
-                views[hf_name.format(l)] = view.T  # of a vector it is the vector
+            views |= {hf_name.format(l): view.T for l, view in enumerate(array)}
         else:
             views[hf_name] = array
     return views
@@ -2431,7 +2338,6 @@ def huggingface_config(config):
         "n_embd": config.channels,
         "n_layer": config.num_layers,
         "n_head": config.num_heads,
-        "n_inner": 4 * config.channels,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": LN_EPS,
         "tie_word_embeddings": True,
@@ -2440,35 +2346,36 @@ def huggingface_config(config):
     }
 
 
-def find_weights(source):
-    """The path of a model: of one of OpenAI's, which is fetched if need be, or source itself."""
-    if source in OPENAI:
-        refuse_two_meanings(source)
-        path = in_data(f"{source}.safetensors")
-        return path if os.path.exists(path) else provide(source)
-    names = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
-    require(os.path.exists(source), f"{source!r}: no such model: no file or folder, nor {names}")
-    return source
+def find_weights(name):
+    """The path of a model: of one of OpenAI's, which is fetched if need be, or name itself."""
+    if name in OPENAI:
+        refuse_two_meanings(name)
+        path = in_data(f"{name}.safetensors")
+        return path if os.path.exists(path) else provide(name)
+    others = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
+    require(os.path.exists(name), f"{name!r}: no such model: no file or folder, nor {others}")
+    return name
 
 
 def refuse_two_meanings(name):
     """InputError if the name of a model is here also a folder that holds a model."""
-    both = glob.glob(f"{name}/*.safetensors") or glob.glob(f"{name}/best/*.safetensors")
-    message = f"{name!r} is the name of a model, and here also a folder that holds one"
-    require(not both, f"{message}: write ./{name} for the folder, or rename it")
+    both = weights_in(name) or weights_in(f"{name}/best")
+    require(not both, f"{name!r} is a model, and a folder that holds one: write ./{name} for it")
 
 
-def holds_weights(folder):
-    """Whether a folder holds the weights of a model."""
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return any(os.path.exists(os.path.join(folder, name)) for name in names)
+def weights_in(folder):
+    """The files of a folder's weights: one, or several parts, or else its newest checkpoint."""
+    place = os.path.join(glob.escape(folder), "model")
+    whole = glob.glob(f"{place}.safetensors") or sorted(glob.glob(f"{place}-*-of-*.safetensors"))
+    return whole or list_checkpoints(folder)[:1]
 
 
 def open_weights(path):
-    """(GPT2Config, {Hugging Face's name: Stored}) of a folder, a file, or an index of files.
+    """(GPT2Config, {Hugging Face's name: Stored}) of a folder or a file.
 
-    InputError unless there is exactly what a GPT-2 has. The classifier, lm_head.weight, must be
-    wte.weight, or stand in its place.
+    InputError unless there is exactly what a GPT-2 has, and a config.json beside it agrees. The
+    classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
+    metadata of our files, or by config.json, or else the size must be one of OpenAI's.
     """
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
@@ -2476,91 +2383,6 @@ def open_weights(path):
         wte = tensors.setdefault("wte.weight", head)
         same = wte.dtype == head.dtype and np.array_equal(wte.array, head.array)
         require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
-
-    config = find_config(path, tensors, metadata)
-    shapes = GPT2.param_shapes(config)
-    params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
-    check_tensors(path, huggingface_views(params), tensors)
-    return config, tensors
-
-
-def check_tensors(path, views, tensors):
-    """InputError unless tensors {name: Stored} are what views {name: array} expect."""
-    for name, view in views.items():
-        array, dtype = tensors.get(name, (np.empty(0), "none"))
-        require(
-            array.shape == view.shape and dtype in FLOATS,
-            f"{path}: tensor {name!r}: found {array.shape} of {dtype}, expected {view.shape} of "
-            f"{', '.join(FLOATS)}",
-        )
-    extra = sorted(tensors.keys() - views.keys())
-    require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
-
-
-def read_weights(params, tensors):
-    """Copy what open_weights found into params {name: float32 array}. InputError if not finite.
-
-    tensors is empty afterwards, so that no file stays mapped.
-    """
-    copy_tensors(huggingface_views(params), tensors)
-
-
-def copy_tensors(views, tensors):
-    """read_weights, of which views {name: float32 array} are the parameters by the files' names."""
-    for name, out in views.items():
-        array, dtype = tensors.pop(name)
-        if dtype == "BF16":
-            bits = out.view(np.uint32)
-            bits[...] = array
-            bits <<= 16
-        else:
-            out[...] = array
-        with np.errstate(invalid="ignore"):
-            total = out.sum(dtype=np.float64)  # finite numbers of 32 bits can't overflow it
-        require(np.isfinite(total), f"tensor {name!r} holds a value that is not finite")
-
-
-def read_parts(path):
-    """({Hugging Face's name: Stored}, metadata) of a folder, a file, or an index of files."""
-    if os.path.isdir(path):
-        checkpoints = glob.glob(os.path.join(glob.escape(path), "checkpoint_*.safetensors"))
-        stopped = f"holds a run that was stopped: use {max(checkpoints, default='')}"
-        require(holds_weights(path) or not checkpoints, f"{path}: {stopped}")
-        path = os.path.join(path, "model.safetensors")
-        path = path if os.path.exists(path) else path + ".index.json"
-    require(
-        os.path.exists(path) and path.endswith((".safetensors", ".json")),
-        f"{path}: expected weights in a .safetensors file. To convert llm.c's .bin: python -m "
-        "extras.llmc. To convert another GPT-2, in Python with transformers: "
-        "GPT2LMHeadModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)",
-    )
-    parts = [path]
-    if path.endswith(".json"):
-        weight_map = read_json(path).get("weight_map")
-        right = isinstance(weight_map, dict) and all(type(x) is str for x in weight_map.values())
-        require(right, f"{path}: expected a weight_map to files beside it")
-        names = {os.path.basename(name) for name in weight_map.values()}
-        parts = [os.path.join(os.path.dirname(path), name) for name in sorted(names)]
-
-    tensors, metadata = {}, {}
-    for part in parts:
-        found, metadata = read_safetensors(part)
-        for name, stored in found.items():
-            name = name.removeprefix("transformer.")
-            require(name not in tensors, f"{path}: tensor {name!r} is there twice")
-            is_mask = name.endswith((".attn.bias", ".attn.masked_bias"))
-            is_state = "state" in metadata and name in ("moments", "crc32")  # of a checkpoint
-            if not is_mask and not is_state:
-                tensors[name] = stored
-    return tensors, metadata
-
-
-def find_config(path, tensors, metadata):
-    """The GPT2Config that follows from the tensors. config.json beside them must agree with it.
-
-    The tensors do not show how many heads there are. That stands in the metadata of the files that
-    we write, or in config.json; and OpenAI's own sizes are known.
-    """
     try:
         V, C = tensors["wte.weight"].array.shape
         max_seq_len, _ = tensors["wpe.weight"].array.shape
@@ -2570,58 +2392,79 @@ def find_config(path, tensors, metadata):
 
     folder = path if os.path.isdir(path) else os.path.dirname(path)
     beside = os.path.join(folder, "config.json")
-    description = read_json(beside) if os.path.exists(beside) else {}
+    told = read_json(beside) if os.path.exists(beside) else {}
     usual = C // 64 if (L, C) in OPENAI.values() else None
-    try:
-        heads = int(metadata.get("n_head") or description.get("n_head") or usual)
-    except (TypeError, ValueError):
-        message = 'how many heads has it? Put a config.json with {"n_head": NUMBER} beside it'
-        raise InputError(f"{path}: {message}") from None
-
-    config = GPT2Config(max_seq_len, V, L, heads, C)
+    heads = str(metadata.get("n_head") or told.get("n_head") or usual)
+    message = 'how many heads has it? Put a config.json with {"n_head": NUMBER} beside it'
+    require(re.fullmatch("[0-9]{1,6}", heads), f"{path}: {message}")
+    config = GPT2Config(max_seq_len, V, L, int(heads), C)
     GPT2.check_config(config)
-    if description.get("activation_function") == "gelu_pytorch_tanh":
-        del description["activation_function"]  # transformers' other name of the same function
     for key, expected in huggingface_config(config).items():
-        found = description.get(key)
-        right = found is None or found == expected
-        require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
-    return config
+        found = told.get(key, expected)
+        require(found == expected, f"{beside} says {key} = {found!r}, expected {expected!r}")
+
+    shapes = GPT2.param_shapes(config)
+    params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
+    check_tensors(path, huggingface_views(params), tensors)
+    return config, tensors
 
 
-def vocabulary_files(vocab_size, vocabulary):
-    """Hugging Face's files of a vocabulary: {name: bytes}. Nothing if it is not at hand."""
-    with contextlib.suppress(FetchError):  # this file stands alone
-        return prepro("huggingface_files", vocab_size, vocabulary)
-    return {}
+def read_parts(path):
+    """({Hugging Face's name: Stored}, metadata) of a folder or a file."""
+    parts = weights_in(path) if os.path.isdir(path) else [path]
+    right = parts and parts[0].endswith(".safetensors")
+    advice = "llm.c's .bin: python -m extras.llmc; others: transformers' save_pretrained"
+    require(right, f"{path}: expected weights in a .safetensors file ({advice})")
+    tensors = {}
+    for part in parts:
+        found, metadata = read_safetensors(part)
+        for name, stored in found.items():
+            name = name.removeprefix("transformer.")
+            require(name not in tensors, f"{path}: tensor {name!r} is there twice")
+            # Older files have the causal mask, and checkpoints the state of a run.
+            if not name.endswith((".attn.bias", ".attn.masked_bias", "moments", "crc32")):
+                tensors[name] = stored
+    return tensors, metadata
 
 
-MODEL_CARD = """\
-A GPT-2 of {:,} parameters, which reads and writes {}. To continue a text with it:
+def check_tensors(path, views, tensors):
+    """InputError unless tensors {name: Stored} are what views {name: array} expect."""
+    for name, view in views.items():
+        array, dtype = tensors.get(name, (np.empty(0), "none"))
+        right = array.shape == view.shape and dtype in ("F32", "F16", "BF16")
+        found = f"found {array.shape} of {dtype}"
+        require(right, f"{path}: tensor {name!r}: {found}, expected floats {view.shape}")
+    extra = sorted(set(tensors) - set(views))
+    require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
 
-    python train_gpt2.py --model FOLDER --inference_only 1 --prompt "To be, or"
 
-In Python, if there is a vocab.json: transformers.pipeline("text-generation", FOLDER)("To be, or")
-"""
+def copy_tensors(views, tensors):
+    """Move tensors {name: Stored} into views {name: float32 array}. InputError if not finite."""
+    for name, out in views.items():
+        array, dtype = tensors.pop(name)  # so that no file stays mapped
+        if dtype == "BF16":  # the upper half of a float32
+            np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
+        else:
+            out[...] = array
+        finite = np.isfinite([out.min(), out.max()]).all()
+        require(finite, f"tensor {name!r} holds a value that is not finite")
 
 
-def save_huggingface(folder, config, params, metadata=None, vocabulary=None):
-    """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it.
-
-    metadata   more for model.safetensors, {name: text}
-    """
+def save_huggingface(folder, config, params, vocabulary=None):
+    """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it."""
     V = config.vocab_size
     end = V - 1 if vocabulary else None
-    kind = "bytes" if V == 256 else f"{V} tokens of its own"
     if vocabulary is None and is_gpt2s(V):
-        end, kind = 50256, "GPT-2's tokens"
+        end = 50256
     ends = {"bos_token_id": end, "eos_token_id": end}
     about = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     generation = {"max_length": min(config.max_seq_len, 256)}  # pipeline would go on beyond it
+    card = f"A GPT-2 of {count(GPT2.param_shapes(config)):,} parameters. It continues a text with"
+    card += '\n\n    python train_gpt2.py --model FOLDER --inference_only 1 --prompt "To be, or"\n'
     files = {
         "config.json": json.dumps(huggingface_config(config) | ends | about, indent=2).encode(),
         "generation_config.json": json.dumps(ends | generation, indent=2).encode(),
-        "README.md": MODEL_CARD.format(count(GPT2.param_shapes(config)), kind).encode(),
+        "README.md": card.encode(),
         **vocabulary_files(V, vocabulary),
     }
     os.makedirs(folder, exist_ok=True)
@@ -2631,7 +2474,7 @@ def save_huggingface(folder, config, params, metadata=None, vocabulary=None):
             with atomic_write(path) as file:
                 file.write(data)
     tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
-    metadata = {"format": "pt", "n_head": str(config.num_heads), **(metadata or {})}
+    metadata = {"format": "pt", "n_head": str(config.num_heads)}
     write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
 
 
@@ -3251,7 +3094,7 @@ def build(args, found, make=GPT2):
     seed = None if found.tensors else args.seed
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
-        read_weights(model.params, found.tensors)
+        copy_tensors(huggingface_views(model.params), found.tensors)
     model.vocabulary = found.vocabulary
     return model
 

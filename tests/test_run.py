@@ -340,14 +340,13 @@ def test_nobody_need_hear_of_it(place, tmp_path, streams, flags, code):
 
 USED = "holds a run, or what it has learned: go on from its checkpoint with --resume 1"
 NO_RUN = "holds no run to resume: to begin one there, name its --model"
-STOPPED = "holds a run that was stopped: use "
 NO_MODEL = "expected weights in a .safetensors file"
 STATES = {  # which files of which folder it has, and what each of COMMANDS says; None: all is well
     "missing": ("part", "^$", None, None, NO_RUN, "no such model"),
     "other files": (".", "^said.txt", None, None, NO_RUN, NO_MODEL),
     "a log": ("part", "main", USED, None, NO_RUN, NO_MODEL),
-    "a part": ("part", "", USED, None, None, STOPPED),
-    "checkpoints": ("part", "checkpoint", USED, None, None, STOPPED),
+    "a part": ("part", "", USED, None, None, None),
+    "checkpoints": ("part", "checkpoint", USED, None, None, None),
     "a whole run": ("whole", "", USED, None, None, None),
     "its weights": ("whole", "^(?!checkpoint)", USED, USED, NO_RUN, None),
     "the best": ("whole", "best|main", USED, USED, NO_RUN, NO_MODEL),
