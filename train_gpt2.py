@@ -1279,8 +1279,7 @@ def demo(path=__file__, steps=1000):
 # --------------------------------------------------------------------------------------------------
 # 9. A model for the hand: the same calls, checked, and what one does besides training
 #
-# From here on the file deals with its caller, with files, processes and command lines, and imports
-# what they need.
+# From here on the file deals with callers, files and processes, and imports what they need.
 
 import argparse
 import codecs
@@ -1338,8 +1337,7 @@ class Views(dict):
         return "\n".join(f"{name:10} {view.shape}" for name, view in self.items())
 
 
-# The stages in which a pass through the layers is allowed.
-FREE = ("no gradients", "first forward", "gradients")
+FREE = ("no gradients", "first forward", "gradients")  # when a pass through the layers is allowed
 
 
 class GPT2(Model):
@@ -1354,9 +1352,9 @@ class GPT2(Model):
                           forward() of another micro-batch
         "later forward"   that of a later micro-batch is done, backward() is next
 
-    `interrupted` names a call that was left with its work half done, otherwise it is None. If it is
-    set, zero_grad() makes it possible to go on. If it is update(), some parameters have taken the
-    step and others have not, and only a checkpoint has them as they were.
+    `interrupted` names a call that was left with its work half done, or is None. zero_grad() makes
+    it possible to go on. After update(), some parameters have taken the step and others have not,
+    and only a checkpoint has them as they were.
 
     Several threads may use one model: one passes through the layers at a time, the others wait.
     """
@@ -1376,7 +1374,6 @@ class GPT2(Model):
         single_or_double = np.dtype(dtype) in (np.float32, np.float64)
         require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
 
-        self.waiting = False  # whether a forward pass waits for its backward()
         self.interrupted = None
         self.vocabulary = None  # a list of bytes by id; None: bytes, GPT-2's or none: see tokenizer
         super().__init__(config, batch_size, T, seed, recompute, training, dtype)
@@ -1399,9 +1396,7 @@ class GPT2(Model):
         self.lock = threading.RLock()
 
     def __getstate__(self):
-        """For copy and pickle: all but what cut_blob makes. Copied views would not be parts of the
-        copied blob.
-        """
+        """For copy and pickle: all but what cut_blob makes anew, views of the other blob."""
         made = {"flat", "params", "grads", "m", "v", "acts", "keys", "reader", "lock"}
         return {name: value for name, value in vars(self).items() if name not in made}
 
@@ -1437,8 +1432,8 @@ class GPT2(Model):
 
     @property
     def stage(self):
-        """How far the step is: see above."""
-        if self.waiting:
+        """How far the step is: see above. While inputs are kept, they wait for backward()."""
+        if self.inputs is not None:
             return "later forward" if self.micro_batch else "first forward"
         return "gradients" if self.micro_batch else "no gradients"
 
@@ -1465,35 +1460,28 @@ class GPT2(Model):
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """Model.forward. inputs and targets may be anything that makes (B, T) integers."""
-        inputs = self.check_tokens(inputs, "inputs")
-        targets = self.check_tokens(targets, "targets")
-        expected = self.acts["losses"].shape  # B and T, which __init__ has fixed
-        require(
-            inputs.shape == targets.shape == expected,
-            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
-        )
+        shape = self.acts["losses"].shape  # (B, T)
+        inputs = self.check_tokens(inputs, "inputs", shape)
+        targets = self.check_tokens(targets, "targets", shape)
         require(
             self.training or not train,
             "a model made with training=False has no gradients: use forward(..., train=False)",
         )
         with self.whole("forward()", *FREE, spoils=train):
-            loss = super().forward(inputs.copy(), targets, train, grad_scale)
-            self.waiting = train
-        return loss
+            return super().forward(inputs, targets, train, grad_scale)
 
     def forward_tokens(self, tokens, start=0):
         # A pass overwrites the activations that a waiting backward() needs. If that is of the first
         # micro-batch, it is dropped: the next forward() will overwrite its part of dwte. That of a
         # later one has been added to a sum already, which is why FREE does not have its stage.
-        self.waiting = False
+        self.inputs = None
         self.keys = []
         return super().forward_tokens(tokens, start)
 
     def backward(self):
-        """Model.backward."""
         with self.whole("backward()", "first forward", "later forward"):
             super().backward()
-            self.waiting = False
+            self.inputs = None
 
     def grad_norm(self):
         """Model.grad_norm. It may be called between backward() and update()."""
@@ -1502,7 +1490,6 @@ class GPT2(Model):
 
     def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
                grad_scale=1.0):  # fmt: skip
-        """Model.update."""
         require(step is None or step >= 1, f"update(step={step}): steps are counted from 1")
         with self.whole("update()", "gradients"):
             self.keys = []  # they are those of the old parameters
@@ -1521,7 +1508,7 @@ class GPT2(Model):
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
         self.micro_batch = 0
-        self.waiting = False
+        self.inputs = None
         self.interrupted = None
 
     # Reading and writing
@@ -1536,14 +1523,13 @@ class GPT2(Model):
         top_k         above 0, choose among the k likeliest
         rng           a NumPy Generator, or a seed; None gives a different text each time
         """
-        tokens = self.check_tokens(tokens, "prompt", ndim=1)
+        tokens = self.check_tokens(tokens, "prompt")
         require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
         rng = np.random.default_rng(rng)
         self.keys = []  # the parameters may have been changed in place
         return generate(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
 
     def next_logits(self, tokens):
-        """Model.next_logits."""
         with self.whole("generate()", *FREE, spoils=False):
             logits = self.acts["logits"][:, :1]
             matmul_forward(logits, self.read(tokens), self.params[self.CLASSIFIER])
@@ -1552,10 +1538,9 @@ class GPT2(Model):
     def read(self, tokens, wanted=1):
         """lnf (1, wanted, C) of the last tokens of a list.
 
-        The keys and values of the tokens before them are kept in acts["qkv"], and `keys` are these
-        tokens. So where a list begins like the one before it, that part is not computed again, and
-        a new token takes the computation of one position. (With recompute=2, all layers of a model
-        for training share one qkv, and the whole list is computed each time.)
+        acts["qkv"] has the keys and values of the list before it, `keys`. The part in which the two
+        begin alike is not computed again, so a new token takes the computation of one position.
+        (With recompute=2, all layers of a model for training share one qkv, and nothing is kept.)
         """
         start = 0
         if len(self.acts["qkv"]) == self.config.num_layers:
@@ -1569,20 +1554,17 @@ class GPT2(Model):
         """How unlikely each token of some continuations is: a list of arrays (n,), in nats.
 
         context         a list of at least one token id
-        continuations   lists of token ids; each one by itself follows the context
+        continuations   at least one list of token ids; each by itself follows the context
 
-        Context and continuation may have max_seq_len + 1 tokens together. Any model can do this,
-        at any stage of a step, whatever its batch size and sequence length: a second model, the
-        reader, has the same parameters, no gradients, and room for one sequence of max_seq_len
-        tokens. The context is computed once, since all continuations begin like the first.
+        Together they may have max_seq_len + 1 tokens. Any model can do this at any stage of a step:
+        a second one, the reader, has the same parameters, no gradients, and room for one sequence
+        of max_seq_len tokens. The context is computed once, as all texts begin with it.
         """
-        context = self.check_tokens(context, "context", ndim=1).tolist()
-        texts = [self.check_tokens(c, "continuation", ndim=1).tolist() for c in continuations]
-        longest = len(context) + max(map(len, texts), default=0)
+        context = self.check_tokens(context, "context").tolist()
+        texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
+        longest = len(context) + max(map(len, texts))
         most = self.config.max_seq_len + 1  # nothing is predicted from the last token
         require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
-        if not texts:
-            return []
 
         with self.lock:
             if self.reader is None:
@@ -1601,22 +1583,22 @@ class GPT2(Model):
         ends = np.cumsum([len(text) for text in texts])
         return np.split(losses[0], ends[:-1])
 
-    def check_tokens(self, tokens, what, ndim=2):
-        """tokens as an int64 array, or InputError if one of them is not in the vocabulary."""
+    def check_tokens(self, tokens, what, shape=None):
+        """A new int64 array of tokens. InputError if an id is not in the vocabulary, or the shape
+        is another one; None stands for a list of at least one token.
+        """
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
-        V = self.config.vocab_size
+        expected = shape or (max(1, tokens.size),)
         require(
-            tokens.size > 0 and tokens.dtype.kind in "iu" and tokens.ndim == ndim,
-            f"{what}: expected integers in {ndim} dimensions, found {tokens.shape} of "
+            tokens.dtype.kind in "iu" and tokens.shape == expected,
+            f"{what}: expected integers of shape {expected}, found {tokens.shape} of "
             f"{tokens.dtype}",
         )
-        lowest, highest = tokens.min(), tokens.max()
-        require(
-            0 <= lowest and highest < V,
-            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
-        )
-        return tokens.astype(np.int64, "C", copy=False)
+        V = self.config.vocab_size
+        low, high = tokens.min(), tokens.max()
+        require(0 <= low and high < V, f"{what}: ids {low} to {high}, expected 0 to {V - 1}")
+        return tokens.astype(np.int64, "C")
 
 
 # --------------------------------------------------------------------------------------------------

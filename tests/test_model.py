@@ -138,12 +138,12 @@ def with_one(value):
     [
         (lambda model: model.forward(with_one(53), GOOD), "^inputs: ids .* to 53, expected 0 to"),
         (lambda model: model.forward(GOOD, with_one(-1)), "^targets: ids -1 to"),
-        (lambda model: model.forward(GOOD, GOOD[:, :8]), r"\(2, 8\): expected \(2, 9\)"),
-        (lambda model: model.forward(GOOD.ravel(), GOOD), r"2 dimensions, found \(18,\)"),
+        (lambda model: model.forward(GOOD, GOOD[:, :8]), r"^targets: .*\(2, 9\), found \(2, 8\)"),
+        (lambda model: model.forward(GOOD.ravel(), GOOD), r"^inputs: .*\(2, 9\), found \(18,\)"),
         (lambda model: model.forward(GOOD * 1.0, GOOD), "^inputs: .* integers.* float64"),
         (lambda model: model.forward(GOOD, GOOD[:0]), "^targets: .* integers"),
         (lambda model: model.update(0.1, step=0), r"step=0.* from 1"),
-        (lambda model: model.generate([[1, 2]], 1), r"^prompt: .* 1 dimension.*\(1, 2\)"),
+        (lambda model: model.generate([[1, 2]], 1), r"^prompt: .*\(2,\), found \(1, 2\)"),
         (lambda model: model.generate([], 1), "^prompt: "),
         (lambda model: model.generate("ab", 1), "^prompt: found a text"),
         (lambda model: model.generate([1], 1, temperature=float("nan")), "^temperature is nan"),
@@ -311,7 +311,7 @@ def plain_losses(model, context, text):
 
 @EVERY_LAYOUT
 @pytest.mark.parametrize("rows", [256, 4])
-@pytest.mark.parametrize("context, lengths", [(1, [1]), (7, [3, 1, 10, 4]), (1, [16]), (1, [])])
+@pytest.mark.parametrize("context, lengths", [(1, [1]), (7, [3, 1, 10, 4]), (1, [16])])
 def test_token_losses_equal_those_of_the_whole_text(layout, rows, context, lengths, monkeypatch):
     """Of any model, whatever its batches, with the parameters as they are."""
     monkeypatch.setattr(gpt2, "LOGITS_ROWS", rows)
