@@ -1303,6 +1303,7 @@ import warnings
 import zlib
 from dataclasses import asdict, field
 from datetime import timedelta
+from pathlib import PurePath
 from typing import NamedTuple
 
 if sys.version_info < (3, 10):
@@ -2661,8 +2662,9 @@ def save_huggingface(folder, config, params, metadata=None, vocabulary=None):
 # 13. Threads, blocks, and the limits of the machine
 #
 # NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
-# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
-# its own threads would compete with ours for the cores.
+# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile.
+# Its own threads keep their cores busy while they wait for each other: if another program has the
+# core of one of them, a step takes five times as long.
 
 
 def text_of(*path):
@@ -2681,11 +2683,8 @@ def control_groups(root="/"):
     folders = []
     for line in text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        top = os.path.join(root, "sys/fs/cgroup", controllers)
-        while path.strip("/"):
-            folders.append(top + path)
-            path = os.path.dirname(path)
-        folders.append(top)
+        folder = PurePath(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
+        folders += [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
     return folders
 
 
@@ -2693,9 +2692,9 @@ def cores_allowed(root="/"):
     """How many cores this process should use, within its affinity and the quotas of its groups.
 
     Physical ones, as two threads on one core only share its multipliers. All get equal blocks and
-    wait for the slowest. So where cores differ, it is as many of the fastest as do most at the pace
-    of the last of them; on macOS, the fast ones. A quota is used up in a part of each period, and
-    for the rest all threads are stopped: with one core, two of them take six times as long as one.
+    wait for the slowest, so of slow and fast cores it is as many as do most at the pace of the
+    slowest of them; on macOS, the fast ones. More threads than a quota allows spend it in a part of
+    each period and are stopped for the rest: with one core, two take six times as long as one.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
@@ -2727,19 +2726,16 @@ def available_memory(root="/"):
     free = [math.inf]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    words = text_of(root, "proc/meminfo").split()  # ..., "MemAvailable:", "4096", "kB", ...
-    if "MemAvailable:" in words:
-        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+    for kib in re.findall(r"MemAvailable: *(\d+)", text_of(root, "proc/meminfo")):
+        free.append(1024 * int(kib))
 
     for folder in control_groups(root):
         limit = text_of(folder, "memory.max") or text_of(folder, "memory.limit_in_bytes")
         usage = text_of(folder, "memory.current") or text_of(folder, "memory.usage_in_bytes")
         if usage and limit.strip().isdecimal():  # it may be "max"
-            words = text_of(folder, "memory.stat").split()  # "anon", "4096", "active_file", ...
-            values = dict(zip(words[::2], words[1::2], strict=True))
-            # In version 1, total_... includes the groups inside, as the usage does.
-            names = ("inactive_file", "active_file")
-            files = [values.get(f"total_{name}", values.get(name, 0)) for name in names]
+            # inactive_file and active_file. In version 1 they come again, as total_..., with those
+            # of the groups inside, as in the usage: the last two count.
+            files = re.findall(r"active_file (\d+)", text_of(folder, "memory.stat"))[-2:]
             free.append(int(limit) - int(usage) + sum(map(int, files)))
     return max(0, min(free))
 
@@ -2769,13 +2765,11 @@ def find_blas():
 
 @contextlib.contextmanager
 def blas_held_to(n):
-    """BLAS has one thread in this block if n is 1, at most n otherwise; then as many as before.
-
-    The number is that of the whole process, so one thread enters such a block at a time.
+    """BLAS has at most n threads in this block, which one thread enters at a time, as the number is
+    that of the whole process; then as many as before.
     """
     set_threads, threads = BLAS or (lambda n: None, lambda: n)
-    lock, _, _ = helpers_of(os.getpid())
-    with lock:
+    with LOCK:
         before = threads()
         set_threads(1 if n == 1 else min(n, before))
         try:
@@ -2784,8 +2778,8 @@ def blas_held_to(n):
             set_threads(before)
 
 
-def threads_wanted(local_size=1):
-    """The number of threads that the user named, else a share of the cores, as in share_cores.
+def threads_wanted(processes=1):
+    """The number of threads that the user named, else one of so many equal shares of the cores.
 
     It is 1 if BLAS has threads of its own that we can't hold back.
     """
@@ -2795,54 +2789,39 @@ def threads_wanted(local_size=1):
         first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
         if first.isdecimal() and int(first) > 0:
             return int(first)
-    return max(1, cores_allowed() // local_size)
+    return max(1, cores_allowed() // processes)
 
 
 BLAS = find_blas()
 THREADS = threads_wanted()
 
-
-def share_cores(local_size):
-    """Use one of local_size equal shares of the cores: as many processes of this run have them."""
-    global THREADS
-    THREADS = threads_wanted(local_size)
-
-
-def keep_freed_pages():
-    """Tell glibc to keep freed memory: 2,000 page faults less in a step of 60 ms, which are 3 %."""
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # others have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+# Tell glibc to keep freed memory: 2,000 page faults less in a step of 60 ms, which are 3 %.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # others have no mallopt
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-@functools.cache
-def helpers_of(process):
-    """(lock, queue, list of threads) of a process of this number: those of `parallel`.
-
-    They are made when they are needed first. After a fork the new process has another number,
-    and gets helpers of its own.
-    """
-    keep_freed_pages()
-    return threading.Lock(), queue.SimpleQueue(), []
+def begin_without_helpers():
+    """Make what `parallel` needs. A fork copies no threads, so the new process begins anew."""
+    global LOCK, CALLS, HELPERS
+    LOCK, CALLS, HELPERS = threading.Lock(), queue.SimpleQueue(), []
 
 
-def help_for_ever(calls):
-    """What a helper does: wait for a call of `parallel`, take part in it, and say how it went.
+begin_without_helpers()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=begin_without_helpers)
+
+
+def help_for_ever():
+    """What a helper, one of our threads, does: its part of each call of `parallel`.
 
     A step of a small model has hundreds of calls; Python's ThreadPoolExecutor would cost 5 % of it.
     """
     if BLAS:
         BLAS[0](1)  # some BLAS keep this number for each thread
     while True:
-        work, done = calls.get()
-        try:
-            work()
-            done.put(None)
-        except BaseException as error:
-            done.put(error)
-        del work, done  # while it waits, a helper keeps nothing alive
+        CALLS.get()()  # under no name: while it waits, a helper keeps nothing alive
 
 
 def parallel(task, n):
@@ -2853,29 +2832,30 @@ def parallel(task, n):
     results = [None] * n
     numbers = [None] * THREADS  # each None ends the work of a thread
     numbers.extend(reversed(range(n)))
+    done = queue.SimpleQueue()
 
     def work():
-        # Whoever is free takes the next number: never the same twice, even without Python's lock.
-        for i in iter(numbers.pop, None):
-            results[i] = task(i)
+        try:
+            # Whoever is free takes the next number: never the same twice, with or without a lock.
+            for i in iter(numbers.pop, None):
+                results[i] = task(i)
+            done.put(None)
+        except BaseException as error:
+            done.put(error)
 
-    _, calls, helpers = helpers_of(os.getpid())
     with blas_held_to(1):
         wanted = min(THREADS, n) - 1
         with contextlib.suppress(RuntimeError):  # the system allows no more threads
-            while len(helpers) < wanted:
-                helper = threading.Thread(target=help_for_ever, args=[calls], daemon=True)
+            while len(HELPERS) < wanted:
+                helper = threading.Thread(target=help_for_ever, daemon=True)
                 helper.start()
-                helpers.append(helper)
+                HELPERS.append(helper)
 
-        called = min(wanted, len(helpers))
-        done = queue.SimpleQueue()
+        called = min(wanted, len(HELPERS))
         for _ in range(called):
-            calls.put((work, done))
-        try:
-            work()
-        finally:
-            errors = [done.get() for _ in range(called)]
+            CALLS.put(work)
+        work()
+        errors = [done.get() for _ in range(called + 1)]
     for error in filter(None, errors):
         raise error
     return results
@@ -2890,8 +2870,8 @@ BLOCK_BYTES = 1 << 20  # of a block's widest array: with smaller ones, threads w
 def blocks(n, nbytes, block_bytes=BLOCK_BYTES):
     """n things of nbytes each, cut into blocks of at most block_bytes: a list of slices.
 
-    Their number is a multiple of that of the threads, so that all have the same to do. For less
-    than an eighth of block_bytes no thread is woken: it would wait for the interpreter lock.
+    All threads get the same number of them. For less than an eighth of block_bytes no thread is
+    woken: it would wait for the interpreter lock.
     """
     least = block_bytes // 8
     threads = max(1, min(THREADS, n * nbytes // least))
@@ -2910,8 +2890,8 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
 
     arrays   the names of the arguments that have an entry for each token, (B, T, ...), or of flat
              ones. The layer gets a block of them as (1, rows, ...)
-    sums     the names of those that follow `add`. Each block has its own, and these are added up in
-             the order of the blocks, as are the numbers that a layer returns
+    sums     the names of those that follow `add`, the last argument. Each block has its own, and
+             these are added up in the order of the blocks, as are the numbers that a layer returns
     """
     names = list(inspect.signature(layer).parameters)
     of_rows = [names.index(name) for name in arrays.split()]
@@ -2931,30 +2911,26 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
                 own[i] = array[np.newaxis, slices[number]]
             for i in of_sums:
                 own[i] = np.empty_like(args[i])
-            if of_sums:
-                own[names.index("add")] = False
+                own[-1] = False  # add
             result = layer(*own)
-            return [own[i] for i in of_sums] if of_sums else result
+            return [own[i] for i in of_sums] or result
 
         results = parallel(block, len(slices))
-        if of_sums:
-            for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
-                accumulate(args[i], sum(parts[1:], parts[0]), args[names.index("add")])
-        elif results[0] is not None:
-            return sum(results)
+        if not of_sums:
+            return None if results[0] is None else sum(results)
+        for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
+            accumulate(args[i], sum(parts[1:], parts[0]), args[-1])
 
     return run
 
 
-def by_heads(layer, thirds):
+def by_heads(layer):
     """The same layer, run by blocks of heads, which do not depend on each other.
 
     A block is some sequences with all of their heads or, if that is too much, some heads of one
     sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head.
-
-    Of an argument (B, T, C) the layer gets a block (sequences, T, heads, hs). thirds are the names
-    of those (B, T, 3C), which have queries, keys and values: (sequences, T, 3, heads, hs). lse is
-    (B, T, NH), and a block of it (sequences, T, heads).
+    Of (B, T, C) the layer gets (sequences, T, heads, hs), of qkv and dqkv (sequences, T, 3, heads,
+    hs), and of lse (sequences, T, heads).
     """
     names = list(inspect.signature(layer).parameters)[:-1]  # without NH, the last
 
@@ -2963,11 +2939,10 @@ def by_heads(layer, thirds):
         NH = args[-1]
         views = {}
         for name, array in zip(names, args, strict=False):
-            B, T = array.shape[:2]
-            parts = (3, NH, -1) if name in thirds.split() else (NH, -1)
-            views[name] = array.reshape(B, T, *parts, copy=False)
+            parts = (3, NH, -1) if name in ("qkv", "dqkv") else (NH, -1)
+            views[name] = array.reshape(*array.shape[:2], *parts, copy=False)
 
-        n = views["out"].shape[1]
+        B, n = views["out"].shape[:2]
         nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
         number = len(blocks(B * NH, nbytes))
         of_sequences = cut(B, number)
@@ -2989,17 +2964,14 @@ def by_blocks(products):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
-    other cores have begun. BLAS could use threads of its own instead. But a BLAS thread waits by
-    asking again and again whether the others are done, and keeps its core busy meanwhile: if
-    another program has the core of one of them, a step takes five times as long.
+    other cores have begun.
     """
 
     @functools.wraps(products)
     def run(*jobs):
         if len(jobs) == 1 and len(jobs[0][0]) == 1:
-            # One token: in generation, nearly always. Most of its products take some 0.1 ms. To
-            # start our threads would cost about as much as they save; BLAS's own start sooner. For
-            # 124M on two cores of an AMD EPYC: 80 tokens a second instead of 60.
+            # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own
+            # threads start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
             with blas_held_to(THREADS):
                 return products(*jobs)
         work = [out.size * len(b) for out, _, b, _, _ in jobs]  # multiplications
@@ -3027,18 +2999,17 @@ def product_blocks(out, a, b, add, bias, number):
     ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
     of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
     pieces = []
-    for rows in cut(m, of_rows):
-        for columns in cut(n, of_columns):
-            own_bias = None if bias is None else bias[columns]
-            pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
+    for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
+        own_bias = None if bias is None else bias[columns]
+        pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
     return pieces
 
 
 layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
 layernorm_backward = by_rows(layernorm_backward, "dinp dout inp mean rstd", "dweight dbias")
 products = by_blocks(products)
-attention_forward = by_heads(attention_forward, "qkv")
-attention_backward = by_heads(attention_backward, "dqkv qkv")
+attention_forward = by_heads(attention_forward)
+attention_backward = by_heads(attention_backward)
 gelu_forward = by_rows(gelu_forward, "out inp")
 gelu_backward = by_rows(gelu_backward, "dinp dout inp")
 residual_forward = by_rows(residual_forward, "out inp1 inp2", block_bytes=2 * BLOCK_BYTES)

@@ -204,7 +204,7 @@ def main(argv=()):
         return 1
     comm = SharedGPT2.comm = MPI.COMM_WORLD
     SharedGPT2.PROCESSES = comm.size
-    gpt2.share_cores(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
+    gpt2.THREADS = gpt2.threads_wanted(comm.Split_type(MPI.COMM_TYPE_SHARED).size)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="train_gpt2")
 
     if comm.rank > 0:

@@ -439,7 +439,7 @@ V1_CPU = {"cpu/cpu.cfs_quota_us": "300", "cpu/cpu.cfs_period_us": "100"}
 V1_CPU_INSIDE = {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100"}
 V1_MEMORY = {"memory/memory.limit_in_bytes": 4, "memory/memory.usage_in_bytes": 3}
 NESTED = {"a/memory.max": 10, "a/memory.current": 7, "a/b/memory.max": 8, "a/b/memory.current": 1}
-V1_FILES = f"inactive_file 9\ntotal_inactive_file {MIB}\n"
+V1_FILES = f"inactive_file 9\nactive_file 9\ntotal_inactive_file {MIB}\ntotal_active_file 0\n"
 FILES = f"anon 9\ninactive_file {3 * MIB}\nactive_file {2 * MIB}\n"
 
 
