@@ -1424,9 +1424,7 @@ class GPT2(Model):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and, if it is known, the vocabulary, which Hugging
-        Face's GPT2LMHeadModel and AutoTokenizer read.
-        """
+        """Write weights, config and, if it is known, the vocabulary, as Hugging Face reads them."""
         save_huggingface(folder, self.config, self.params, vocabulary=self.vocabulary)
 
     # One training step
@@ -1445,10 +1443,8 @@ class GPT2(Model):
         If it spoils something when it is left half done, `interrupted` will name the call.
         """
         with self.lock:
-            require(
-                self.interrupted is None,
-                f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
-            )
+            cause = self.interrupted
+            require(not cause, f"{cause} was interrupted: call zero_grad(), then forward()")
             require(
                 self.stage in stages,
                 f"{call} can't follow here: the stage is {self.stage!r}, expected "
@@ -1517,8 +1513,7 @@ class GPT2(Model):
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
         """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
 
-        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
-        last ones.
+        The model sees at most sequence_length tokens: of a longer prompt, the last ones.
 
         temperature   0 always takes the likeliest token
         top_k         above 0, choose among the k likeliest
@@ -2844,14 +2839,12 @@ def parallel(task, n):
             done.put(error)
 
     with blas_held_to(1):
-        wanted = min(THREADS, n) - 1
-        with contextlib.suppress(RuntimeError):  # the system allows no more threads
-            while len(HELPERS) < wanted:
-                helper = threading.Thread(target=help_for_ever, daemon=True)
-                helper.start()
-                HELPERS.append(helper)
+        called = min(THREADS, n) - 1
+        while len(HELPERS) < called:
+            helper = threading.Thread(target=help_for_ever, daemon=True)
+            helper.start()
+            HELPERS.append(helper)
 
-        called = min(wanted, len(HELPERS))
         for _ in range(called):
             CALLS.put(work)
         work()
@@ -2873,8 +2866,7 @@ def blocks(n, nbytes, block_bytes=BLOCK_BYTES):
     All threads get the same number of them. For less than an eighth of block_bytes no thread is
     woken: it would wait for the interpreter lock.
     """
-    least = block_bytes // 8
-    threads = max(1, min(THREADS, n * nbytes // least))
+    threads = max(1, min(THREADS, 8 * n * nbytes // block_bytes))
     return cut(n, threads * math.ceil(n * nbytes / (threads * block_bytes)))
 
 
