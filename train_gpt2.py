@@ -2831,7 +2831,7 @@ def parallel(task, n):
 
     def work():
         try:
-            # Whoever is free takes the next number: never the same twice, with or without a lock.
+            # Whoever is free takes the next number. None comes twice, even without Python's lock.
             for i in iter(numbers.pop, None):
                 results[i] = task(i)
             done.put(None)
