@@ -1357,7 +1357,7 @@ class GPT2(Model):
     it possible to go on. After update(), some parameters have taken the step and others have not,
     and only a checkpoint has them as they were.
 
-    Several threads may use one model: one passes through the layers at a time, the others wait.
+    Several threads may use a model. One passes through the layers at a time.
     """
 
     PROCESSES = 1  # that train one model, and have a part of m and v each: extras/processes.py
@@ -1468,9 +1468,8 @@ class GPT2(Model):
             return super().forward(inputs, targets, train, grad_scale)
 
     def forward_tokens(self, tokens, start=0):
-        # A pass overwrites the activations that a waiting backward() needs. If that is of the first
-        # micro-batch, it is dropped: the next forward() will overwrite its part of dwte. That of a
-        # later one has been added to a sum already, which is why FREE does not have its stage.
+        # A pass overwrites the activations that a waiting backward() needs, which is dropped: the
+        # next forward() overwrites its part of dwte. In a "later forward" that is part of a sum.
         self.inputs = None
         self.keys = []
         return super().forward_tokens(tokens, start)
@@ -1552,9 +1551,8 @@ class GPT2(Model):
         context         a list of at least one token id
         continuations   at least one list of token ids; each by itself follows the context
 
-        Together they may have max_seq_len + 1 tokens. Any model can do this at any stage of a step:
-        a second one, the reader, has the same parameters, no gradients, and room for one sequence
-        of max_seq_len tokens. The context is computed once, as all texts begin with it.
+        Together they may have max_seq_len + 1 tokens. Any model can do this at any stage of a step,
+        by a second one with the same parameters and no gradients. The context is computed once.
         """
         context = self.check_tokens(context, "context").tolist()
         texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
@@ -2657,9 +2655,8 @@ def save_huggingface(folder, config, params, metadata=None, vocabulary=None):
 # 13. Threads, blocks, and the limits of the machine
 #
 # NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
-# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile.
-# Its own threads keep their cores busy while they wait for each other: if another program has the
-# core of one of them, a step takes five times as long.
+# side, each on its own block. BLAS is held to one thread meanwhile. Its own keep asking whether the
+# others are done: if another program has the core of one, a step takes five times as long.
 
 
 def text_of(*path):
@@ -2687,9 +2684,8 @@ def cores_allowed(root="/"):
     """How many cores this process should use, within its affinity and the quotas of its groups.
 
     Physical ones, as two threads on one core only share its multipliers. All get equal blocks and
-    wait for the slowest, so of slow and fast cores it is as many as do most at the pace of the
-    slowest of them; on macOS, the fast ones. More threads than a quota allows spend it in a part of
-    each period and are stopped for the rest: with one core, two take six times as long as one.
+    wait for the slowest, so of slow and fast cores it is as many as do most at the slowest's pace.
+    Beyond a quota all are stopped for the rest of its period: two threads take six times as long.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
@@ -2979,9 +2975,8 @@ def product_blocks(out, a, b, add, bias, number):
     """A job of `products`, cut into `number` blocks: a list of jobs.
 
     BLAS copies the rows of a and the columns of b that a block needs, and a column costs half as
-    much again. So blocks are nearly square, as then there is least to copy. They are fewer if they
-    would have less than 2^20 multiplications, some 15 microseconds. What is added to out is cut
-    into so many that a block of a @ b is still in the cache then.
+    much again. So blocks are nearly square. None has less than 2^20 multiplications, some 15
+    microseconds, unless a @ b is added to out: then a block of it should still be in the cache.
     """
     m, n = out.shape
     number = max(1, min(number, out.size * len(b) >> 20))
