@@ -1228,7 +1228,7 @@ def test_batches_follow_one_another_shard_after_shard():
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 7])
-@pytest.mark.parametrize("size", [13, 18, 33, 34, 40, 45])
+@pytest.mark.parametrize("size", [13, 18, 24, 33, 34, 40, 45])
 def test_an_epoch_has_each_window_once(size, shuffle_seed):
     """Of each shard, but for those that do not fill a batch. Any position can be gone back to."""
     B, T = 3, 4

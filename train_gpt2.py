@@ -1279,8 +1279,7 @@ def demo(path=__file__, steps=1000):
 # --------------------------------------------------------------------------------------------------
 # 9. A model for the hand: the same calls, checked, and what one does besides training
 #
-# From here on the file deals with its caller, with files, processes and command lines, and imports
-# what they need.
+# From here on the file deals with callers, files and processes, and imports what they need.
 
 import argparse
 import codecs
@@ -1305,6 +1304,7 @@ import zlib
 from collections import namedtuple
 from dataclasses import asdict, field, replace
 from datetime import timedelta
+from pathlib import PurePath
 
 if sys.version_info < (3, 10):
     sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
@@ -1338,8 +1338,7 @@ class Views(dict):
         return "\n".join(f"{name:10} {view.shape}" for name, view in self.items())
 
 
-# The stages in which a pass through the layers is allowed.
-FREE = ("no gradients", "first forward", "gradients")
+FREE = ("no gradients", "first forward", "gradients")  # when a pass through the layers is allowed
 
 
 class GPT2(Model):
@@ -1354,11 +1353,11 @@ class GPT2(Model):
                           forward() of another micro-batch
         "later forward"   that of a later micro-batch is done, backward() is next
 
-    `interrupted` names a call that was left with its work half done, otherwise it is None. If it is
-    set, zero_grad() makes it possible to go on. If it is update(), some parameters have taken the
-    step and others have not, and only a checkpoint has them as they were.
+    `interrupted` names a call that was left with its work half done, or is None. zero_grad() makes
+    it possible to go on. After update(), some parameters have taken the step and others have not,
+    and only a checkpoint has them as they were.
 
-    Several threads may use one model: one passes through the layers at a time, the others wait.
+    Several threads may use a model. One passes through the layers at a time.
     """
 
     PROCESSES = 1  # that train one model, and have a part of m and v each: extras/processes.py
@@ -1376,7 +1375,6 @@ class GPT2(Model):
         single_or_double = np.dtype(dtype) in (np.float32, np.float64)
         require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
 
-        self.waiting = False  # whether a forward pass waits for its backward()
         self.interrupted = None
         self.vocabulary = None  # a list of bytes by id; None: bytes, GPT-2's or none: see tokenizer
         super().__init__(config, batch_size, T, seed, recompute, training, dtype)
@@ -1399,9 +1397,7 @@ class GPT2(Model):
         self.lock = threading.RLock()
 
     def __getstate__(self):
-        """For copy and pickle: all but what cut_blob makes. Copied views would not be parts of the
-        copied blob.
-        """
+        """For copy and pickle: all but what cut_blob makes anew, views of the other blob."""
         made = {"flat", "params", "grads", "m", "v", "acts", "keys", "reader", "lock"}
         return {name: value for name, value in vars(self).items() if name not in made}
 
@@ -1428,17 +1424,15 @@ class GPT2(Model):
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and, if it is known, the vocabulary, which Hugging
-        Face's GPT2LMHeadModel and AutoTokenizer read.
-        """
+        """Write weights, config and, if it is known, the vocabulary, as Hugging Face reads them."""
         save_huggingface(folder, self.config, self.params, vocabulary=self.vocabulary)
 
     # One training step
 
     @property
     def stage(self):
-        """How far the step is: see above."""
-        if self.waiting:
+        """How far the step is: see above. While inputs are kept, they wait for backward()."""
+        if self.inputs is not None:
             return "later forward" if self.micro_batch else "first forward"
         return "gradients" if self.micro_batch else "no gradients"
 
@@ -1449,10 +1443,8 @@ class GPT2(Model):
         If it spoils something when it is left half done, `interrupted` will name the call.
         """
         with self.lock:
-            require(
-                self.interrupted is None,
-                f"{self.interrupted} was interrupted: call zero_grad(), then forward()",
-            )
+            cause = self.interrupted
+            require(not cause, f"{cause} was interrupted: call zero_grad(), then forward()")
             require(
                 self.stage in stages,
                 f"{call} can't follow here: the stage is {self.stage!r}, expected "
@@ -1465,35 +1457,27 @@ class GPT2(Model):
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
         """Model.forward. inputs and targets may be anything that makes (B, T) integers."""
-        inputs = self.check_tokens(inputs, "inputs")
-        targets = self.check_tokens(targets, "targets")
-        expected = self.acts["losses"].shape  # B and T, which __init__ has fixed
-        require(
-            inputs.shape == targets.shape == expected,
-            f"inputs {inputs.shape}, targets {targets.shape}: expected {expected}",
-        )
+        shape = self.acts["losses"].shape  # (B, T)
+        inputs = self.check_tokens(inputs, "inputs", shape)
+        targets = self.check_tokens(targets, "targets", shape)
         require(
             self.training or not train,
             "a model made with training=False has no gradients: use forward(..., train=False)",
         )
         with self.whole("forward()", *FREE, spoils=train):
-            loss = super().forward(inputs.copy(), targets, train, grad_scale)
-            self.waiting = train
-        return loss
+            return super().forward(inputs, targets, train, grad_scale)
 
     def forward_tokens(self, tokens, start=0):
-        # A pass overwrites the activations that a waiting backward() needs. If that is of the first
-        # micro-batch, it is dropped: the next forward() will overwrite its part of dwte. That of a
-        # later one has been added to a sum already, which is why FREE does not have its stage.
-        self.waiting = False
+        # A pass overwrites the activations that a waiting backward() needs, which is dropped: the
+        # next forward() overwrites its part of dwte. In a "later forward" that is part of a sum.
+        self.inputs = None
         self.keys = []
         return super().forward_tokens(tokens, start)
 
     def backward(self):
-        """Model.backward."""
         with self.whole("backward()", "first forward", "later forward"):
             super().backward()
-            self.waiting = False
+            self.inputs = None
 
     def grad_norm(self):
         """Model.grad_norm. It may be called between backward() and update()."""
@@ -1502,7 +1486,6 @@ class GPT2(Model):
 
     def update(self, learning_rate, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=None,
                grad_scale=1.0):  # fmt: skip
-        """Model.update."""
         require(step is None or step >= 1, f"update(step={step}): steps are counted from 1")
         with self.whole("update()", "gradients"):
             self.keys = []  # they are those of the old parameters
@@ -1521,7 +1504,7 @@ class GPT2(Model):
     def zero_grad(self):
         """Forget the gradients. Nothing is cleared: the next micro-batch overwrites them."""
         self.micro_batch = 0
-        self.waiting = False
+        self.inputs = None
         self.interrupted = None
 
     # Reading and writing
@@ -1529,21 +1512,19 @@ class GPT2(Model):
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=0, rng=None):
         """Continue a list of token ids: an iterator over new ids, each as soon as it is known.
 
-        The model looks back over at most sequence_length tokens; of a longer prompt it reads the
-        last ones.
+        The model sees at most sequence_length tokens: of a longer prompt, the last ones.
 
         temperature   0 always takes the likeliest token
         top_k         above 0, choose among the k likeliest
         rng           a NumPy Generator, or a seed; None gives a different text each time
         """
-        tokens = self.check_tokens(tokens, "prompt", ndim=1)
+        tokens = self.check_tokens(tokens, "prompt")
         require(temperature >= 0, f"temperature is {temperature}, expected at least 0")
         rng = np.random.default_rng(rng)
         self.keys = []  # the parameters may have been changed in place
         return generate(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
 
     def next_logits(self, tokens):
-        """Model.next_logits."""
         with self.whole("generate()", *FREE, spoils=False):
             logits = self.acts["logits"][:, :1]
             matmul_forward(logits, self.read(tokens), self.params[self.CLASSIFIER])
@@ -1552,10 +1533,9 @@ class GPT2(Model):
     def read(self, tokens, wanted=1):
         """lnf (1, wanted, C) of the last tokens of a list.
 
-        The keys and values of the tokens before them are kept in acts["qkv"], and `keys` are these
-        tokens. So where a list begins like the one before it, that part is not computed again, and
-        a new token takes the computation of one position. (With recompute=2, all layers of a model
-        for training share one qkv, and the whole list is computed each time.)
+        acts["qkv"] has the keys and values of the list before it, `keys`. The part in which the two
+        begin alike is not computed again, so a new token takes the computation of one position.
+        (With recompute=2, all layers of a model for training share one qkv, and nothing is kept.)
         """
         start = 0
         if len(self.acts["qkv"]) == self.config.num_layers:
@@ -1569,20 +1549,16 @@ class GPT2(Model):
         """How unlikely each token of some continuations is: a list of arrays (n,), in nats.
 
         context         a list of at least one token id
-        continuations   lists of token ids; each one by itself follows the context
+        continuations   at least one list of token ids; each by itself follows the context
 
-        Context and continuation may have max_seq_len + 1 tokens together. Any model can do this,
-        at any stage of a step, whatever its batch size and sequence length: a second model, the
-        reader, has the same parameters, no gradients, and room for one sequence of max_seq_len
-        tokens. The context is computed once, since all continuations begin like the first.
+        Together they may have max_seq_len + 1 tokens. Any model can do this at any stage of a step,
+        by a second one with the same parameters and no gradients. The context is computed once.
         """
-        context = self.check_tokens(context, "context", ndim=1).tolist()
-        texts = [self.check_tokens(c, "continuation", ndim=1).tolist() for c in continuations]
-        longest = len(context) + max(map(len, texts), default=0)
+        context = self.check_tokens(context, "context").tolist()
+        texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
+        longest = len(context) + max(map(len, texts))
         most = self.config.max_seq_len + 1  # nothing is predicted from the last token
         require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
-        if not texts:
-            return []
 
         with self.lock:
             if self.reader is None:
@@ -1601,22 +1577,22 @@ class GPT2(Model):
         ends = np.cumsum([len(text) for text in texts])
         return np.split(losses[0], ends[:-1])
 
-    def check_tokens(self, tokens, what, ndim=2):
-        """tokens as an int64 array, or InputError if one of them is not in the vocabulary."""
+    def check_tokens(self, tokens, what, shape=None):
+        """A new int64 array of tokens. InputError if an id is not in the vocabulary, or the shape
+        is another one; None stands for a list of at least one token.
+        """
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
-        V = self.config.vocab_size
+        expected = shape or (max(1, tokens.size),)
         require(
-            tokens.size > 0 and tokens.dtype.kind in "iu" and tokens.ndim == ndim,
-            f"{what}: expected integers in {ndim} dimensions, found {tokens.shape} of "
+            tokens.dtype.kind in "iu" and tokens.shape == expected,
+            f"{what}: expected integers of shape {expected}, found {tokens.shape} of "
             f"{tokens.dtype}",
         )
-        lowest, highest = tokens.min(), tokens.max()
-        require(
-            0 <= lowest and highest < V,
-            f"{what}: ids {lowest} to {highest}, expected 0 to {V - 1}",
-        )
-        return tokens.astype(np.int64, "C", copy=False)
+        V = self.config.vocab_size
+        low, high = tokens.min(), tokens.max()
+        require(0 <= low and high < V, f"{what}: ids {low} to {high}, expected 0 to {V - 1}")
+        return tokens.astype(np.int64, "C")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2482,8 +2458,8 @@ def save_huggingface(folder, config, params, vocabulary=None):
 # 13. Threads, blocks, and the limits of the machine
 #
 # NumPy lets go of the interpreter lock while it computes. So the threads of `parallel` run side by
-# side, each on its own block of rows or of a matrix product. BLAS is held to one thread meanwhile:
-# its own threads would compete with ours for the cores.
+# side, each on its own block. BLAS is held to one thread meanwhile. Its own keep asking whether the
+# others are done: if another program has the core of one, a step takes five times as long.
 
 
 def text_of(*path):
@@ -2502,11 +2478,8 @@ def control_groups(root="/"):
     folders = []
     for line in text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        top = os.path.join(root, "sys/fs/cgroup", controllers)
-        while path.strip("/"):
-            folders.append(top + path)
-            path = os.path.dirname(path)
-        folders.append(top)
+        folder = PurePath(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
+        folders += [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
     return folders
 
 
@@ -2514,9 +2487,8 @@ def cores_allowed(root="/"):
     """How many cores this process should use, within its affinity and the quotas of its groups.
 
     Physical ones, as two threads on one core only share its multipliers. All get equal blocks and
-    wait for the slowest. So where cores differ, it is as many of the fastest as do most at the pace
-    of the last of them; on macOS, the fast ones. A quota is used up in a part of each period, and
-    for the rest all threads are stopped: with one core, two of them take six times as long as one.
+    wait for the slowest, so of slow and fast cores it is as many as do most at the slowest's pace.
+    Beyond a quota all are stopped for the rest of its period: two threads take six times as long.
     """
     cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # Linux
@@ -2548,19 +2520,16 @@ def available_memory(root="/"):
     free = [math.inf]
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         free.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    words = text_of(root, "proc/meminfo").split()  # ..., "MemAvailable:", "4096", "kB", ...
-    if "MemAvailable:" in words:
-        free.append(1024 * int(words[words.index("MemAvailable:") + 1]))
+    for kib in re.findall(r"MemAvailable: *(\d+)", text_of(root, "proc/meminfo")):
+        free.append(1024 * int(kib))
 
     for folder in control_groups(root):
         limit = text_of(folder, "memory.max") or text_of(folder, "memory.limit_in_bytes")
         usage = text_of(folder, "memory.current") or text_of(folder, "memory.usage_in_bytes")
         if usage and limit.strip().isdecimal():  # it may be "max"
-            words = text_of(folder, "memory.stat").split()  # "anon", "4096", "active_file", ...
-            values = dict(zip(words[::2], words[1::2], strict=True))
-            # In version 1, total_... includes the groups inside, as the usage does.
-            names = ("inactive_file", "active_file")
-            files = [values.get(f"total_{name}", values.get(name, 0)) for name in names]
+            # inactive_file and active_file. In version 1 they come again, as total_..., with those
+            # of the groups inside, as in the usage: the last two count.
+            files = re.findall(r"active_file (\d+)", text_of(folder, "memory.stat"))[-2:]
             free.append(int(limit) - int(usage) + sum(map(int, files)))
     return max(0, min(free))
 
@@ -2590,13 +2559,11 @@ def find_blas():
 
 @contextlib.contextmanager
 def blas_held_to(n):
-    """BLAS has one thread in this block if n is 1, at most n otherwise; then as many as before.
-
-    The number is that of the whole process, so one thread enters such a block at a time.
+    """BLAS has at most n threads in this block, which one thread enters at a time, as the number is
+    that of the whole process; then as many as before.
     """
     set_threads, threads = BLAS or (lambda n: None, lambda: n)
-    lock, _, _ = helpers_of(os.getpid())
-    with lock:
+    with LOCK:
         before = threads()
         set_threads(1 if n == 1 else min(n, before))
         try:
@@ -2605,8 +2572,8 @@ def blas_held_to(n):
             set_threads(before)
 
 
-def threads_wanted(local_size=1):
-    """The number of threads that the user named, else a share of the cores, as in share_cores.
+def threads_wanted(processes=1):
+    """The number of threads that the user named, else one of so many equal shares of the cores.
 
     It is 1 if BLAS has threads of its own that we can't hold back.
     """
@@ -2616,54 +2583,39 @@ def threads_wanted(local_size=1):
         first = os.environ.get(name, "").split(",")[0]  # "4,2" would be nested threads
         if first.isdecimal() and int(first) > 0:
             return int(first)
-    return max(1, cores_allowed() // local_size)
+    return max(1, cores_allowed() // processes)
 
 
 BLAS = find_blas()
 THREADS = threads_wanted()
 
-
-def share_cores(local_size):
-    """Use one of local_size equal shares of the cores: as many processes of this run have them."""
-    global THREADS
-    THREADS = threads_wanted(local_size)
-
-
-def keep_freed_pages():
-    """Tell glibc to keep freed memory: 2,000 page faults less in a step of 60 ms, which are 3 %."""
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # others have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+# Tell glibc to keep freed memory: 2,000 page faults less in a step of 60 ms, which are 3 %.
+with contextlib.suppress(AttributeError, OSError, TypeError):  # others have no mallopt
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
 
 
-@functools.cache
-def helpers_of(process):
-    """(lock, queue, list of threads) of a process of this number: those of `parallel`.
-
-    They are made when they are needed first. After a fork the new process has another number,
-    and gets helpers of its own.
-    """
-    keep_freed_pages()
-    return threading.Lock(), queue.SimpleQueue(), []
+def begin_without_helpers():
+    """Make what `parallel` needs. A fork copies no threads, so the new process begins anew."""
+    global LOCK, CALLS, HELPERS
+    LOCK, CALLS, HELPERS = threading.Lock(), queue.SimpleQueue(), []
 
 
-def help_for_ever(calls):
-    """What a helper does: wait for a call of `parallel`, take part in it, and say how it went.
+begin_without_helpers()
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    os.register_at_fork(after_in_child=begin_without_helpers)
+
+
+def help_for_ever():
+    """What a helper, one of our threads, does: its part of each call of `parallel`.
 
     A step of a small model has hundreds of calls; Python's ThreadPoolExecutor would cost 5 % of it.
     """
     if BLAS:
         BLAS[0](1)  # some BLAS keep this number for each thread
     while True:
-        work, done = calls.get()
-        try:
-            work()
-            done.put(None)
-        except BaseException as error:
-            done.put(error)
-        del work, done  # while it waits, a helper keeps nothing alive
+        CALLS.get()()  # under no name: while it waits, a helper keeps nothing alive
 
 
 def parallel(task, n):
@@ -2674,29 +2626,28 @@ def parallel(task, n):
     results = [None] * n
     numbers = [None] * THREADS  # each None ends the work of a thread
     numbers.extend(reversed(range(n)))
+    done = queue.SimpleQueue()
 
     def work():
-        # Whoever is free takes the next number: never the same twice, even without Python's lock.
-        for i in iter(numbers.pop, None):
-            results[i] = task(i)
-
-    _, calls, helpers = helpers_of(os.getpid())
-    with blas_held_to(1):
-        wanted = min(THREADS, n) - 1
-        with contextlib.suppress(RuntimeError):  # the system allows no more threads
-            while len(helpers) < wanted:
-                helper = threading.Thread(target=help_for_ever, args=[calls], daemon=True)
-                helper.start()
-                helpers.append(helper)
-
-        called = min(wanted, len(helpers))
-        done = queue.SimpleQueue()
-        for _ in range(called):
-            calls.put((work, done))
         try:
-            work()
-        finally:
-            errors = [done.get() for _ in range(called)]
+            # Whoever is free takes the next number. None comes twice, even without Python's lock.
+            for i in iter(numbers.pop, None):
+                results[i] = task(i)
+            done.put(None)
+        except BaseException as error:
+            done.put(error)
+
+    with blas_held_to(1):
+        called = min(THREADS, n) - 1
+        while len(HELPERS) < called:
+            helper = threading.Thread(target=help_for_ever, daemon=True)
+            helper.start()
+            HELPERS.append(helper)
+
+        for _ in range(called):
+            CALLS.put(work)
+        work()
+        errors = [done.get() for _ in range(called + 1)]
     for error in filter(None, errors):
         raise error
     return results
@@ -2711,11 +2662,10 @@ BLOCK_BYTES = 1 << 20  # of a block's widest array: with smaller ones, threads w
 def blocks(n, nbytes, block_bytes=BLOCK_BYTES):
     """n things of nbytes each, cut into blocks of at most block_bytes: a list of slices.
 
-    Their number is a multiple of that of the threads, so that all have the same to do. For less
-    than an eighth of block_bytes no thread is woken: it would wait for the interpreter lock.
+    All threads get the same number of them. For less than an eighth of block_bytes no thread is
+    woken: it would wait for the interpreter lock.
     """
-    least = block_bytes // 8
-    threads = max(1, min(THREADS, n * nbytes // least))
+    threads = max(1, min(THREADS, 8 * n * nbytes // block_bytes))
     return cut(n, threads * math.ceil(n * nbytes / (threads * block_bytes)))
 
 
@@ -2731,8 +2681,8 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
 
     arrays   the names of the arguments that have an entry for each token, (B, T, ...), or of flat
              ones. The layer gets a block of them as (1, rows, ...)
-    sums     the names of those that follow `add`. Each block has its own, and these are added up in
-             the order of the blocks, as are the numbers that a layer returns
+    sums     the names of those that follow `add`, the last argument. Each block has its own, and
+             these are added up in the order of the blocks, as are the numbers that a layer returns
     """
     names = list(inspect.signature(layer).parameters)
     of_rows = [names.index(name) for name in arrays.split()]
@@ -2752,30 +2702,26 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
                 own[i] = array[np.newaxis, slices[number]]
             for i in of_sums:
                 own[i] = np.empty_like(args[i])
-            if of_sums:
-                own[names.index("add")] = False
+                own[-1] = False  # add
             result = layer(*own)
-            return [own[i] for i in of_sums] if of_sums else result
+            return [own[i] for i in of_sums] or result
 
         results = parallel(block, len(slices))
-        if of_sums:
-            for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
-                accumulate(args[i], sum(parts[1:], parts[0]), args[names.index("add")])
-        elif results[0] is not None:
-            return sum(results)
+        if not of_sums:
+            return None if results[0] is None else sum(results)
+        for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
+            accumulate(args[i], sum(parts[1:], parts[0]), args[-1])
 
     return run
 
 
-def by_heads(layer, thirds):
+def by_heads(layer):
     """The same layer, run by blocks of heads, which do not depend on each other.
 
     A block is some sequences with all of their heads or, if that is too much, some heads of one
     sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head.
-
-    Of an argument (B, T, C) the layer gets a block (sequences, T, heads, hs). thirds are the names
-    of those (B, T, 3C), which have queries, keys and values: (sequences, T, 3, heads, hs). lse is
-    (B, T, NH), and a block of it (sequences, T, heads).
+    Of (B, T, C) the layer gets (sequences, T, heads, hs), of qkv and dqkv (sequences, T, 3, heads,
+    hs), and of lse (sequences, T, heads).
     """
     names = list(inspect.signature(layer).parameters)[:-1]  # without NH, the last
 
@@ -2784,11 +2730,10 @@ def by_heads(layer, thirds):
         NH = args[-1]
         views = {}
         for name, array in zip(names, args, strict=False):
-            B, T = array.shape[:2]
-            parts = (3, NH, -1) if name in thirds.split() else (NH, -1)
-            views[name] = array.reshape(B, T, *parts, copy=False)
+            parts = (3, NH, -1) if name in ("qkv", "dqkv") else (NH, -1)
+            views[name] = array.reshape(*array.shape[:2], *parts, copy=False)
 
-        n = views["out"].shape[1]
+        B, n = views["out"].shape[:2]
         nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
         number = len(blocks(B * NH, nbytes))
         of_sequences = cut(B, number)
@@ -2810,17 +2755,14 @@ def by_blocks(products):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
-    other cores have begun. BLAS could use threads of its own instead. But a BLAS thread waits by
-    asking again and again whether the others are done, and keeps its core busy meanwhile: if
-    another program has the core of one of them, a step takes five times as long.
+    other cores have begun.
     """
 
     @functools.wraps(products)
     def run(*jobs):
         if len(jobs) == 1 and len(jobs[0][0]) == 1:
-            # One token: in generation, nearly always. Most of its products take some 0.1 ms. To
-            # start our threads would cost about as much as they save; BLAS's own start sooner. For
-            # 124M on two cores of an AMD EPYC: 80 tokens a second instead of 60.
+            # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own
+            # threads start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
             with blas_held_to(THREADS):
                 return products(*jobs)
         work = [out.size * len(b) for out, _, b, _, _ in jobs]  # multiplications
@@ -2836,9 +2778,8 @@ def product_blocks(out, a, b, add, bias, number):
     """A job of `products`, cut into `number` blocks: a list of jobs.
 
     BLAS copies the rows of a and the columns of b that a block needs, and a column costs half as
-    much again. So blocks are nearly square, as then there is least to copy. They are fewer if they
-    would have less than 2^20 multiplications, some 15 microseconds. What is added to out is cut
-    into so many that a block of a @ b is still in the cache then.
+    much again. So blocks are nearly square. None has less than 2^20 multiplications, some 15
+    microseconds, unless a @ b is added to out: then a block of it should still be in the cache.
     """
     m, n = out.shape
     number = max(1, min(number, out.size * len(b) >> 20))
@@ -2848,18 +2789,17 @@ def product_blocks(out, a, b, add, bias, number):
     ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
     of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
     pieces = []
-    for rows in cut(m, of_rows):
-        for columns in cut(n, of_columns):
-            own_bias = None if bias is None else bias[columns]
-            pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
+    for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
+        own_bias = None if bias is None else bias[columns]
+        pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
     return pieces
 
 
 layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
 layernorm_backward = by_rows(layernorm_backward, "dinp dout inp mean rstd", "dweight dbias")
 products = by_blocks(products)
-attention_forward = by_heads(attention_forward, "qkv")
-attention_backward = by_heads(attention_backward, "dqkv qkv")
+attention_forward = by_heads(attention_forward)
+attention_backward = by_heads(attention_backward)
 gelu_forward = by_rows(gelu_forward, "out inp")
 gelu_backward = by_rows(gelu_backward, "dinp dout inp")
 residual_forward = by_rows(residual_forward, "out inp1 inp2", block_bytes=2 * BLOCK_BYTES)
@@ -3039,6 +2979,7 @@ def find_data(args, V):
         if V == 256:
             print_now(f"the text is that of {names}, byte by byte")
             return [[text] for text in texts]
+        texts = [text.tobytes() for text in texts]
         prefix, fetch = "first", lambda: prepro("learned_files", in_data("first"), *texts, 1024)
     paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
     if not all(map(os.path.exists, paths)):

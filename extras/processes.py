@@ -175,7 +175,7 @@ def train_together(argv):
 
 def main(argv=()):
     """The command line of one of the processes. Returns the exit code."""
-    gpt2.share_cores(COMM.Split_type(MPI.COMM_TYPE_SHARED).size)
+    gpt2.THREADS = gpt2.threads_wanted(COMM.Split_type(MPI.COMM_TYPE_SHARED).size)
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="train_gpt2")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
