@@ -1967,22 +1967,11 @@ def newest_checkpoint(folder):
     return "", None
 
 
-def refuse_used_folder(folder, resume):
-    """InputError if a folder holds what a new run would overwrite.
-
-    With --resume 1 that may be the log of a run that was killed before its first checkpoint.
-    """
-    names = ["model.safetensors", "model.safetensors.index.json", "best"]
-    names += [] if resume else ["main.jsonl"]
-    used = set(names) & set(os.listdir(folder)) or list_checkpoints(folder)
-    how = "go on from its checkpoint with --resume 1, or choose another --output_dir"
-    require(not used, f"{folder} holds a run, or what it has learned: {how}")
-
-
-def lock_folder(folder):
+def lock_folder(folder, resume, state):
     """Keep a folder to this process, as long as the file that is returned is open.
 
-    InputError if another process has it.
+    InputError if another process has it, or if it holds what a new run would overwrite. With
+    --resume 1 that may be the log of a run that was killed before its first checkpoint.
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "ab")
@@ -2001,6 +1990,12 @@ def lock_folder(folder):
         raise InputError(taken) from None
     except OSError:
         pass  # this file system has no locks
+
+    log = "" if resume else "main.jsonl|"
+    run = re.compile(rf"{log}best|checkpoint_\d+.safetensors|model.safetensors.*")
+    new = not any(map(run.fullmatch, os.listdir(folder)))
+    how = "go on from its checkpoint with --resume 1, or choose another --output_dir"
+    require(new or state, f"{folder} holds a run, or what it has learned: {how}")
     return file
 
 
@@ -3055,11 +3050,7 @@ def open_run(argv, make=GPT2, first=True):
         require(args.model, message)
         print_now(f"{args.output_dir} holds NO RUN TO RESUME, so a new one begins")
     args, found = find_or_fall_back(argv, args, checkpoint)
-    lock = None
-    if args.output_dir and first:
-        lock = lock_folder(args.output_dir)
-        if not state:
-            refuse_used_folder(args.output_dir, args.resume)
+    lock = lock_folder(args.output_dir, args.resume, state) if args.output_dir and first else None
 
     data = {}
     for what, shards in (("training", found.training), ("validation", found.validation)):
@@ -3156,14 +3147,6 @@ def make_loader(args, shards, processes=1):
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
-def continue_prompt(run):
-    """--inference_only: print a prompt, and how a model continues it."""
-    with contextlib.suppress(BrokenPipeError):  # a reader that has enough, as in `| head`
-        for text in sample_text(run.args, run.model, run.tokenizer, run.args.max_new_tokens):
-            print(text, end="", flush=True)
-        print(flush=True)
-
-
 @contextlib.contextmanager
 def noted(signals):
     """In this block a signal that asks for an end is added to a list, and the block goes on.
@@ -3206,10 +3189,14 @@ def main(argv=()):
         require(alone, "several processes are: mpiexec -n N python -m extras.processes FLAGS")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
         run = open_run(argv)
-        if run.args.inference_only:
-            continue_prompt(run)
+        args = run.args
+        if args.inference_only:
+            with contextlib.suppress(BrokenPipeError):  # a reader that has enough, as in `| head`
+                for text in sample_text(args, run.model, run.tokenizer, args.max_new_tokens):
+                    print(text, end="", flush=True)
+                print(flush=True)
         elif not run.loader:
-            loss = evaluate(run, run.args.val_max_steps * run.args.batch_size or None)["val_loss"]
+            loss = evaluate(run, args.val_max_steps * args.batch_size or None)["val_loss"]
             print_now(f"perplexity {math.exp(min(loss, 700)):.2f}")
         else:
             with noted(run.signals):

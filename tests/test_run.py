@@ -418,7 +418,7 @@ GOING_ON = {  # what happens to a run's files, the exit code, what is said, more
     "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
     "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
     "log": (lambda patch: edit("part/main.jsonl", with_lines), 0, "resuming"),
-    "lock": (lambda patch: gpt2.lock_folder("part"), 1, "part: another run is writing there"),
+    "lock": (lambda patch: gpt2.lock_folder("part", 1, {1: 1}), 1, "another run is writing"),
     "train": (lambda patch: edit("train_1.bin", flip), 1, "the training data has changed"),
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
     "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
