@@ -40,7 +40,6 @@ if tuple(map(int, np.__version__.split(".")[:2])) < (2, 1):
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
 VAL_BYTES = 106_657  # llm.c's split: these are its 32,768 tokens for validation, 305,260 train
 END_OF_TEXT = "<|endoftext|>"
-MB = 1_000_000
 REVISIONS = {  # of openai-community/NAME on Hugging Face's hub
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
@@ -114,12 +113,13 @@ def get_encoding():
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        raise FetchError(f"can't fetch GPT-2's vocabulary: {reason(error)}", "try again") from None
+        cause = f"can't fetch GPT-2's vocabulary: {reason(error)}"
+        raise FetchError(cause, "try again, or train by bytes: --bytes 1") from None
 
 
 def learned_files(prefix, training, validation, vocab_size):
-    """Learn a vocabulary from a text, and write two, UTF-8 bytes, in it: (train_path, val_path)."""
-    texts = training.decode(), validation.decode()
+    """Learn a vocabulary from the first of two UTF-8 texts, write all: (train_path, val_path)."""
+    texts = [text.decode(errors="replace") for text in (training, validation)]
     files = token_files(prefix, *texts, learn_vocabulary(texts[0], vocab_size))
     write_files(files)
     return tuple(files)[:2]
@@ -151,8 +151,8 @@ def download(url, path, what, sha256=None):
                 require(right, f"the server sent {status} {response.reason}, {kind}")
                 if status == 200:  # the whole file, whatever we asked for
                     file.truncate(file.seek(0))
-                size = int(response.headers.get("Content-Length", 0)) // MB
-                for chunk in counted(response.iter_content(MB), f"fetching {what}, MB", size):
+                size = int(response.headers.get("Content-Length", 0)) // 10**6
+                for chunk in counted(response.iter_content(10**6), f"fetching {what}, MB", size):
                     file.write(chunk)
             file.seek(0)
             found = hashlib.sha256(file.read()).hexdigest()
@@ -263,7 +263,7 @@ def token_files(prefix, training, validation, vocabulary):
     A token file is llm.c's: 256 int32, which are 20240520, version 1, the number of tokens, that of
     the vocabulary, the CRC-32 of PREFIX.tiktoken and zeros, and then the tokens, uint16.
     """
-    texts, learned = [training, validation], {}
+    texts, files, learned = [training, validation], {}, {}
     encode, end, vocab_size = str.encode, ord("\n"), 256
     if vocabulary != "bytes":
         encoding = get_encoding() if vocabulary == "gpt2" else encoding_of(vocabulary)
@@ -274,7 +274,6 @@ def token_files(prefix, training, validation, vocabulary):
         learned = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
     crc32 = zlib.crc32(b"".join(learned.values()))
 
-    files = {}
     for name, text in zip(("train", "val"), texts, strict=True):
         ids = (i for part in text.split("\0") for i in (*encode(part), end))
         tokens = np.fromiter(ids, "<u2")[:-1]
@@ -375,7 +374,7 @@ def read_vocabulary(path):
             lines = map(bytes.split, Path(path).read_bytes().splitlines())
             ids = {b64decode(token, validate=True): int(i) for token, i in lines}
         complete = sorted(ids.values()) == list(range(len(ids)))
-        require(complete and len(ids) < 65536, "expected each id from 0 on once, up to 65535")
+        require(complete and len(ids) < 65536, "expected the ids from 0 on, up to 65535")
         vocabulary = sorted(ids, key=ids.get)
         merges_of(vocabulary)  # or an InputError
         return vocabulary
@@ -398,7 +397,7 @@ def spelled(token):
 
 def merges_of(vocabulary):
     """The lines of merges.txt for a vocabulary without its <|endoftext|>: a list of str."""
-    require(sorted(vocabulary[:256]) == BYTES, "expected the 256 bytes as the first tokens")
+    require(sorted(vocabulary[:256]) == BYTES, "a vocabulary's first 256 tokens must be the bytes")
     ranks = {token: i for i, token in enumerate(vocabulary)}
     lines = []
     for new, token in enumerate(vocabulary[256:], 256):
@@ -446,7 +445,7 @@ def parse_args(argv):
     add("--encoding", default="utf-8", metavar="NAME", help="their encoding (utf-8): gbk, cp1252")
     add("--val_fraction", type=float, default=0.1, metavar="X", help="this part validates (0.1)")
     add("--output_prefix", **path, metavar="PREFIX", help="write PREFIX_train.bin, PREFIX_val.bin")
-    add("--endoftext", **switch, help=f"1: {END_OF_TEXT} in the text is that token")
+    add("--endoftext", **switch, help=f"1: {END_OF_TEXT} is that token, or a newline in bytes")
     add("--replace", **switch, help="1: replace token files that hold something else")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--bytes", **switch, help="1: the text's bytes are the tokens")
@@ -480,16 +479,16 @@ def own_files(args):
     found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
 
-    name, vocabulary = Path(paths[0]).stem, "bytes" if args.bytes else "gpt2"
+    vocabulary = "bytes" if args.bytes else "gpt2"
     if args.vocabulary:
         vocabulary = read_vocabulary(args.vocabulary)
     if args.vocab_size:
         vocabulary = learn_vocabulary(training.replace("\0", "\n"), args.vocab_size)
         if len(vocabulary) + 1 < args.vocab_size:
             say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
-    if vocabulary != "gpt2" and not args.input:
-        name += f"_{args.vocab_size or 'own'}"
-    return token_files(args.output_prefix or in_data(name), training, validation, vocabulary)
+    kind = "" if args.input or vocabulary == "gpt2" else f"_{args.vocab_size or 'own'}"
+    prefix = args.output_prefix or in_data(Path(paths[0]).stem + kind)
+    return token_files(prefix, training, validation, vocabulary)
 
 
 def main(argv=None):
