@@ -6,17 +6,17 @@ What must be ready before training. It lies in data/, and what is missing there 
     tiktoken/                          GPT-2's vocabulary, as tiktoken keeps it
     gpt2.safetensors, ...              OpenAI's weights, unless Hugging Face's cache has them
 
-    python prepro_tinyshakespeare.py                            Tiny Shakespeare in GPT-2's tokens
-    python prepro_tinyshakespeare.py --input my.txt             data/my_train.bin, data/my_val.bin
-    python prepro_tinyshakespeare.py --input my.txt --bytes 1   its bytes as tokens
-    python prepro_tinyshakespeare.py --input my.txt --vocab_size 1024
-                                       a vocabulary learned from it, data/my.tiktoken
+    python prepro_tinyshakespeare.py                                    Tiny Shakespeare
+    python prepro_tinyshakespeare.py --input my.txt                     data/my_{train,val}.bin
+    python prepro_tinyshakespeare.py --input my.txt --bytes 1           its bytes as tokens
+    python prepro_tinyshakespeare.py --input my.txt --vocab_size 1024   and data/my.tiktoken
 """
 
 import argparse
 import contextlib
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import shlex
@@ -27,7 +27,6 @@ import time
 import zlib
 from base64 import b64decode, b64encode
 from collections import Counter, defaultdict
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +129,7 @@ def package(name):
     try:
         return __import__(name)
     except ImportError:
-        raise FetchError(f"the package {name} is missing", f"pip install {name}") from None
+        raise FetchError(f"package {name} is missing (pip install {name})", "install it") from None
 
 
 def download(url, path, what, sha256=None):
@@ -320,8 +319,8 @@ def learn_vocabulary(text, vocab_size):
 
     def write(word, new_ids):
         """Give a word new ids, and count by how much that changes the frequency of its pairs."""
-        change = Counter(map("".join, pairwise(new_ids)))
-        change.subtract(map("".join, pairwise(ids[word])))
+        change = Counter(map("".join, itertools.pairwise(new_ids)))
+        change.subtract(map("".join, itertools.pairwise(ids[word])))
         ids[word] = new_ids
         for pair, difference in change.items():
             if difference:
@@ -403,10 +402,11 @@ def merges_of(vocabulary):
     for new, token in enumerate(vocabulary[256:], 256):
         parts = [token[i : i + 1] for i in range(len(token))]  # two, after all earlier merges
         while len(parts) > 2:
-            rank, i = min((ranks.get(a + b, new), i) for i, (a, b) in enumerate(pairwise(parts)))
+            pairs = list(map(b"".join, itertools.pairwise(parts)))
+            rank, i = min((ranks.get(pair, new), i) for i, pair in enumerate(pairs))
             if rank >= new:
                 break
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+            parts[i : i + 2] = [pairs[i]]
         require(len(parts) == 2, f"token {new}, {token}, does not merge two earlier ones")
         lines.append(" ".join(map(spelled, parts)))
     return lines
