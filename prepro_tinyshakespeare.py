@@ -497,7 +497,7 @@ def main(argv=None):
     try:
         files = own_files(args)
         old = [p for p in files if os.path.exists(p) and Path(p).read_bytes() != files[p]]
-        found = f"what is in {' and '.join(old)} is something else"
+        found = f"something else is in {' and '.join(old)}"
         require(args.replace or not old, f"{found}: add --replace 1, or another --output_prefix")
         write_files(files)
 
