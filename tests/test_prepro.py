@@ -1,9 +1,9 @@
 """Fetching, tokenising and learning a vocabulary: prepro_tinyshakespeare.py."""
 
 import hashlib
-import io
 import os
 import random
+import re
 import shlex
 import socket
 import struct
@@ -12,53 +12,35 @@ import sys
 import threading
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
-from types import SimpleNamespace
-from unittest.mock import Mock
+from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import regex
-import requests
 import tiktoken
-from common import VOCABULARY_FILES, VOCABULARY_FOLDER, need_gpt2_vocabulary
+from common import NOBODY, VOCABULARY_FILES, VOCABULARY_FOLDER, need_gpt2_vocabulary
 
 import prepro_tinyshakespeare as prepro
 from prepro_tinyshakespeare import FetchError, InputError
 
-SHAKESPEARE_TEXT = os.path.abspath(
-    os.environ.get("TINY_SHAKESPEARE") or "data/tiny_shakespeare.txt"
-)
-PLACES = "TIKTOKEN_CACHE_DIR DATA_GYM_CACHE_DIR HF_ENDPOINT HF_HUB_CACHE HF_HOME XDG_CACHE_HOME"
-PROXIES = "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY http_proxy https_proxy all_proxy no_proxy"
-BODY = random.Random(1).randbytes(700_001)
-NOBODY = "http://127.0.0.1:9"  # no server listens there
+SHAKESPEARE = os.path.abspath(os.environ.get("TINY_SHAKESPEARE") or "data/tiny_shakespeare.txt")
+content = lambda path: Path(path).read_bytes()
 
 
 def put(path, data):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(data)
-    return path
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(data)
 
 
-def content(path):
-    with open(path, "rb") as file:
-        return file.read()
-
-
-def one_line(message, *parts):
-    """The message is one line and says all of these."""
-    assert message.strip() and "\n" not in message.strip(), message
-    assert [part for part in parts if part not in message] == [], message
-
-
-def refused(call, *parts, error=InputError):
+def refused(call, *parts, error=FetchError):
     """The call ends with just this error, of one line that says all of these."""
-    with pytest.raises(InputError) as caught:
+    with pytest.raises((InputError, OSError)) as caught:
         call()
-    assert type(caught.value) is error
-    one_line(str(caught.value), *parts)
+    assert type(caught.value) is error and "\n" not in str(caught.value)
+    assert [part for part in parts if part not in str(caught.value)] == []
     return caught.value
 
 
@@ -66,230 +48,162 @@ def refused(call, *parts, error=InputError):
 def empty_folder(tmp_path, monkeypatch):
     """Work in an empty folder, with nobody's caches and without a network."""
     monkeypatch.chdir(tmp_path)
-    for name in (PLACES + " " + PROXIES).split():
-        monkeypatch.setenv(name, "")  # so that what a test sets is undone
-        monkeypatch.delenv(name)
-    for name in ("HOME", "USERPROFILE"):
-        monkeypatch.setenv(name, str(tmp_path))
-    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, NOBODY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(prepro.tempfile, "gettempdir", lambda: "temporary")
-    monkeypatch.setattr(prepro, "RETRY_WAIT", 0)
-    return tmp_path
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # or it would remember GPT-2's
+    environment = {name: os.environ.get(name, "") for name in ("PATH", "SYSTEMROOT")}
+    environment |= {"HTTP_PROXY": NOBODY, "HTTPS_PROXY": NOBODY, "NO_PROXY": "127.0.0.1"}
+    environment |= {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)}
+    with patch.dict(os.environ, environment, clear=True):
+        yield
 
 
 # --------------------------------------------------------------------------------------------------
 # Fetching, from a server that misbehaves
 
+BODY = random.Random(1).randbytes(2_500_001)
+RIGHT = hashlib.sha256(BODY).hexdigest()
+
 
 class Hub(BaseHTTPRequestHandler):
     """A server with one file behind a redirect. Tests make it misbehave."""
 
-    def log_message(self, *args):
-        pass
-
-    def answer(self, status, headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-
     def do_GET(self):
         hub = self.server
-        if not self.path.startswith("/cdn"):
-            return self.answer(302, {"Location": "/cdn" + self.path, **hub.linked})
-        asked = self.headers.get("Range")
-        hub.seen.append(asked)
-        start = int(asked[6:-1]) if asked and hub.ranges else 0
-        if start >= len(hub.body):
-            return self.answer(416, {})
-        rest = hub.body[start:]
-        status = hub.status or (206 if start else 200)
-        self.answer(status, {"Content-Type": hub.type, "Content-Length": len(rest)})
-        if hub.cuts:
+        status, headers, rest = 302, {"Location": "/cdn" + self.path, **hub.linked}, b""
+        if self.path.startswith("/cdn"):
+            hub.seen.append(int(self.headers["Range"][6:-1]))
+            rest = BODY[hub.seen[-1] if hub.ranges else 0 :]
+            headers = {"Content-Type": hub.type, "Content-Length": str(len(rest))}
+            status = hub.status or (206 if hub.ranges else 200) if rest else 416
+        self.send_response(status)
+        for header in headers.items():
+            self.send_header(*header)
+        self.end_headers()
+        if rest and hub.cuts:
             self.wfile.write(rest[: hub.cuts.pop(0)])
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        half = len(rest) // 2
-        self.wfile.write(rest[:half])
-        hub.halfway()
-        self.wfile.write(rest[half:])
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif rest:
+            self.wfile.write(rest[:999_999])
+            hub.halfway()
+            self.wfile.write(rest[999_999:])
 
 
 @pytest.fixture
 def hub(empty_folder):
-    """The server. cuts: after how many bytes each connection breaks. seen: the Ranges asked for."""
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    hub.handle_error = lambda *args: None  # we hang up on a server that offers the wrong thing
-    hub.url = f"http://127.0.0.1:{hub.server_port}/model"
-    hub.body, hub.status, hub.ranges = BODY, None, True
-    hub.type, hub.linked, hub.cuts, hub.seen = "text/plain", {}, [], []
-    hub.halfway = lambda: None
-    threading.Thread(target=hub.serve_forever, args=[0.01]).start()
-    yield hub
-    hub.shutdown()
-    hub.server_close()
+    """The server. cuts: after how many bytes each connection breaks. seen: the starts asked for."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        hub.url = f"http://127.0.0.1:{hub.server_port}/model"
+        hub.status, hub.ranges, hub.type, hub.linked = None, True, "text/plain", {}
+        hub.cuts, hub.seen, hub.halfway = [], [], lambda: None
+        threading.Thread(target=hub.serve_forever, args=[0.01]).start()
+        yield hub
+        hub.shutdown()
 
 
-RIGHT = hashlib.sha256(BODY).hexdigest()
 LINKED = {"linked": {"X-Linked-Etag": f'"{RIGHT}"'}}
 WRONG = {"linked": {"X-Linked-Etag": f'"{64 * "0"}"'}}
-SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, Ranges, the error)
-    "a redirect with the hash": (LINKED, None, b"", [None], []),
-    "a redirect with another hash": (WRONG, None, b"", [None], ["another file", "000000000000"]),
-    "a redirect without headers": ({}, None, b"", [None], []),
-    "a cut connection": ({"cuts": [300_000]}, RIGHT, b"", [None, "bytes=262144-"], []),
-    "a part of an earlier run": ({}, RIGHT, BODY[:999], ["bytes=999-"], []),
-    "all of it from an earlier run": ({}, RIGHT, BODY, ["bytes=700001-"], []),
-    "a refused range": ({"ranges": False}, RIGHT, BODY[:999], ["bytes=999-"], []),
-    "a part of another file": ({}, RIGHT, b"x" * 999, ["bytes=999-"], ["another file", RIGHT[:12]]),
-    "a web page": ({"type": "text/html"}, RIGHT, b"", [None], ["web page", "log in"]),
-    "no such file": ({"status": 404}, RIGHT, b"", [None], ["404 Not Found"]),
-    "nothing": ({"cuts": [0] * 9}, RIGHT, b"", [None], ["no network"]),
+CUT = {"cuts": [1_200_000, 1_100_000]}
+SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, starts, the error)
+    "a redirect with the hash": (LINKED, None, b"", [0], ""),
+    "a redirect with another hash": (WRONG, None, b"", [0], "another file"),
+    "a redirect without headers": ({}, None, b"", [0], ""),
+    "cut connections": (CUT, RIGHT, b"", [0, 1_000_000, 2_000_000], ""),
+    "cut for good": ({"cuts": [1_200_000, 0]}, RIGHT, b"", [0, 1_000_000], "no network"),
+    "cut at once": ({"cuts": [0]}, RIGHT, b"", [0], "no network"),
+    "a part of an earlier run": ({}, RIGHT, BODY[:999], [999], ""),
+    "all of it from an earlier run": ({}, RIGHT, BODY, [2_500_001], ""),
+    "a refused range": ({"ranges": False}, RIGHT, BODY[:999], [999], ""),
+    "a part of another file": ({}, RIGHT, b"x" * 999, [999], "another file"),
+    "a web page": ({"type": "text/html"}, RIGHT, b"", [0], "the server sent 206 Partial"),
+    "no such file": ({"status": 404}, RIGHT, b"", [0], "the server sent 404 Not Found"),
 }
 
 
 @pytest.mark.parametrize("behaviour", SERVERS)
 def test_a_server(hub, behaviour):
-    attributes, sha256, part, ranges, said = SERVERS[behaviour]
+    attributes, sha256, part, starts, said = SERVERS[behaviour]
     vars(hub).update(attributes)
     if part:
         put("data/file.part", part)
-    fetch = lambda: prepro.download(hub.url, "data/file", sha256, "the file")
+    fetch = lambda: prepro.download(hub.url, "data/file", "the file", sha256)
     if said:
-        said = [*said, hub.url, "put it at data/file", "--model bytes"]
-        error = refused(fetch, *said, error=FetchError)
-        assert error.cause.startswith("can't fetch the file: ") and len(error.cause) < 100
-        assert os.listdir("data") == [], "what is wrong is not kept"
+        remedy = hub.url, "put it at data/file", "train by bytes", "REQUESTS_CA_BUNDLE"
+        cause = refused(fetch, *remedy).cause
+        assert cause.startswith(f"can't fetch the file: {said}") and len(cause) < 100
+        left = [content(path) for path in Path("data").iterdir()]
+        assert left == ([BODY[:1_000_000]] if len(starts) == 2 else []), "what is wrong is not kept"
     else:
         assert fetch() == "data/file" and content("data/file") == BODY
         assert os.listdir("data") == ["file"]
         fetch()
-    assert hub.seen == ranges, "and what is there is not fetched again"
-
-
-def test_a_download_that_breaks_for_good_is_continued_by_the_next_run(hub):
-    hub.cuts = [150_000] + [0] * 99
-    fetch = lambda: prepro.download(hub.url, "file", RIGHT)
-    refused(fetch, "the connection broke", error=FetchError)
-    assert os.listdir() == ["file.part"] and BODY.startswith(content("file.part"))
-    assert len(hub.seen) == prepro.ATTEMPTS
-    hub.cuts = []
-    fetch()
-    assert hub.seen[-1] == "bytes=131072-" and content("file") == BODY
+    assert hub.seen == starts, "and what is there is not fetched again"
 
 
 def test_two_first_runs_at_once_do_not_write_to_the_same_file(hub):
     """The first takes over what is left of an earlier run; both are halfway at the same time."""
     put("file.part", BODY[:999])
     hub.halfway = threading.Barrier(2, timeout=20).wait
-    fetch = lambda: prepro.download(hub.url, "file", RIGHT)
-    threads = [threading.Thread(target=fetch) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(map(str, hub.seen)) == ["None", "bytes=999-"]
-    assert content("file") == BODY and os.listdir() == ["file"]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: prepro.download(hub.url, "file", "it", RIGHT), range(2)))
+    assert sorted(hub.seen) == [0, 999] and content("file") == BODY and os.listdir() == ["file"]
 
 
-def test_ctrl_c_ends_with_130(empty_folder, monkeypatch, capsys):
-    monkeypatch.setattr(prepro, "download", Mock(side_effect=KeyboardInterrupt))
-    assert prepro.main([]) == 130
-    one_line(capsys.readouterr().err, "stopped")
-
-
-NETWORKS = {  # what requests raises: how the cause ends
-    "ConnectionError": "no network (why)",
-    "SSLError": "(why); name the certificate of a proxy in REQUESTS_CA_BUNDLE",
-    "InvalidSchema": '(why); a socks proxy needs pip install "requests[socks]"',
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_networks_that_need_something(empty_folder, monkeypatch, name):
-    get = Mock(side_effect=getattr(requests.exceptions, name)("why"))
-    monkeypatch.setattr(requests, "get", get)
-    caught = refused(lambda: prepro.download("https://a/x", "file"), error=FetchError)
-    assert caught.cause.endswith(NETWORKS[name])
-
-
-@pytest.mark.parametrize("what", ["tiny_shakespeare", "vocabulary", "gpt2", "embedded"])
-def test_only_what_could_not_be_fetched_is_a_fetch_error(empty_folder, monkeypatch, what):
+@pytest.mark.parametrize("what", ["tiny_shakespeare", "gpt2"])
+def test_only_what_could_not_be_had_is_a_fetch_error(empty_folder, monkeypatch, what):
     provide = lambda: prepro.provide(what)
-    put("data", b"a file where a folder is needed")
-    refused(provide, "data")
+    os.symlink("nowhere", "data") if os.name != "nt" else put("data", b"where a folder should be")
+    refused(provide, "data is a file, or a link to something that is gone", error=OSError)
     os.remove("data")
-    if os.name != "nt":
-        os.symlink("nowhere", "data")
-        refused(provide, "data is ", "a link to something that is gone")
-        os.remove("data")
-    if what != "embedded":
-        refused(provide, "can't fetch", "no network", error=FetchError)
+    refused(provide, "can't fetch", "no network (Connection refused)")
     monkeypatch.setitem(sys.modules, "requests", None)  # so Python marks an import that must fail
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    refused(provide, f"pip install {'tiktoken' if what == 'embedded' else 'requests'}")
-    refused(lambda: prepro.provide("gpt3"), "gpt3", "gpt2-medium")
+    refused(provide, "pip install requests")
+    for name in ("tiktoken", "regex"):
+        monkeypatch.setitem(sys.modules, name, None)
+        refused(lambda: prepro.learned_files("x", b"to be", b"or", 300), f"pip install {name}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Caches
-
-
-def test_what_is_fetched_lies_in_data(hub, monkeypatch):
-    vars(hub).update(LINKED)
-    monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    assert prepro.provide("gpt2-medium") == "data/gpt2-medium.safetensors"
-    assert content("data/gpt2-medium.safetensors") == BODY
-    named = "another file", "248dfc391186", f"{prepro.REVISIONS['gpt2']}/model.safetensors"
-    refused(lambda: prepro.provide("gpt2"), *named, error=FetchError)
-
-    monkeypatch.setattr(prepro, "VOCABULARY", hub.url)
-    monkeypatch.setattr(prepro, "SHA256", {"vocab.bpe": RIGHT, "encoder.json": RIGHT})
-    assert prepro.provide("vocabulary") == "data/tiktoken"
-    names = [hashlib.sha1(f"{hub.url}{name}".encode()).hexdigest() for name in prepro.SHA256]
-    assert sorted(os.listdir("data/tiktoken")) == sorted(names)
+def test_progress_is_counted_every_five_seconds(monkeypatch, capsys):
+    clock = iter([0, 1, 5.1, 5.1, 6, 11, 11])  # seconds at each call
+    monkeypatch.setattr(prepro.time, "monotonic", clock.__next__)
+    assert list(prepro.counted("abcd", "fetching", 9000)) == list("abcd")
+    assert capsys.readouterr().err == "fetching: 2 of 9,000\nfetching: 4 of 9,000\n"
 
 
 OURS = prepro.REVISIONS["gpt2"]
 OWNER = "openai-community--"
-WEIGHTS = hashlib.sha256(b"weights").hexdigest()
-CACHES = {  # (how its place is told, the place, the owner, the revision, its link, SHA-256 known)
-    "a link": ({}, ".cache/huggingface/hub", OWNER, "another", WEIGHTS, WEIGHTS),
-    "a file": ({"XDG_CACHE_HOME": "[c]"}, "[c]/huggingface/hub", OWNER, "another", "", WEIGHTS),
-    "of an old name": ({"HF_HOME": "[c]", "XDG_CACHE_HOME": "no"}, "[c]/hub", "", OURS, "", ""),
-    "in a place": ({"HF_HUB_CACHE": "c", "HF_HOME": "no"}, "c", OWNER, OURS, "", WEIGHTS),
-    "not a damaged file": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, "", RIGHT),
-    "not another of unknown hash": ({"HF_HUB_CACHE": "c"}, "c", OWNER, "another", "", ""),
-    "not a link to nothing": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, "nothing", ""),
+CACHES = {  # (how its place is told, the place, the owner, the revision, where a link points)
+    "a link": ({}, ".cache/huggingface/hub", OWNER, OURS, "blob"),
+    "a file": ({"XDG_CACHE_HOME": "[c]"}, "[c]/huggingface/hub", OWNER, OURS, ""),
+    "of an old name": ({"HF_HOME": "[c]", "XDG_CACHE_HOME": "no"}, "[c]/hub", "", OURS, ""),
+    "in a place": ({"HF_HUB_CACHE": "~/c", "HF_HOME": "no"}, "c", OWNER, OURS, ""),
+    "not another": ({"HF_HUB_CACHE": "c"}, "c", OWNER, "another", ""),
+    "not a link to nothing": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, "nothing"),
 }
 
 
 @pytest.mark.parametrize("case", CACHES)
-def test_weights_in_hugging_faces_cache(empty_folder, monkeypatch, capsys, case):
-    environment, hub, owner, revision, blob, known = CACHES[case]
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(prepro, "SHA256", {"gpt2": known} if known else {})
-    path = f"{hub}/models--{owner}gpt2/snapshots/{revision}/model.safetensors"
-    if blob and os.name != "nt":
-        put(f"{hub}/models--{owner}gpt2/blobs/{WEIGHTS}", b"weights")
-        os.makedirs(os.path.dirname(path))
-        os.symlink(f"../../blobs/{blob}", path)
-    else:
-        put(path, b"weights")
+def test_weights_in_hugging_faces_cache(hub, capsys, case):
+    environment, cache, owner, revision, link = CACHES[case]
+    os.environ.update(environment, HF_ENDPOINT=hub.url + "/")
+    path = f"{cache}/models--{owner}gpt2/snapshots/{revision}/model.safetensors"
+    put(path, b"weights")
+    if link and os.name != "nt":
+        put(f"{cache}/models--{owner}gpt2/blobs/blob", b"weights")
+        os.remove(path)
+        os.symlink(f"../../blobs/{link}", path)
     if case.startswith("not "):
-        refused(lambda: prepro.provide("gpt2"), "can't fetch", error=FetchError)
+        url = f"{hub.url}/openai-community/gpt2/resolve/{OURS}/model.safetensors"
+        refused(lambda: prepro.provide("gpt2"), "another file", "not 248dfc391186", url)
     else:
         found = prepro.provide("gpt2")
         assert os.path.samefile(found, path) and found.endswith("model.safetensors")
-        one_line(capsys.readouterr().err, found)
-        put("data/gpt2.safetensors", b"mine")
-        assert prepro.provide("gpt2") == "data/gpt2.safetensors", "data/ comes first"
+        assert capsys.readouterr().err == f"gpt2: using {found}\n"
+    put("data/gpt2.safetensors", b"mine")
+    assert prepro.provide("gpt2") == "data/gpt2.safetensors", "data/ comes first"
 
 
 FOLDERS = {  # where tiktoken's files lie: the environment
-    "data/tiktoken": {"DATA_GYM_CACHE_DIR": "elsewhere"},
+    "data/tiktoken": {"DATA_GYM_CACHE_DIR": "junk"},
     "mine": {"TIKTOKEN_CACHE_DIR": "mine"},
     "gym": {"DATA_GYM_CACHE_DIR": "gym", "TIKTOKEN_CACHE_DIR": "elsewhere"},
     "temporary/data-gym-cache": {},
@@ -297,19 +211,17 @@ FOLDERS = {  # where tiktoken's files lie: the environment
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, monkeypatch, folder):
+def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, folder):
     need_gpt2_vocabulary()
     for path in VOCABULARY_FILES.values():
         put(f"{folder}/{os.path.basename(path)}", content(path))
-    for name, value in FOLDERS[folder].items():
-        monkeypatch.setenv(name, value)
-    assert prepro.provide("vocabulary") == folder
-    monkeypatch.setitem(tiktoken.registry.ENCODINGS, "gpt2", None)
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")  # or tiktoken would remember it
+        put(f"junk/{os.path.basename(path)}", b"{}")
+    os.environ.update(FOLDERS[folder])
     assert prepro.get_encoding().encode_ordinary("hello world") == [31373, 995]
-    monkeypatch.delitem(tiktoken.registry.ENCODINGS, "gpt2")
+    assert list(prepro.huggingface_files(50304, None)) == ["vocab.json", "merges.txt"]
+    tiktoken.registry.ENCODINGS.clear()
     put(f"{folder}/{os.path.basename(path)}", b"{}")
-    refused(prepro.get_encoding, folder, "damaged", "delete")
+    refused(prepro.get_encoding, "can't fetch GPT-2's vocabulary: Connection refused")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -318,11 +230,9 @@ def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, monkeypatch, folder)
 
 def read_token_file(path):
     """A token file as its description says, with nothing of ours: (V, crc32, list of tokens)."""
-    data = content(path)
-    header = struct.unpack("<256i", data[:1024])
+    header = struct.unpack("<256I", content(path)[:1024])
     assert header[:2] == (20240520, 1) and header[5:] == (0,) * 251
-    assert len(data) == 1024 + 2 * header[2]
-    return *header[3:5], list(struct.unpack(f"<{header[2]}H", data[1024:]))
+    return *header[3:5], list(struct.unpack(f"<{header[2]}H", content(path)[1024:]))
 
 
 def tokens_of(prefix):
@@ -330,319 +240,230 @@ def tokens_of(prefix):
     return [read_token_file(f"{prefix}_{part}.bin")[2] for part in ("val", "train")]
 
 
-def prepared(capsys, *flags):
-    """main(flags) must end well. Returns its lines on stdout."""
+def prepared(capsys, *flags, err=""):
+    """main(flags) must end well, and say so much. Returns the words of the command it prints."""
     assert prepro.main(list(flags)) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out.splitlines()
+    said = capsys.readouterr()
+    assert said.err == err and said.out.startswith("train on it: python ")
+    return shlex.split(said.out)[3:] if os.name != "nt" else said.out.split()[3:]
 
 
-TEXT = "to be, or not to be: naïve, 東京\n" * 9
+@pytest.fixture
+def gpt2(empty_folder):
+    need_gpt2_vocabulary()
+    os.environ["TIKTOKEN_CACHE_DIR"] = VOCABULARY_FOLDER
+    return prepro.get_encoding()
 
 
-@pytest.mark.parametrize("name", "utf-8 utf-8-sig utf-16 utf-16-be utf-32 shift_jis".split())
-def test_text_encodings(empty_folder, capsys, name):
-    text = TEXT.replace("ï", "i") if name == "shift_jis" else TEXT
-    put("my.txt", text.replace("\n", "\r\n").encode(name))
-    flags = [] if name.startswith("utf-8") else ["--encoding", name]
-    prepared(capsys, "--input", "my.txt", "--bytes", "1", *flags)
-    val, train = tokens_of("data/my")
-    assert bytes(val + train) == text.encode() and bytes(train).decode()
-
-
-def test_several_texts_and_the_command_that_trains_on_them(empty_folder, capsys):
-    put("a b.txt", b"to be\n")
-    put("c.txt", b"or not to be\n")
-    flags = "--input", "~/a b.txt", "c.txt", "--bytes", "1", "--output_prefix", "~/d/x y"
-    *counts, command = prepared(capsys, *flags, "--val_fraction", "0.6")
-    assert list(map(bytes, tokens_of("d/x y"))) == [b"to be\n\nor no", b"t to be\n"]
-    paths = [f"{os.path.expanduser('~/d/x y')}_{part}.bin" for part in ("train", "val")]
-    assert counts == [f"{paths[0]}: 8 tokens", f"{paths[1]}: 12 tokens"]
-    words = ["--model", "bytes", "--input_bin", paths[0], "--input_val_bin", paths[1]]
-    assert command.endswith(prepro.quoted(words))
-    if os.name != "nt":
-        assert shlex.split(prepro.quoted(words)) == words
-
-
-def test_a_cut_parts_no_character_and_leaves_no_end_of_text():
-    assert prepro.cut("to be", 2) == (" be", "to")
-    assert prepro.cut("é東京", 4) == prepro.cut("é東京", 2) == ("東京", "é")
-    assert prepro.cut("to\0be", 2) == prepro.cut("to\0be", 3) == ("be", "to")
-
-
-MISTAKES = {  # what a user does: (the bytes of text.txt, flags, what the message must name)
-    "latin-1": (b"na\xefve", [], ["text.txt is not utf-8", "0xef", "position 2", "--encoding"]),
-    "utf-16, no mark": (b"t\0o\0", [], ["text.txt", "NUL at position 1", "--encoding"]),
-    "no encoding": (b"to be", ["--encoding", "klingon"], ["unknown encoding: klingon"]),
-    "half a letter": (b"\\ud800", ["--encoding", "unicode_escape"], ["text.txt", "surrogates"]),
-    "empty": (b"\xef\xbb\xbf \r\n\n", [], ["text.txt", "empty"]),
-    "missing": (b"", ["--input", "nothing.txt"], ["No such file", "nothing.txt"]),
-    "a folder": (b"", ["--input", "."], [". is a folder"]),
-    "too short": (b"to be", ["--bytes", "1"], ["0 characters validate, 5 train", "--val_fraction"]),
-    "nowhere to write": (b"x" * 99, ["--bytes", "1", "--output_prefix", "text.txt/x"], ["text"]),
-    "no vocabulary": (b"to be" * 99, ["--vocabulary", "text.txt"], ["text.txt is no vocabulary"]),
-    "no folder's": (b"to be" * 99, ["--vocabulary", "."], ["No such file", "vocab.json"]),
+LINES = "to be: naïve, 東京\r\n" * 9
+REST = "京\n" + "to be: naïve, 東京\n" * 8
+MARKED = b"to<|endoftext|>be!"
+TEXTS = {  # (the bytes of a.txt, flags, what validates, what trains)
+    name: (LINES.encode(name), f"--encoding {name}", "to be: naïve, 東", REST)
+    for name in "utf-8 utf-8-sig utf-16 utf-16-be utf-32 gb18030".split()
+} | {
+    "two": (b"to be\n", "--input a.txt b.txt --val_fraction 0.6", "to be\n\nor no", "t to be\n"),
+    "cut before a mark": (MARKED, "--endoftext 1 --val_fraction 0.4", "to", "be!"),
+    "cut after a mark": (MARKED, "--endoftext 1 --val_fraction 0.5", "to", "be!"),
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_in_one_line_and_exit_code_1(empty_folder, capsys, mistake):
-    text, flags, named = MISTAKES[mistake]
+@pytest.mark.parametrize("case", TEXTS)
+def test_the_bytes_of_texts(empty_folder, capsys, case):
+    data, flags, *parts = TEXTS[case]
+    put("a.txt", data)
+    put("b.txt", b"or not to be\n")
+    prepared(capsys, "--input", "a.txt", "--bytes", "1", *flags.split())
+    assert [bytes(tokens).decode() for tokens in tokens_of("data/a")] == parts
+
+
+BAD = b"to be" * 99
+MISTAKES = {  # the flags: (the exit code, the bytes of text.txt, what the message must name)
+    "": (1, b"na\xefve", "text.txt is not utf-8: 'utf-8' codec can't decode byte 0xef"),
+    "--bytes 0": (1, b"t\0o\0", "text.txt: there is a NUL in it"),
+    "--encoding klingon": (1, BAD, "unknown encoding: klingon"),
+    "--endoftext 0": (1, b"\xef\xbb\xbf", "0 characters validate, 0 train"),
+    "--bytes 1": (1, b"to be", "0 characters validate, 5 train"),
+    "--input nothing.txt": (1, BAD, "No such file or directory: 'nothing.txt'"),
+    "--input .": (1, BAD, "directory: '.'"),
+    "--bytes 1 --output_prefix text.txt/x": (1, BAD, "text.txt is a file"),
+    "--vocabulary text.txt": (1, BAD, "text.txt is no vocabulary"),
+    "--vocabulary .": (1, BAD, "No such file or directory: 'vocab.json'"),
+    "--inp x": (2, BAD, "unrecognized arguments: --inp x"),
+    "--val_fraction nan": (2, BAD, "--val_fraction nan is not between 0 and 1"),
+    "--vocab_size 257": (2, BAD, "--vocab_size 257 is not between 258 and 50256"),
+    "--vocab_size 50257": (2, BAD, "--vocab_size 50257 is not between 258 and 50256"),
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_ends_in_one_line(empty_folder, capsys, flags):
+    expected, text, named = MISTAKES[flags]
     put("text.txt", text)
-    assert prepro.main(["--input", "text.txt", *flags]) == 1
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(prepro.main(["--input", "text.txt", *flags.split()]))
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ")
-    one_line(err, *named)
+    *usage, line = err.splitlines()
+    assert (ended.value.code, out, bool(usage)) == (expected, "", expected == 2)
+    assert "error: " in line and named in line
     assert os.listdir() == ["text.txt"], "and nothing was written"
 
 
-SENSELESS = """--inptu x; --inp x; x; --replace 1; --output_prefix x; --val_fraction much --input x;
-    --val_fraction 1 --input x; --val_fraction 0.2 --bytes 1; --val_fraction nan --input x;
-    --bytes 1 --endoftext 1; --bytes 1 --vocab_size 300; --vocab_size 257; --vocab_size 50257"""
+def test_tokens_are_replaced_if_asked_to_and_whole(empty_folder, monkeypatch, capsys):
+    put("it's my.txt", b"to be, or not to be\n")
+    flags = "--input", "~/it's my.txt", "--bytes", "1"
+    prepared(capsys, *flags)
+    command = prepared(capsys, *flags)  # the same once more is no conflict
+    named = ["--model", "bytes", "--input_bin", "data/it's my_train.bin", "--input_val_bin"]
+    assert os.name == "nt" or command[2:-1] == named
+    put("it's my.txt", b"that is the question")
+    errors = OSError("no space is left"), KeyboardInterrupt
+    with patch.object(os, "fsync", Mock(side_effect=errors)):
+        ends = [prepro.main([*flags, *more]) for more in ((), *[("--replace", "1")] * 2)]
+    conflict, *said = capsys.readouterr().err.splitlines()
+    assert "data/it's my_train.bin" in conflict and "add --replace 1" in conflict
+    assert (ends, said[0]) == ([1, 1, 130], "error: no space is left") and "stopped" in said[1]
+    assert bytes(sum(tokens_of("data/it's my"), [])) == b"to be, or not to be\n"
+    assert len(os.listdir("data")) == 2
+    prepared(capsys, *flags, "--replace", "1", "--output_prefix", "~/data/it's my")
+    assert bytes(sum(tokens_of("data/it's my"), [])) == b"that is the question"
 
 
-@pytest.mark.parametrize("flags", SENSELESS.split(";"))
-def test_a_command_line_that_makes_no_sense_ends_with_2(empty_folder, capsys, flags):
-    with pytest.raises(SystemExit) as caught:
-        prepro.main(flags.split())
-    assert caught.value.code == 2 and "error: " in capsys.readouterr().err
-    assert os.listdir() == []
+def test_old_versions_are_refused_in_one_line():
+    for change in ("numpy.__version__ = '2.0.2'", "sys.version_info = 3, 9"):
+        run = f"import sys, numpy, runpy; {change}; runpy.run_path({prepro.__file__!r})"
+        done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+        told = r"error: (NumPy 2.0.2 is too old: pip|Python .* is too old: install) .*\n"
+        assert done.returncode == 1 and re.fullmatch(told, done.stderr)
 
 
-def run_prepro(*words):
-    """Python with these words, as a user runs it: (exit code, stdout, stderr)."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_tokens_are_replaced_if_asked_to_and_the_printed_command_works(empty_folder):
-    put("it's.txt", b"to be, or not to be\n" * 9)
-    flags = prepro.__file__, "--input", "it's.txt", "--bytes", "1"
-    assert run_prepro(*flags)[0] == run_prepro(*flags)[0] == 0, "the same once more is no conflict"
-    put("it's.txt", b"that is the question\n" * 9)
-    code, out, err = run_prepro(*flags)
-    assert (code, out) == (1, "")
-    one_line(err, "data/it's_train.bin", "choose another --output_prefix", "--replace 1")
-    if os.name != "nt":
-        assert run_prepro(*shlex.split(err.split("replace it: python ")[1]))[0] == 0
-        assert bytes(sum(tokens_of("data/it's"), [])) == b"that is the question\n" * 9
-
-
-def test_files_are_replaced_whole_or_not_at_all(empty_folder, monkeypatch):
-    put("x.bin", b"what was there")
-    no_room = Mock(side_effect=OSError(28, "No space left on device"))
-    monkeypatch.setattr(os, "fsync", no_room)
-    with pytest.raises(OSError):
-        prepro.write_files({"x.bin": b"new"})
-    assert no_room.called and content("x.bin") == b"what was there" and os.listdir() == ["x.bin"]
-
-
-def test_old_versions_are_refused_in_one_line(empty_folder):
-    run = f"import runpy; runpy.run_path({prepro.__file__!r}, run_name='__main__')"
-    code, _, err = run_prepro("-c", f"import numpy; numpy.__version__ = '2.0.2'; {run}")
-    assert (code, err) == (1, 'error: NumPy 2.0.2 is too old: pip install -U "numpy>=2.1"\n')
-    code, _, err = run_prepro("-c", f"import sys; sys.version_info = (3, 9, 1); {run}")
-    assert code == 1 and "install Python 3.10 or newer" in err
-    one_line(err)
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_counted_on_a_terminal_only(monkeypatch, terminal):
-    clock = iter([0.0, 0.1, 2.0, 2.1, 4.0])  # at the start, and after each of four pieces
-    monkeypatch.setattr(prepro, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    stderr = io.StringIO()
-    stderr.isatty = lambda: terminal
-    monkeypatch.setattr(sys, "stderr", stderr)
-    pieces = [bytes(1000)] * 4
-    assert list(prepro.counted(iter(pieces), "fetching", 500, 9000)) == pieces
-    shown = "\rfetching: 2,500 of 9,000\rfetching: 4,500 of 9,000\n"
-    assert stderr.getvalue() == (shown if terminal else "")
-
-
-def test_tiny_shakespeare_has_the_tokens_every_llm_c_user_knows(empty_folder, monkeypatch, capsys):
-    need_gpt2_vocabulary()
-    if not os.path.isfile(SHAKESPEARE_TEXT):
-        pytest.skip(
-            "needs data/tiny_shakespeare.txt: run `python prepro_tinyshakespeare.py`, "
-            "or name the text in TINY_SHAKESPEARE"
-        )
-    text = content(SHAKESPEARE_TEXT)
+def test_tiny_shakespeare_has_the_tokens_every_llm_c_user_knows(gpt2, capsys):
+    if not os.path.isfile(SHAKESPEARE):
+        pytest.skip("needs data/tiny_shakespeare.txt: run prepro, or name it in TINY_SHAKESPEARE")
+    text = content(SHAKESPEARE)
     put("data/tiny_shakespeare.txt", text)
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
     paths = prepro.provide("tiny_shakespeare")
     assert paths == ("data/tiny_shakespeare_train.bin", "data/tiny_shakespeare_val.bin")
     val, train = tokens_of("data/tiny_shakespeare")
     assert (len(val), len(train)) == (32_768, 305_260)
     assert val[:5] == [50256, 5962, 22307, 25, 198] and train[:4] == [9203, 262, 39418, 13]
-    spelt = prepro.get_encoding().decode_bytes([i for i in val + train if i != 50256])
+    spelt = gpt2.decode_bytes([i for i in val + train if i != 50256])
     assert spelt == text and read_token_file(paths[0])[:2] == (50257, 0)
+
+    assert "d2" in prepared(capsys, "--vocab_size", "300")
+    vocabulary = prepro.read_vocabulary("data/tiny_shakespeare_300.tiktoken")
+    val, _ = tokens_of("data/tiny_shakespeare_300")
+    assert b"".join(vocabulary[i] for i in val) == text[:106_657], "llm.c's validation"
+    prepared(capsys, "--bytes", "1", "--val_fraction", "0.2")
+    assert bytes(tokens_of("data/tiny_shakespeare_own")[0]) == text[: len(text) // 5]
     os.remove("data/tiny_shakespeare.txt")
     assert prepro.provide("tiny_shakespeare") == paths, "the tokens are enough"
 
-    put("data/tiny_shakespeare.txt", text)
-    prepared(capsys, "--vocab_size", "300")
-    val, train = tokens_of("data/tiny_shakespeare_300")
-    vocabulary = prepro.read_vocabulary("data/tiny_shakespeare_300.tiktoken")
-    assert b"".join(vocabulary[i] for i in val) == text[:106_657], "llm.c's validation"
 
-
-def test_gpt2s_tokens_of_ones_own_texts(empty_folder, monkeypatch, capsys):
-    need_gpt2_vocabulary()
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
+def test_gpt2s_tokens_of_ones_own_texts(gpt2, capsys):
     put("a.txt", b"to be\n\nor not<|endoftext|>to be")
     put("b.txt", b"that\n\n\nis")
     flags = "--input", "a.txt", "b.txt", "--val_fraction", "0.07"
-    gpt2 = prepro.get_encoding()
     marked = " be\n\n<|endoftext|>or not", "to be<|endoftext|>that\n\n<|endoftext|>\nis"
     before, after = (gpt2.encode(part, allowed_special="all") for part in marked)
-    prepared(capsys, *flags, "--endoftext", "1")
+    assert "gpt2" in prepared(capsys, *flags, "--endoftext", "1")
     assert tokens_of("data/a") == [[50256, 1462], before + [50256] + after]
 
-    assert prepro.main([*flags, "--replace", "1"]) == 0
-    one_line(capsys.readouterr().err, "--endoftext 1 makes it the token")
-    spelt = gpt2.encode_ordinary("<|endoftext|>")
-    assert tokens_of("data/a") == [[50256, 1462], before + spelt + after]
+    hint = "<|endoftext|> in the text is characters here: --endoftext 1 makes it the token\n"
+    prepared(capsys, *flags, "--replace", "1", err=hint)
+    assert tokens_of("data/a")[1] == before + gpt2.encode_ordinary("<|endoftext|>") + after
 
 
 # --------------------------------------------------------------------------------------------------
 # A vocabulary of one's own, beside a plain one that counts anew for each merge
 
-SAMPLES = [
-    "The quick brown fox's jumps; we'll see. 1,024 tokens",
-    "naïve café, Ångström, e\u0301 \u0308",
-    "東京は日本の首都です。我们学习语言模型，我们学习。",
-    "👩‍👩‍👧‍👦🙂🙂🙂 a🙂",
-    "a   b  \n\n\n  c \t\t d\r\n ",
-    "aaaa aaaaaaa aaa",
-]
-MIXTURE = content(__file__).decode()[:6000] + "".join(SAMPLES) * 3
-
-
-def words_of(text):
-    """The words of a text, with a character for each id, so that replace() merges."""
-    return ["".join(map(chr, word.encode())) for word in regex.findall(prepro.PATTERN, text)]
+SAMPLES = """The quick brown fox's jumps; we'll see. 1,024 tokens, a   b  \n\n\n  c \t\t d\r\n
+    naïve café, Ångström, e\u0301 \u0308, 東京は日本の首都です。我们学习语言模型，我们学习。
+    👩‍👩‍👧‍👦🙂🙂🙂 a🙂 aaaa aaaaaaa aaa"""
+MIXTURE = content(__file__).decode()[:6000] + SAMPLES * 3
 
 
 def learn_plainly(text, vocab_size):
-    """The pairs that are merged to the ids from 256 on."""
-    words, merges = words_of(text), []
+    """(the vocabulary, bytes by id, and the ids of the text): each merge counts all pairs anew."""
+    words = ["".join(map(chr, word.encode())) for word in regex.findall(prepro.PATTERN, text)]
+    vocabulary = [bytes([i]) for i in range(256)]
     for new in range(256, vocab_size - 1):
         pairs = Counter(left + right for word in words for left, right in pairwise(word))
-        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
-        words = [word.replace(merges[-1], chr(new)) for word in words]
-    return merges
+        merged = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        vocabulary.append(vocabulary[ord(merged[0])] + vocabulary[ord(merged[1])])
+        words = [word.replace(merged, chr(new)) for word in words]
+    return vocabulary, list(map(ord, "".join(words)))
 
 
-def spelt(merges):
-    """The vocabulary, bytes by id, of merges."""
-    vocabulary = [bytes([i]) for i in range(256)]
-    for left, right in merges:
-        vocabulary.append(vocabulary[ord(left)] + vocabulary[ord(right)])
-    return vocabulary
-
-
-LEARNED = {  # what is learned from a text: (the text, the tokens that are no single bytes)
-    "the worked example": (
-        "low\n" * 5 + "lower\n" * 2 + "newest\n" * 6 + "widest\n" * 3,
-        "es est lo low ew new newest dest idest widest er lower",
-    ),
-    "equals: the smallest left id": ("dc\nba\n", "ba dc"),
-    "equals: then the smallest right id": ("ba\nbc\nad\n", "ad ba bc"),
-    "overlaps count": ("aaa\nbc\nbc\n", "aa bc aaa"),
-    "from left to right": ("aaaaa\n" * 2, "aa aaa aaaaa"),
-    "no token spans two words": ("ab,ab,", "ab"),
-    "no pair at all": ("a\n", ""),
+LOW = "low\n" * 5 + "lower\n" * 2 + "newest\n" * 6 + "widest\n" * 3
+LEARNED = {  # a text: the tokens that are learned from it
+    LOW: "es est lo low ew new newest dest idest widest er lower",  # the worked example
+    "dc\nba\n": "ba dc",  # of equals that with the smallest left id
+    "ba\nbc\nad\n": "ad ba bc",  # and then the smallest right id
+    "aaa\nbc\nbc\n": "aa bc aaa",  # overlaps count
+    "aaaaa\n" * 2: "aa aaa aaaaa",  # and are merged from left to right
+    "ab,ab,": "ab",  # no token spans two words
+    "a\n": "",  # no pair at all
 }
 
 
-@pytest.mark.parametrize("example", LEARNED)
-def test_what_is_learned(example):
-    text, tokens = LEARNED[example]
-    learned = prepro.learn_vocabulary(text.encode(), 1000)
-    assert learned == spelt([]) + tokens.encode().split()
-    assert prepro.learn_vocabulary(text.encode(), 258) == learned[:257]
+@pytest.mark.parametrize("text", LEARNED)
+def test_what_is_learned(text):
+    learned = prepro.learn_vocabulary(text, 1000)
+    assert learned == [bytes([i]) for i in range(256)] + LEARNED[text].encode().split()
+    assert prepro.learn_vocabulary(text, 258) == learned[:257]
 
 
 def test_a_mixture_is_learned_and_merged_as_by_a_plain_program():
-    merges = learn_plainly(MIXTURE, 500)
-    vocabulary = spelt(merges)
-    assert prepro.learn_vocabulary(MIXTURE.encode(), 500) == vocabulary
-    words = words_of(MIXTURE)
-    for new, pair in enumerate(merges, 256):
-        words = [word.replace(pair, chr(new)) for word in words]
+    vocabulary, expected = learn_plainly(MIXTURE, 500)
+    assert prepro.learn_vocabulary(MIXTURE, 500) == vocabulary
     encoding = prepro.encoding_of(vocabulary)
     ids = encoding.encode_ordinary(MIXTURE)
-    assert ids == list(map(ord, "".join(words)))
-    assert b"".join(vocabulary[i] for i in ids).decode() == MIXTURE
+    assert ids == expected and b"".join(vocabulary[i] for i in ids).decode() == MIXTURE
     assert encoding.eot_token == len(vocabulary) == encoding.n_vocab - 1
 
 
-def test_gpt2s_ranks_through_this_path_give_gpt2s_ids(empty_folder, monkeypatch):
-    need_gpt2_vocabulary()
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", VOCABULARY_FOLDER)
-    gpt2 = prepro.get_encoding()
-    vocabulary = [gpt2.decode_single_token_bytes(i) for i in range(50256)]
-    ours = prepro.encoding_of(vocabulary)
-    assert ours.encode_ordinary(MIXTURE) == gpt2.encode_ordinary(MIXTURE)
-    put("model/vocab.json", content(VOCABULARY_FILES["encoder.json"]))
-    assert prepro.read_vocabulary("model") == vocabulary, "as Hugging Face writes it"
-    put("gpt2.tiktoken", prepro.vocabulary_file(vocabulary))
-    assert prepro.read_vocabulary("gpt2.tiktoken") == vocabulary
-
-
 def test_vocabularies_that_are_none(empty_folder):
-    lines = prepro.vocabulary_file(spelt(["ab", "bc"])).splitlines()
-    many = [b"%s %d" % (prepro.b64encode(b"%06d" % n), n) for n in range(258, 65536)]
-    wrong = lines[1:], lines[:256] + lines[257:], [*lines, b"!"], [*lines, b"YWI= x"], lines + many
+    lines = prepro.vocabulary_file([*prepro.BYTES, b"ab", b"bc"]).splitlines()
+    pairs = [left + right for left in prepro.BYTES for right in prepro.BYTES]
+    many = prepro.vocabulary_file([*prepro.BYTES, *pairs[:-256]]).splitlines()
+    wrong = [lines[1:], lines[:256] + lines[257:], [*lines, b"!"], [*lines, b"YWI= x"], many]
+    wrong += [[*lines, b"YWI= 258"], [*lines, b"eHl6 258"], [*lines, b"= 258"]]
     for found in wrong:
         put("x.tiktoken", b"\n".join(found))
-        refused(lambda: prepro.read_vocabulary("x.tiktoken"), "x.tiktoken")
+        refused(lambda: prepro.read_vocabulary("x.tiktoken"), "x.tiktoken", error=InputError)
     put("x.tiktoken", b"\r\n".join(lines))
     assert prepro.read_vocabulary("x.tiktoken")[256:] == [b"ab", b"bc"]
 
 
-def test_a_vocabulary_is_learned_from_the_training_part_and_used_again(empty_folder, capsys):
+def test_a_vocabulary_is_learned_from_the_first_of_two_texts(empty_folder):
+    texts = "to be, é, or\n".encode() * 40, b"not to be\n\nto be\n"
+    paths = prepro.learned_files("data/first", *texts, 262)
+    assert paths == ("data/first_train.bin", "data/first_val.bin")
+    vocabulary = prepro.learn_vocabulary(texts[0].decode(), 262)
+    assert prepro.read_vocabulary("data/first.tiktoken") == vocabulary
+    data = content("data/first.tiktoken")
+    assert data.startswith(b"AA== 0\nAQ== 1\n") and data.count(b"\n") == 261
+    for path, text in zip(paths, texts, strict=True):
+        *told, ids = read_token_file(path)
+        assert told == [262, zlib.crc32(data)] and b"".join(vocabulary[i] for i in ids) == text
+
+
+def test_several_texts_in_a_vocabulary_that_is_learned_and_used_again(empty_folder, capsys):
     put("a.txt", b"z" * 40 + b"low lower\n" * 9)
     put("b.txt", b"newest <|endoftext|>widest\n" * 9)
     flags = "--input", "a.txt", "b.txt", "--val_fraction", "0.152", "--endoftext", "1"
-    *_, command = prepared(capsys, *flags, "--vocab_size", "270")
-    assert "--model d2 " in command
-    data = content("data/a.tiktoken")
-    assert data.startswith(b"AA== 0\nAQ== 1\n") and data.count(b"\n") == 269
+    assert "d2" in prepared(capsys, *flags, "--vocab_size", "270")
+    trained = "low lower\n" * 9 + "\n" + "newest \nwidest\n" * 9
     vocabulary = prepro.read_vocabulary("data/a.tiktoken")
-    trained = b"low lower\n" * 9 + b"\n" + b"newest \nwidest\n" * 9
     assert vocabulary == prepro.learn_vocabulary(trained, 270)
     val, train = tokens_of("data/a")
-    V, crc32, _ = read_token_file("data/a_train.bin")
-    assert (V, crc32 & 0xFFFFFFFF) == (270, zlib.crc32(data))
     assert train[0] != 269 and train.count(269) == 10, "between texts only: at b.txt, and at marks"
     text = b"".join([*vocabulary, b"<eot>"][i] for i in val + train)
     assert text == b"z" * 40 + b"low lower\n" * 9 + b"<eot>" + b"newest <eot>widest\n" * 9
 
     prepared(capsys, "--input", "b.txt", "--vocabulary", "data/a.tiktoken", "--endoftext", "1")
-    assert content("data/b.tiktoken") == data
-    assert read_token_file("data/b_val.bin")[:2] == (V, crc32)
-    assert prepro.main([*flags, "--vocab_size", "5000", "--output_prefix", "x"]) == 0
-    one_line(capsys.readouterr().err, f"{len(prepro.read_vocabulary('x.tiktoken')) + 1} only")
-
-
-def test_the_embedded_text(empty_folder):
-    lines = [b"%d bottles of \xc3\xa9\n" % (n % 700) for n in range(2000)]
-    passages = [b""]
-    for line in lines:
-        passages[-1] += line
-        if len(passages[-1]) >= 1000:
-            passages.append(b"")
-    put("data/tiny_shakespeare.txt", b"".join(lines))
-    paths = prepro.provide("embedded")
-    assert paths == ("data/first_train.bin", "data/first_val.bin", "data/first.tiktoken")
-    vocabulary = prepro.read_vocabulary(paths[2])
-    val, train = (b"".join(vocabulary[i] for i in ids) for ids in tokens_of("data/first"))
-    assert val == b"".join(passages[5::10]) and len(passages) > 30
-    assert train == b"".join(part for n, part in enumerate(passages) if n % 10 != 5)
-    assert vocabulary == prepro.learn_vocabulary(train, 1024), "from the training text alone"
-
-    before = [os.stat(path).st_mtime_ns for path in paths]
-    assert prepro.provide("embedded") == paths
-    assert [os.stat(path).st_mtime_ns for path in paths] == before, "what agrees is not written"
+    assert content("data/b.tiktoken") == content("data/a.tiktoken")
+    found = len(prepro.learn_vocabulary(trained, 5000)) + 1
+    hint = f"the text has pairs for a --vocab_size of {found} only\n"
+    prepared(capsys, *flags, "--vocab_size", "5000", "--output_prefix", "x", err=hint)
