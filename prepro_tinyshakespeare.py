@@ -153,14 +153,14 @@ def download(url, path, what, sha256=None):
                 size = int(response.headers.get("Content-Length", 0)) // 10**6
                 for chunk in counted(response.iter_content(10**6), f"fetching {what}, MB", size):
                     file.write(chunk)
-            file.seek(0)
-            found = hashlib.sha256(file.read()).hexdigest()
+            file.flush()
+            found = hashlib.sha256(np.memmap(file.name, np.uint8, "r")).hexdigest()
             if sha256 not in (None, found):
                 file.truncate(0)
                 raise InputError(f"another file came, of SHA-256 {found:.12}, not {sha256:.12}")
         return path
-    except (requests.RequestException, InputError) as error:
-        cause = error if isinstance(error, InputError) else f"no network ({reason(error)})"
+    except (requests.RequestException, ValueError) as error:
+        cause = error if isinstance(error, ValueError) else f"no network ({reason(error)})"
         part = Path(f"{path}.part")
         if part.exists() and part.stat().st_size > have:  # the connection broke
             return download(url, path, what, sha256)
@@ -511,7 +511,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         say("stopped: run it again to go on")
         return 130
-    except (InputError, OSError) as error:
+    except (InputError, OSError, UnicodeError) as error:
         say(f"error: {error}")
         return 1
 
