@@ -2820,7 +2820,6 @@ FROM_SCRATCH = {  # d6, d12, ...; bytes; d2
     "recompute": (1, 0, 0),
     "val_loss_every": (100, 200, 200),
     "sample_every": (100, 200, 200),
-    "log_every": (50, 100, 100),
     "max_new_tokens": (64, 400, 200),
     "temperature": (1.0, 0.6, 0.6),
 }

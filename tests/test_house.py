@@ -34,12 +34,12 @@ LLAMA = LINES.get("extras/llama3.py", 0)
 
 SIZES = {  # lines, and how many there may be
     "the chapter": (len(CHAPTER.splitlines()), 1280),
-    "train_gpt2.py": (LINES["train_gpt2.py"], 3560),
-    "prepro_tinyshakespeare.py": (LINES["prepro_tinyshakespeare.py"], 740),
+    "train_gpt2.py": (LINES["train_gpt2.py"], 3220),
+    "prepro_tinyshakespeare.py": (LINES["prepro_tinyshakespeare.py"], 520),
     "test_gpt2.py": (LINES["test_gpt2.py"], 1600),
     "extras/, but for llama3.py": (sum(LINES[name] for name in EXTRAS) - LLAMA, 2150),
-    "extras/llama3.py": (LLAMA, 670),
-    "tests/": (sum(LINES[name] for name in NAMES if name.startswith("tests/")), 4900),
+    "extras/llama3.py": (LLAMA, 585),
+    "tests/": (sum(LINES[name] for name in NAMES if name.startswith("tests/")), 4150),
     "README.md": (len(lines_of("README.md")), 180),
 }
 
@@ -59,8 +59,16 @@ def test_no_line_is_wider_than_100_columns(name):
 
 
 def test_most_lines_of_the_tool_are_short():
-    """A line that a cap has made dense is harder to read than the two that it replaces."""
-    assert statistics.median(len(line) for line in TOOL.splitlines() if line.strip()) <= 46
+    """A line that a cap has made dense is harder to read than the two that it replaces. Prose, in
+    docstrings and comments, fills its lines and does not count.
+    """
+    prose = set()
+    for node in ast.walk(ast.parse(f"#{TOOL}")):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    code = [line for i, line in enumerate(TOOL.splitlines(), 1) if i not in prose]
+    code = [line for line in code if line.strip() and not line.strip().startswith("#")]
+    assert statistics.median(map(len, code)) <= 42
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "prepro_tinyshakespeare.py", *EXTRAS])
