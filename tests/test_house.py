@@ -68,7 +68,7 @@ def test_most_lines_of_the_tool_are_short():
             prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     code = [line for i, line in enumerate(TOOL.splitlines(), 1) if i not in prose]
     code = [line for line in code if line.strip() and not line.strip().startswith("#")]
-    assert statistics.median(map(len, code)) <= 42
+    assert statistics.median(map(len, code)) <= 44
 
 
 @pytest.mark.parametrize("name", ["train_gpt2.py", "prepro_tinyshakespeare.py", *EXTRAS])
