@@ -286,17 +286,17 @@ def token_files(prefix, training, validation, vocabulary):
 #
 # Byte pair encoding (Sennrich, Haddow and Birch, 2016, https://arxiv.org/abs/1508.07909) begins
 # with the 256 bytes and makes the most frequent pair of neighbours a new token, again and again.
-# Their example has the words low, lower, newest, widest, which occur 5, 2, 6, 3 times:
+# In their example low, lower, newest, widest occur 5, 2, 6, 3 times, so the pair e s 6 + 3 times:
 #
 #     l o w, l o w e r, n e w e s t, w i d e s t
-#         e s 9, s t 9, w e 8, l o 7, o w 7, ...: e is before s, so    256 = e s
+#         e s 9, s t 9, w e 8, l o 7, o w 7, ...: (e s) is before (s t), so    256 = e s
 #     l o w, l o w e r, n e w es t, w i d es t
-#         es t 9, l o 7, o w 7, n e 6, ...:                            257 = es t
+#         es t 9, l o 7, o w 7, e w 6, n e 6, ...:                             257 = es t
 #     l o w, l o w e r, n e w est, w i d est
-#         l o 7, o w 7, n e 6, e w 6, w est 6, ...: l is before o, so  258 = l o
+#         l o 7, o w 7, e w 6, n e 6, w est 6, ...: (l o) is before (o w), so  258 = l o
 #
-# In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. A model
-# with such a vocabulary has few rows in wte, and need not learn to spell.
+# In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. With
+# 1,024 tokens a model has fewer rows in wte than with GPT-2's, and need not spell as with bytes.
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = [bytes([i]) for i in range(256)]
@@ -306,19 +306,19 @@ def learn_vocabulary(text, vocab_size):
     """The bytes of each token, a list by id, learned from a text.
 
     Ids 0 to 255 are the bytes, 256 is the first merge, and the last of the vocab_size ids will be
-    <|endoftext|>, which is not in the list. Fewer are learned if the text has no more pairs. Of
-    equally frequent pairs that with the smallest (left id, right id) is merged. "aaa" has two.
+    <|endoftext|>, which is not in the list. Fewer are learned if the text has no more pairs. "aaa"
+    has two pairs. Of equally frequent ones that with the smallest (left id, right id) is merged.
     """
-    # A word's ids are kept as the characters of these numbers, so str.replace merges a pair.
+    # Id 300 is chr(300), and a word a string of such characters: str.replace merges a pair.
     times = Counter(m.group() for m in package("regex").finditer(PATTERN, text))
     ids = dict.fromkeys(times, "")
     frequency = Counter()  # of a pair, a str of two such characters
-    where = defaultdict(set)  # the words in which a pair occurs, or did
+    where = defaultdict(set)  # the words in which a pair occurs, or did before a merge
     changed = set()  # the pairs whose frequency the last merge has changed
     heap = []  # of (-frequency, pair), the greatest frequency first; some are out of date
 
     def write(word, new_ids):
-        """Give a word new ids, and count by how much that changes the frequency of its pairs."""
+        """Give a word new ids, and change the frequency of its pairs by what that changes."""
         change = Counter(map("".join, itertools.pairwise(new_ids)))
         change.subtract(map("".join, itertools.pairwise(ids[word])))
         ids[word] = new_ids
@@ -341,8 +341,8 @@ def learn_vocabulary(text, vocab_size):
             break
 
         pair = heap[0][1]
-        vocabulary.append(b"".join(vocabulary[ord(i)] for i in pair))
-        for word in where.pop(pair):
+        vocabulary.append(b"".join(vocabulary[ord(letter)] for letter in pair))
+        for word in where.pop(pair):  # since write() adds to where
             write(word, ids[word].replace(pair, chr(new)))
     return vocabulary
 
