@@ -227,6 +227,7 @@ def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, nam
     last, _, go_on = stdout.splitlines()[-1].partition(", go on with ")
     assert last.startswith(f"stopped: {len(updates)} updates")
     assert name != "batch_losses" or "val loss" not in "".join(first[seam:])
+    assert not (tmp_path / "a run" / "model.safetensors").exists()
 
     second = told(stdout_of(call(*shlex.split(go_on))))  # which repeats what followed it
     assert second[: len(first) - seam] == first[seam:]
@@ -540,8 +541,10 @@ def test_if_no_model_is_named_a_small_one_learns(call, tmp_path, monkeypatch):
         stdout = stdout_of(call(*flags, *named))
         assert "--> so a small GPT will learn from scratch\n" in stdout and "step 1/1" in stdout
         assert f"saved in {folder}\n" in stdout and steps_of(tmp_path / folder) == [1]
+    assert "nothing is kept without" in stdout_of(call(*flags)) and not os.path.exists("main.jsonl")
     go_on = ("--output_dir", folder, "--resume", 1, "--num_iterations", 2)
     assert "step 2/2" in stdout_of(call(*go_on))
+    assert [e["step"] for e in log_of(tmp_path / folder) if "val_loss" in e] == [0, 1, 2]
     monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
     assert "it is damaged" in line_of(call())  # which is no reason to train something else
 
@@ -670,6 +673,7 @@ def test_how_long_it_will_still_take(place, call, tmp_path, monkeypatch):
     stdout = stdout_of(call("--output_dir", tmp_path, "--resume", 1))
     left = re.findall(r"(?m)^step (\d)/8: .*, 10000 ms(?:, (.*) left)?\)$", stdout)
     assert left == [("5", "0:00:30"), ("6", "0:00:30"), ("7", "0:00:17"), ("8", "")]
+    assert ", 80.0 s, 1 tok/s, " in stdout  # 4 updates of 16 tokens
 
 
 def test_the_best_is_one_that_was_written():
