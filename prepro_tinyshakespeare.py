@@ -93,26 +93,29 @@ def provide(what):
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    sha256 = SHA256.get(what)
     for cached in hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors"):
-        if cached.exists() and not os.path.exists(path):
+        right = cached.exists() and sha256 in (None, cached.resolve().name, digest(cached))
+        if right and not os.path.exists(path):
             say(f"{what}: using {cached}")
             return str(cached)
     server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{server}/openai-community/{what}/resolve/{REVISIONS[what]}/model.safetensors"
-    return download(url, path, f"the weights of {what}", SHA256.get(what))
+    return download(url, path, f"the weights of {what}", sha256)
 
 
 def get_encoding():
     """tiktoken's "gpt2". It fetches two files for that, and checks them. FetchError if it can't."""
     ours = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
     theirs = os.environ.get("DATA_GYM_CACHE_DIR") or f"{tempfile.gettempdir()}/data-gym-cache"
-    cached = os.path.exists(f"{theirs}/{GPT2_FILES['vocab.json']}") and not os.path.exists(ours)
-    os.environ["TIKTOKEN_CACHE_DIR"] = theirs if cached else ours
+    missing = [name for name in GPT2_FILES.values() if not os.path.exists(f"{ours}/{name}")]
+    cached = missing and all(os.path.exists(f"{theirs}/{name}") for name in GPT2_FILES.values())
+    folder = os.environ["TIKTOKEN_CACHE_DIR"] = theirs if cached else ours
     tiktoken = package("tiktoken")
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:
-        cause = f"can't fetch GPT-2's vocabulary: {reason(error)}"
+        cause = f"can't fetch GPT-2's vocabulary to {folder}: {reason(error)}"
         raise FetchError(cause, "try again, or train by bytes: --bytes 1") from None
 
 
@@ -137,35 +140,52 @@ def download(url, path, what, sha256=None):
     if os.path.exists(path):
         return path
     requests = package("requests")
-    try:
-        with whole(path, resumed=True) as file:
-            have = file.tell()
-            headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
-            response = requests.get(url, headers=headers, stream=True, timeout=30)
-            for redirect in response.history:  # in which Hugging Face says what is to come
-                sha256 = sha256 or redirect.headers.get("X-Linked-Etag", "").strip('"') or None
-            status, kind = response.status_code, response.headers.get("Content-Type", "")
-            if status != 416:  # or else nothing was missing
-                right = status in (200, 206) and "text/html" not in kind  # a hotel's page, say
-                require(right, f"the server sent {status} {response.reason}, {kind}")
-                if status == 200:  # the whole file, whatever we asked for
-                    file.truncate(file.seek(0))
-                size = int(response.headers.get("Content-Length", 0)) // 10**6
-                for chunk in counted(response.iter_content(10**6), f"fetching {what}, MB", size):
-                    file.write(chunk)
-            file.flush()
-            found = hashlib.sha256(np.memmap(file.name, np.uint8, "r")).hexdigest()
-            if sha256 not in (None, found):
-                file.truncate(0)
-                raise InputError(f"another file came, of SHA-256 {found:.12}, not {sha256:.12}")
-        return path
-    except (requests.RequestException, ValueError) as error:
-        cause = error if isinstance(error, ValueError) else f"no network ({reason(error)})"
-        part = Path(f"{path}.part")
-        if part.exists() and part.stat().st_size > have:  # the connection broke
-            return download(url, path, what, sha256)
-    remedy = "try again (a proxy's certificate is named in REQUESTS_CA_BUNDLE), train by bytes, or "
-    raise FetchError(f"can't fetch {what}: {cause}", f"{remedy}fetch {url} and put it at {path}")
+    part = Path(f"{path}.part")
+    while True:
+        have = part.stat().st_size if part.exists() else 0
+        try:
+            with whole(path, resumed=True) as file:
+                fetch(url, file, what, sha256)
+            return path
+        except (requests.RequestException, ValueError) as error:
+            cause = error if isinstance(error, ValueError) else f"no network ({reason(error)})"
+        if not part.exists() or part.stat().st_size <= have:
+            break
+        time.sleep(1)  # the connection broke: another one goes on
+
+    remedy = "try again (a proxy may need its certificate in REQUESTS_CA_BUNDLE, or pip install "
+    remedy += f'"requests[socks]"), train by bytes, or fetch {url} and put it at {path}'
+    raise FetchError(f"can't fetch {what}: {cause}", remedy)
+
+
+def fetch(url, file, what, sha256):
+    """Append to a file what it lacks, by one connection. InputError if it is the wrong one then."""
+    have = file.tell()
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    response = package("requests").get(url, headers=headers, stream=True, timeout=30)
+    for redirect in response.history:  # in which Hugging Face says what is to come
+        sha256 = sha256 or redirect.headers.get("X-Linked-Etag", "").strip('"') or None
+    status, kind = response.status_code, response.headers.get("Content-Type", "")
+    if status != 416 or not have:  # or else nothing was missing
+        right = status in (200, 206) and "text/html" not in kind  # a hotel's page, say
+        require(right, f"the server sent {status} {response.reason}, {kind}")
+        if status == 200:  # the whole file, whatever we asked for
+            file.truncate(file.seek(0))
+        size = int(response.headers.get("Content-Length", 0)) >> 16
+        chunks = response.iter_content(1 << 16)
+        for chunk in counted(chunks, f"fetching {what}, pieces of 64 KB", size):
+            file.write(chunk)
+
+    file.flush()
+    found = digest(file.name)
+    if sha256 not in (None, found):
+        file.truncate(0)
+        raise InputError(f"another file came, of SHA-256 {found:.12}, not {sha256:.12}")
+
+
+def digest(path):
+    """The SHA-256 of a file, in hex."""
+    return hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest()
 
 
 @contextlib.contextmanager
@@ -245,6 +265,7 @@ def read_text(path, encoding):
     advice = "you must know its encoding, and name it: --encoding utf-16, or cp1252, gbk, shift_jis"
     try:
         text = Path(path).read_bytes().decode(encoding)
+        text.encode()  # some decoders give half characters
     except (LookupError, UnicodeError) as error:  # which tells the byte and its position
         raise InputError(f"{path} is not {encoding}: {error}: {advice}") from None
     require("\0" not in text, f"{path}: there is a NUL in it: is it a text? If so, {advice}")
@@ -263,10 +284,10 @@ def token_files(prefix, training, validation, vocabulary):
     the vocabulary, the CRC-32 of PREFIX.tiktoken and zeros, and then the tokens, uint16.
     """
     texts, files, learned = [training, validation], {}, {}
-    encode, end, vocab_size = str.encode, ord("\n"), 256
+    vocab_size = 256
     if vocabulary != "bytes":
         encoding = get_encoding() if vocabulary == "gpt2" else encoding_of(vocabulary)
-        encode, end, vocab_size = encoding.encode_ordinary, encoding.eot_token, encoding.n_vocab
+        vocab_size = encoding.n_vocab
     if vocabulary == "gpt2":  # the text for validation begins one, and that for training goes on
         texts = [text.replace("\n\n", "\n\n\0") for text in (training, "\0" + validation)]
     elif vocabulary != "bytes":
@@ -274,8 +295,12 @@ def token_files(prefix, training, validation, vocabulary):
     crc32 = zlib.crc32(b"".join(learned.values()))
 
     for name, text in zip(("train", "val"), texts, strict=True):
-        ids = (i for part in text.split("\0") for i in (*encode(part), end))
-        tokens = np.fromiter(ids, "<u2")[:-1]
+        if vocabulary == "bytes":
+            tokens = np.frombuffer(text.replace("\0", "\n").encode(), np.uint8).astype("<u2")
+        else:
+            parts = map(encoding.encode_ordinary, text.split("\0"))
+            ids = itertools.chain.from_iterable([*part, encoding.eot_token] for part in parts)
+            tokens = np.fromiter(ids, "<u2")[:-1]
         header = np.array([20240520, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
         files[f"{prefix}_{name}.bin"] = header.tobytes() + tokens.tobytes()
     return files | learned
@@ -298,6 +323,7 @@ def token_files(prefix, training, validation, vocabulary):
 # In a text the words are what GPT-2's pattern cuts out of it, so no token spans two words. With
 # 1,024 tokens a model has fewer rows in wte than with GPT-2's, and need not spell as with bytes.
 
+BYTES_CRC, GPT2_CRC = 3569890623, 2990262213  # of the files of these two vocabularies
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 BYTES = [bytes([i]) for i in range(256)]
 
@@ -463,8 +489,10 @@ def parse_args(argv):
 def own_files(args):
     """{path: bytes}, as of token_files, of what the flags ask for."""
     paths = args.input or [in_data("tiny_shakespeare.txt")]
-    if not args.input:  # one that is there is used as it is
+    if not args.input:
         download(f"{SHAKESPEARE}input.txt", paths[0], "Tiny Shakespeare", SHA256["input.txt"])
+        if digest(paths[0]) != SHA256["input.txt"]:
+            say(f"{paths[0]} is not the original, but is used: delete it to fetch the original")
     text = "\0".join(read_text(path, args.encoding) for path in paths)
     if args.endoftext:
         text = text.replace(END_OF_TEXT, "\0")
@@ -482,11 +510,14 @@ def own_files(args):
     vocabulary = "bytes" if args.bytes else "gpt2"
     if args.vocabulary:
         vocabulary = read_vocabulary(args.vocabulary)
+        crc32 = zlib.crc32(vocabulary_file(vocabulary))
+        vocabulary = {BYTES_CRC: "bytes", GPT2_CRC: "gpt2"}.get(crc32, vocabulary)
     if args.vocab_size:
         vocabulary = learn_vocabulary(training.replace("\0", "\n"), args.vocab_size)
         if len(vocabulary) + 1 < args.vocab_size:
             say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
-    kind = "" if args.input or vocabulary == "gpt2" else f"_{args.vocab_size or 'own'}"
+    kind = vocabulary if vocabulary in ("bytes", "gpt2") else args.vocab_size or "own"
+    kind = "" if args.input or kind == "gpt2" else f"_{kind}"
     prefix = args.output_prefix or in_data(Path(paths[0]).stem + kind)
     return token_files(prefix, training, validation, vocabulary)
 
@@ -503,6 +534,8 @@ def main(argv=None):
 
         train_path, val_path, *own = files
         model = "bytes" if args.bytes else "d2" if own else "gpt2"
+        if args.vocabulary and os.path.isdir(args.vocabulary):
+            model = args.vocabulary
         trainer = os.path.join(os.path.dirname(sys.argv[0]), "train_gpt2.py")
         flags = ["--model", model, "--input_bin", train_path, "--input_val_bin", val_path]
         quoted = subprocess.list2cmdline if os.name == "nt" else shlex.join

@@ -1612,6 +1612,7 @@ class Run:
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
     step: int = 0  # updates done
+    saved: int = -1  # at the newest checkpoint
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
@@ -1654,9 +1655,7 @@ def update(run):
     args, step, last = run.args, run.step, run.args.num_iterations
     tokens = args.total_batch_size
     micro_batches = tokens // (run.loader.B * run.loader.T)
-    rate = learning_rate_at(
-        step, last, args.learning_rate, args.warmup_iters, args.learning_rate_decay_frac
-    )
+    rate = scheduled_rate(args, step)
     started = time.perf_counter()
     run.began = run.began or (step, started)
     try:
@@ -1682,6 +1681,14 @@ def update(run):
             f"step {step}/{last}: train loss {loss:.6f} (norm {norm:.4f}, lr {rate:.1e}, "
             f"{seconds * 1e3:.0f} ms{left})"
         )
+
+
+def scheduled_rate(args, step):
+    """The learning rate of the update after `step` of them."""
+    return learning_rate_at(
+        step, args.num_iterations, args.learning_rate,
+        args.warmup_iters, args.learning_rate_decay_frac,
+    )  # fmt: skip
 
 
 def describe(run):
@@ -1753,7 +1760,7 @@ def validate(run):
     """Evaluate, log, and keep the weights if they are the best so far."""
     args, T = run.args, run.args.sequence_length
     most = 1280 if is_gpt2s(run.model.config.vocab_size) else VAL_TOKENS
-    found = evaluate(run, args.val_max_steps * run.loader.B or max(5, most // T))
+    found = evaluate(run, args.val_max_steps * args.batch_size or max(5, most // T))
     if not found:
         return
     if run.folder and run.step > 0 and found["val_loss"] < best_so_far(run)[0]:
@@ -1870,12 +1877,12 @@ def finish(run, complete):
     elif not run.missing:
         summary.append(f"saved in {folder}" if complete else go_on)
     print_now(", ".join(summary))
-    if folder and complete:
+    if folder and complete and not run.missing:
         flag = quoted("--model", weights)
         print_now(f"let it write: python train_gpt2.py {flag} --inference_only 1")
         print_now(f"look inside:  python -m extras.look_inside {flag}")
 
-    remedy = go_on if list_checkpoints(folder) else "begin again with another --output_dir"
+    remedy = go_on if run.saved >= 0 else "begin again with another --output_dir"
     require(not run.missing, f"{folder} lacks {', '.join(run.missing)}: make room, then {remedy}")
 
 
@@ -1912,12 +1919,12 @@ def list_checkpoints(folder):
 
 
 def save_checkpoint(run):
-    """Write DIR/checkpoint_STEP.safetensors, and delete all before it but one.
+    """Write DIR/checkpoint_STEP.safetensors, unless it is there, and delete all before it but one.
 
     One that can't be written ends no run: the next one may find room on the disk.
     """
     model, folder = run.model, run.folder
-    if not folder:
+    if not folder or run.saved == run.step:
         return
     state = {
         "step": run.step,
@@ -1938,6 +1945,7 @@ def save_checkpoint(run):
             with atomic_write(os.path.join(folder, name)) as file:
                 file.write(data)
         write_safetensors(path, tensors, metadata, checksum=True)
+        run.saved = run.step
     until_now = [other for other in list_checkpoints(folder) if other <= path]
     for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
         with contextlib.suppress(OSError):
@@ -1967,12 +1975,14 @@ def newest_checkpoint(folder):
     return "", None
 
 
-def lock_folder(folder, resume, state):
+def lock_folder(folder, resume):
     """Keep a folder to this process, as long as the file that is returned is open.
 
     InputError if another process has it, or if it holds what a new run would overwrite. With
     --resume 1 that may be the log of a run that was killed before its first checkpoint.
     """
+    usable = os.path.isdir(folder) or not os.path.lexists(folder)
+    require(usable, f"{folder} is a file, or a link to something that is gone")
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "ab")
     try:
@@ -1991,11 +2001,15 @@ def lock_folder(folder, resume, state):
     except OSError:
         pass  # this file system has no locks
 
-    log = "" if resume else "main.jsonl|"
-    run = re.compile(rf"{log}best|checkpoint_\d+.safetensors|model.safetensors.*")
-    new = not any(map(run.fullmatch, os.listdir(folder)))
-    how = "go on from its checkpoint with --resume 1, or choose another --output_dir"
-    require(new or state, f"{folder} holds a run, or what it has learned: {how}")
+    weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
+    if resume:
+        how = "train from them with --model, and another --output_dir"
+        resumable = list_checkpoints(folder) or not weights
+        require(resumable, f"{folder} holds weights, but no checkpoint to resume: {how}")
+    else:
+        new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
+        how = "go on with --resume 1, or choose another --output_dir"
+        require(new, f"{folder} holds a run: {how}")
     return file
 
 
@@ -2164,7 +2178,10 @@ def vocabulary_of(shards):
         return None
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shards[0].path)
     require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
-    return [*prepro("read_vocabulary", path), END_OF_TEXT]
+    vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
+    same = belongs(shards[0], len(vocabulary), vocabulary)
+    require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
+    return vocabulary
 
 
 def saved_vocabulary(path, vocab_size):
@@ -2217,18 +2234,21 @@ def read_safetensors(path, checksum=False):
     n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
     the tensors, which fill the rest; with a checksum, the CRC-32 of all before it is the last
     """
-    tensors = {}
+    tensors, end = {}, 0
     try:
         file = np.asarray(np.memmap(path, np.uint8, "r"))
         n = min(int.from_bytes(file[:8].tobytes(), "little"), 1 << 22)  # no header is larger
         header, data = json.loads(file[8 : 8 + n].tobytes()), file[8 + n :]
         metadata = header.pop("__metadata__", None) or {}  # null is as good as nothing
         right = isinstance(metadata, dict)
-        for name, entry in header.items():
-            part = data[slice(*entry["data_offsets"])]
-            array = part.view(ARRAY_TYPES[entry["dtype"]]).reshape(entry["shape"])
+        # In the order of their places, each tensor must begin where the one before it ends.
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            right &= start == end <= stop
+            end = stop
+            array = data[start:stop].view(ARRAY_TYPES[entry["dtype"]]).reshape(entry["shape"])
             tensors[name] = Stored(array, entry["dtype"])
-        right &= sum(array.nbytes for array, _ in tensors.values()) == len(data)
+        right &= end == len(data)
         if checksum:
             right &= zlib.crc32(file[:-4]).to_bytes(4, "little") == file[-4:].tobytes()
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
@@ -2371,8 +2391,9 @@ def open_weights(path):
     config = GPT2Config(max_seq_len, V, L, int(heads), C)
     GPT2.check_config(config)
     for key, expected in huggingface_config(config).items():
-        found = told.get(key, expected)
-        require(found == expected, f"{beside} says {key} = {found!r}, expected {expected!r}")
+        found = told.get(key)
+        right = found in (None, expected) or (found, expected) == ("gelu_pytorch_tanh", "gelu_new")
+        require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
 
     shapes = GPT2.param_shapes(config)
     params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
@@ -2956,35 +2977,37 @@ def find_data(args, V):
 
     V is the size of its vocabulary; 0: it will be learned from the text.
     """
-    named = [args.input_bin, args.input_val_bin]
-    if any(named):
-        complete = all(named) or not (args.num_iterations if named[1] else args.val_loss_every)
-        require(
-            complete,
-            "name --input_bin and --input_val_bin, or add --num_iterations 0, which only "
-            "validates, or --val_loss_every 0, which only trains",
-        )
+    if args.input_bin or args.input_val_bin:
+        trains = args.num_iterations > 0
+        message = "--input_val_bin without --input_bin: name it, or --num_iterations 0"
+        require(args.input_bin or not trains, message)
+        message = "--input_bin without --input_val_bin: name it"
+        message += ", or --val_loss_every 0" if trains else ""
+        require(args.input_val_bin or trains and args.val_loss_every == 0, message)
+        named = args.input_bin, args.input_val_bin
         return [open_shards(paths) if paths else [] for paths in named]
 
-    if is_gpt2s(V):
-        prefix, fetch = "tiny_shakespeare", lambda: provide("tiny_shakespeare")
-    else:
+    if V == 256:
         names, *texts = text_at_hand()
-        if V == 256:
-            print_now(f"the text is that of {names}, byte by byte")
-            return [[text] for text in texts]
-        texts = [text.tobytes() for text in texts]
-        prefix, fetch = "first", lambda: prepro("learned_files", in_data("first"), *texts, 1024)
+        print_now(f"the text is that of {names}, byte by byte")
+        return [[text] for text in texts]
+    prefix = "tiny_shakespeare" if is_gpt2s(V) else "first"
     paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
     if not all(map(os.path.exists, paths)):
-        paths = fetch()
+        if is_gpt2s(V):
+            paths = provide("tiny_shakespeare")
+        else:
+            require(V == 0, f"the model has {V} tokens of its own: name --input_bin and its like")
+            _, *texts = text_at_hand()
+            texts = [text.tobytes() for text in texts]
+            paths = prepro("learned_files", in_data("first"), *texts, 1024)
     return [open_shards(path) for path in paths]
 
 
 def check_shards(shards, found):
     """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
     V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL"
+    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER, the model's"
     facts = []
     for shard in shards:
         tokens = shard[:]
@@ -3041,6 +3064,9 @@ def open_run(argv, make=GPT2, first=True):
     first   False: another process writes to the folder
     """
     args = parse_args(argv)
+    lock = None
+    if args.output_dir and first and (os.path.isdir(args.output_dir) or not args.resume):
+        lock = lock_folder(args.output_dir, args.resume)
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
         args = resumed_args(argv, args.output_dir, state)
@@ -3049,20 +3075,22 @@ def open_run(argv, make=GPT2, first=True):
         require(args.model, message)
         print_now(f"{args.output_dir} holds NO RUN TO RESUME, so a new one begins")
     args, found = find_or_fall_back(argv, args, checkpoint)
-    lock = lock_folder(args.output_dir, args.resume, state) if args.output_dir and first else None
+    if args.output_dir and first and not lock:
+        lock = lock_folder(args.output_dir, args.resume)
 
-    data = {}
+    data = dict(state["data"]) if state else {}
     for what, shards in (("training", found.training), ("validation", found.validation)):
         if shards:
-            facts = data[what] = check_shards(shards, found)
+            facts = check_shards(shards, found)
             print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
-            same = not state or state["data"].get(what, facts) == facts
+            same = data.setdefault(what, facts) == facts
             require(same, f"the {what} data has changed: put it back, or start another run")
     loader = make_loader(args, found.training, make.PROCESSES)
     model = build(args, found, make)
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
-        tokens.encode(args.prompt)
+        if args.prompt:
+            tokens.encode(args.prompt)
     except InputError as error:
         if args.inference_only:
             raise
@@ -3073,11 +3101,10 @@ def open_run(argv, make=GPT2, first=True):
     if state:
         stored, _ = read_safetensors(checkpoint)
         model.moments[...] = stored["moments"].array
-        model.updates = run.step = state["step"]
+        model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)
-        rate = next((entry["lr"] for entry in reversed(run.entries) if "lr" in entry), 0.0)
-        print_now(f"resuming from {checkpoint}: the learning rate was {rate:.1e}")
+        print_now(f"resuming from {checkpoint}")
     if loader:
         describe(run)
     return run
@@ -3088,15 +3115,17 @@ def find_or_fall_back(argv, args, checkpoint):
     the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
     """
     named = args.model or args.input_bin or args.input_val_bin or args.resume
+    unfit = args.inference_only or args.num_iterations == 0  # it has learned nothing yet
+    plans = {"d2": "a small GPT will learn from scratch", "bytes": "it will learn bytes"}
     for small in ("d2", "bytes", ""):
         try:
             return args, find(args, checkpoint)
         except FetchError as error:
-            if named or args.inference_only or not small:
+            if named or unfit or not small:
                 raise
-            print_now(f"{error.cause}\n--> so a small GPT will learn from scratch")
+            print_now(f"{error.cause}\n--> so {plans[small]}")
             args = parse_args([*argv, "--model", small])
-            free = args.num_iterations > 0 and not os.path.exists(in_data("first"))
+            free = not os.path.exists(in_data("first"))
             args.output_dir = args.output_dir or (in_data("first") if free else "")
 
 
@@ -3113,6 +3142,9 @@ def resumed_args(argv, folder, state):
         )
     message = f"the run in {folder} has done {step} updates: use --num_iterations {step} or more"
     require(args.num_iterations >= step, message)
+    was, now = (scheduled_rate(x, step) for x in (SimpleNamespace(**before), args))
+    if was != now:
+        print_now(f"note: the learning rate was {was:.2e} and goes on with {now:.2e}")
     if state["threads"] != THREADS:
         print_now(f"note: with {THREADS} threads in place of {state['threads']}, last bits differ")
     return args
@@ -3141,7 +3173,7 @@ def make_loader(args, shards, processes=1):
     require(
         total % batch == 0,
         f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
-        f"{batch}: try {max(1, total // batch) * batch}",
+        f"{batch}: try {max(1, total // batch) * batch}, or fewer processes",
     )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 

@@ -26,7 +26,7 @@ def read_log(folder):
     for number, line in enumerate(lines[:-1], start=1):
         try:
             entry = json.loads(line)
-            right = all(type(value) in (int, float) for value in entry.values())
+            right = all(type(value) in (int, float, bool) for value in entry.values())
             entries.append({"step": entry["step"]} | {k: float(v) for k, v in entry.items()})
         except (ValueError, AttributeError, KeyError, OverflowError, RecursionError, TypeError):
             right = False

@@ -107,8 +107,8 @@ SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before,
     "a redirect with the hash": (LINKED, None, b"", [0], ""),
     "a redirect with another hash": (WRONG, None, b"", [0], "another file"),
     "a redirect without headers": ({}, None, b"", [0], ""),
-    "cut connections": (CUT, RIGHT, b"", [0, 1_000_000, 2_000_000], ""),
-    "cut for good": ({"cuts": [1_200_000, 0]}, RIGHT, b"", [0, 1_000_000], "no network"),
+    "cut connections": (CUT, RIGHT, b"", [0, 18 << 16, 34 << 16], ""),
+    "cut for good": ({"cuts": [1_200_000, 0]}, RIGHT, b"", [0, 18 << 16], "no network"),
     "cut at once": ({"cuts": [0]}, RIGHT, b"", [0], "no network"),
     "a part of an earlier run": ({}, RIGHT, BODY[:999], [999], ""),
     "all of it from an earlier run": ({}, RIGHT, BODY, [2_500_001], ""),
@@ -120,9 +120,10 @@ SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before,
 
 
 @pytest.mark.parametrize("behaviour", SERVERS)
-def test_a_server(hub, behaviour):
+def test_a_server(hub, monkeypatch, behaviour):
     attributes, sha256, part, starts, said = SERVERS[behaviour]
     vars(hub).update(attributes)
+    monkeypatch.setattr(prepro.time, "sleep", lambda seconds: None)
     if part:
         put("data/file.part", part)
     fetch = lambda: prepro.download(hub.url, "data/file", "the file", sha256)
@@ -131,7 +132,7 @@ def test_a_server(hub, behaviour):
         cause = refused(fetch, *remedy).cause
         assert cause.startswith(f"can't fetch the file: {said}") and len(cause) < 100
         left = [content(path) for path in Path("data").iterdir()]
-        assert left == ([BODY[:1_000_000]] if len(starts) == 2 else []), "what is wrong is not kept"
+        assert left == ([BODY[: 18 << 16]] if len(starts) == 2 else []), "what is wrong is not kept"
     else:
         assert fetch() == "data/file" and content("data/file") == BODY
         assert os.listdir("data") == ["file"]
@@ -178,22 +179,25 @@ CACHES = {  # (how its place is told, the place, the owner, the revision, where 
     "in a place": ({"HF_HUB_CACHE": "~/c", "HF_HOME": "no"}, "c", OWNER, OURS, ""),
     "not another": ({"HF_HUB_CACHE": "c"}, "c", OWNER, "another", ""),
     "not a link to nothing": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, "nothing"),
+    "not a damaged file": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, ""),
 }
 
 
 @pytest.mark.parametrize("case", CACHES)
-def test_weights_in_hugging_faces_cache(hub, capsys, case):
+def test_weights_in_hugging_faces_cache(hub, monkeypatch, capsys, case):
     environment, cache, owner, revision, link = CACHES[case]
     os.environ.update(environment, HF_ENDPOINT=hub.url + "/")
     path = f"{cache}/models--{owner}gpt2/snapshots/{revision}/model.safetensors"
-    put(path, b"weights")
+    put(path, b"w" if case == "not a damaged file" else b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setitem(prepro.SHA256, "gpt2", sha256)
     if link and os.name != "nt":
         put(f"{cache}/models--{owner}gpt2/blobs/blob", b"weights")
         os.remove(path)
         os.symlink(f"../../blobs/{link}", path)
     if case.startswith("not "):
         url = f"{hub.url}/openai-community/gpt2/resolve/{OURS}/model.safetensors"
-        refused(lambda: prepro.provide("gpt2"), "another file", "not 248dfc391186", url)
+        refused(lambda: prepro.provide("gpt2"), "another file", f"not {sha256:.12}", url)
     else:
         found = prepro.provide("gpt2")
         assert os.path.samefile(found, path) and found.endswith("model.safetensors")
@@ -221,7 +225,7 @@ def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, folder):
     assert list(prepro.huggingface_files(50304, None)) == ["vocab.json", "merges.txt"]
     tiktoken.registry.ENCODINGS.clear()
     put(f"{folder}/{os.path.basename(path)}", b"{}")
-    refused(prepro.get_encoding, "can't fetch GPT-2's vocabulary: Connection refused")
+    refused(prepro.get_encoding, f"vocabulary to {folder}: Connection refused")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -355,7 +359,10 @@ def test_tiny_shakespeare_has_the_tokens_every_llm_c_user_knows(gpt2, capsys):
     val, _ = tokens_of("data/tiny_shakespeare_300")
     assert b"".join(vocabulary[i] for i in val) == text[:106_657], "llm.c's validation"
     prepared(capsys, "--bytes", "1", "--val_fraction", "0.2")
-    assert bytes(tokens_of("data/tiny_shakespeare_own")[0]) == text[: len(text) // 5]
+    assert bytes(tokens_of("data/tiny_shakespeare_bytes")[0]) == text[: len(text) // 5]
+    put("data/tiny_shakespeare.txt", text + b"!")
+    hint = "is not the original, but is used: delete it to fetch the original\n"
+    prepared(capsys, "--vocab_size", "301", err=f"data/tiny_shakespeare.txt {hint}")
     os.remove("data/tiny_shakespeare.txt")
     assert prepro.provide("tiny_shakespeare") == paths, "the tokens are enough"
 

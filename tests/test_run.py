@@ -339,7 +339,8 @@ def test_nobody_need_hear_of_it(place, tmp_path, streams, flags, code):
 # --------------------------------------------------------------------------------------------------
 # What lies in the folder
 
-USED = "holds a run, or what it has learned: go on from its checkpoint with --resume 1"
+USED = "holds a run: go on with --resume 1, or choose another --output_dir"
+WEIGHTS = "holds weights, but no checkpoint to resume: train from them with --model"
 NO_RUN = "holds no run to resume: to begin one there, name its --model"
 NO_MODEL = "expected weights in a .safetensors file"
 STATES = {  # which files of which folder it has, and what each of COMMANDS says; None: all is well
@@ -349,9 +350,9 @@ STATES = {  # which files of which folder it has, and what each of COMMANDS says
     "a part": ("part", "", USED, None, None, None),
     "checkpoints": ("part", "checkpoint", USED, None, None, None),
     "a whole run": ("whole", "", USED, None, None, None),
-    "its weights": ("whole", "^(?!checkpoint)", USED, USED, NO_RUN, None),
-    "the best": ("whole", "best|main", USED, USED, NO_RUN, NO_MODEL),
-    "a model": ("model", "", USED, USED, NO_RUN, None),
+    "its weights": ("whole", "^(?!checkpoint)", USED, WEIGHTS, WEIGHTS, None),
+    "the best": ("whole", "best|main", USED, WEIGHTS, WEIGHTS, NO_MODEL),
+    "a model": ("model", "", USED, WEIGHTS, WEIGHTS, None),
 }
 COMMANDS = {
     "train": [*FLAGS, "--output_dir", "FOLDER"],
@@ -419,14 +420,14 @@ GOING_ON = {  # what happens to a run's files, the exit code, what is said, more
     "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
     "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
     "log": (lambda patch: edit("part/main.jsonl", with_lines), 0, "resuming"),
-    "lock": (lambda patch: gpt2.lock_folder("part", 1, {1: 1}), 1, "another run is writing"),
+    "lock": (lambda patch: gpt2.lock_folder("part", 1), 1, "another run is writing"),
     "train": (lambda patch: edit("train_1.bin", flip), 1, "the training data has changed"),
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
     "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
     "a shard": (lambda patch: None, 1, "the training data has changed", "--input_bin train_0.bin"),
     "moved": (lambda patch: os.rename("val.bin", "v.bin"), 0, "resuming", "--input_val_bin v.bin"),
     "fewer": (lambda patch: None, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
-    "more": (lambda patch: None, 0, "the learning rate was 3.0e-02", "--num_iterations 9"),
+    "more": (lambda patch: None, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
 }
 
 
@@ -441,7 +442,7 @@ def test_going_on(what, place, call, tmp_path, monkeypatch):
     if code:
         assert said in line_of(result)
         return
-    assert said in stdout_of(result) and ("note: " in result[1]) == (what == "threads")
+    assert said in stdout_of(result) and ("note: " in result[1]) == (what in ("threads", "more"))
     assert what == "more" or result_of(tmp_path / "copy/part") == result_of(place / "whole")
 
 
@@ -516,12 +517,14 @@ WRONG = [  # flags, and what the one line says
     (RUN + "--input_val_bin one.bin", "the validation data has no token after its first"),
     (RUN + "--output_dir val.bin/o", "val.bin"),
     (RUN + "--inference_only 1 --model d6", "--model d6 has learned nothing"),
-    ("--model model --input_bin train_0.bin", "name --input_bin and --input_val_bin, or add"),
-    ("--model model --input_val_bin val.bin", "name --input_bin and --input_val_bin, or add"),
+    ("--model model --input_bin train_0.bin", "--input_val_bin: name it, or --val_loss_every 0"),
+    ("--model model --input_val_bin val.bin", "--input_bin: name it, or --num_iterations 0"),
     ("--model gpt2", "no network"),
     ("--input_bin train_0.bin --val_loss_every 0", "no network"),
     ("--input_val_bin val.bin --num_iterations 0", "no network"),
     ("--inference_only 1", "no network"),
+    ("--num_iterations 0", "no network"),
+    ("--model model --input_bin train_0.bin --num_iterations 0", "--input_val_bin: name it\n"),
 ]
 
 
