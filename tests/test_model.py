@@ -398,6 +398,8 @@ def test_threads_are_what_the_user_names_or_a_share(openblas, omp, processes, th
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", openblas)
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     assert gpt2.threads_wanted(processes) == threads
+    monkeypatch.setattr(gpt2, "BLAS", None)  # one whose own threads can't be held back
+    assert gpt2.threads_wanted(processes) == 1
 
 
 # --------------------------------------------------------------------------------------------------

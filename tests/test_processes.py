@@ -178,7 +178,7 @@ FAULTS = {  # flags, lines that run first, what is said, exit code
         "", "error: one process evaluates or continues", 1,
     ),  # fmt: skip
     "total": (["--total_batch_size", 96], "", "the number of processes, 64: try 64", 1),
-    "folder": (["--output_dir", "model"], "", "model holds a run, or what it has learned", 1),
+    "folder": (["--output_dir", "model"], "", "model holds a run: go on with", 1),
     "nan": (["--learning_rate", 1e12], "", "error: update 2: the loss is nan: try", 1),
     "memory": ([], f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),
     "fault": ([], f"{ON_ONE}gpt2.adamw = None", "'NoneType' object is not callable", 1),
