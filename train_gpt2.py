@@ -2115,13 +2115,14 @@ def open_shards(paths):
 
 
 def text_at_hand():
-    """(names, training, validation): a text that needs no network, as two uint8 arrays.
+    """(name, training, validation): a text that needs no network, as two uint8 arrays.
 
-    It is Tiny Shakespeare if that lies in data/, or else the main files of this project. Of its
-    passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds of them do.
+    It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
+    its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
     """
     folder = os.path.dirname(os.path.abspath(__file__))
     names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
+    names += sorted(glob.glob("extras/*.py", root_dir=folder))
     own = [os.path.join(folder, name) for name in names]
     tiny = in_data("tiny_shakespeare.txt")
     large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
@@ -2132,7 +2133,8 @@ def text_at_hand():
     validation = b"".join(passages[5::10])
     del passages[5::10]
     texts = b"".join(passages), validation
-    return ", ".join(map(os.path.basename, paths)), *(np.frombuffer(t, np.uint8) for t in texts)
+    name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more files" if paths[1:] else "")
+    return name, *(np.frombuffer(text, np.uint8) for text in texts)
 
 
 # A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that
@@ -2988,8 +2990,8 @@ def find_data(args, V):
         return [open_shards(paths) if paths else [] for paths in named]
 
     if V == 256:
-        names, *texts = text_at_hand()
-        print_now(f"the text is that of {names}, byte by byte")
+        name, *texts = text_at_hand()
+        print_now(f"the text is that of {name}, byte by byte")
         return [[text] for text in texts]
     prefix = "tiny_shakespeare" if is_gpt2s(V) else "first"
     paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]

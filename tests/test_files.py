@@ -352,11 +352,12 @@ def test_the_text_at_hand(tmp_path, monkeypatch):
     del passages[5::10]
     shakespeare = tmp_path / "data" / "tiny_shakespeare.txt"
     shakespeare.write_bytes(text.replace(b"\n", b"\r\n"))
-    names, *found = gpt2.text_at_hand()
-    assert names == "tiny_shakespeare.txt"
+    name, *found = gpt2.text_at_hand()
+    assert name == "tiny_shakespeare.txt"
     assert [*map(bytes, found)] == [b"".join(passages), validation]
     shakespeare.write_bytes(text[:20_000])  # a test's, for instance
-    assert gpt2.text_at_hand()[0].startswith("train_gpt2.py, test_gpt2.py, ")
+    name, training, _ = gpt2.text_at_hand()
+    assert name.startswith("train_gpt2.py and ") and b"class Llama(GPT2" in bytes(training)
 
 
 # --------------------------------------------------------------------------------------------------
