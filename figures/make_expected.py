@@ -48,7 +48,8 @@ The model of the first run (2 layers, 128 channels, 16 passages of 64 tokens a b
 settings of `--model d2` or `bytes`, after {SECONDS} seconds of updates. Losses in nats a token
 can't be compared between vocabularies; those a byte can. The validation text, the first 106,657
 bytes, is read whole. 512, 1,024 and 2,048 tokens are learned from what follows it. GPT-2's have
-an <|endoftext|> at each blank line, whose loss counts, and which is no byte."""
+an <|endoftext|> at each blank line, whose loss counts, and which is no byte. The number of
+updates follows from how long the first 60 took; the time of one varies on a busy machine."""
 STEPS = (0, 10, 40, 100, 200, 1000)
 PRIOR = 20  # how many tokens of the unigram distribution the bigram's counts begin with
 
