@@ -1772,8 +1772,8 @@ def validate(run):
 
 def best_so_far(run):
     """(loss, step) of the weights in best/."""
-    kept = [(entry["val_loss"], entry["step"]) for entry in run.entries if entry.get("best")]
-    return min(kept, default=(math.inf, 0))
+    written = [(entry["val_loss"], entry["step"]) for entry in run.entries if entry.get("best")]
+    return min(written, default=(math.inf, 0))
 
 
 def print_sample(run, length):
@@ -2986,8 +2986,7 @@ def find_data(args, V):
         message = "--input_bin without --input_val_bin: name it"
         message += ", or --val_loss_every 0" if trains else ""
         require(args.input_val_bin or trains and args.val_loss_every == 0, message)
-        named = args.input_bin, args.input_val_bin
-        return [open_shards(paths) if paths else [] for paths in named]
+        return [open_shards(paths) for paths in (args.input_bin or [], args.input_val_bin or [])]
 
     if V == 256:
         name, *texts = text_at_hand()
@@ -2999,7 +2998,8 @@ def find_data(args, V):
         if is_gpt2s(V):
             paths = provide("tiny_shakespeare")
         else:
-            require(V == 0, f"the model has {V} tokens of its own: name --input_bin and its like")
+            message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
+            require(V == 0, message)
             _, *texts = text_at_hand()
             texts = [text.tobytes() for text in texts]
             paths = prepro("learned_files", in_data("first"), *texts, 1024)
@@ -3117,7 +3117,7 @@ def find_or_fall_back(argv, args, checkpoint):
     the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
     """
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    unfit = args.inference_only or args.num_iterations == 0  # it has learned nothing yet
+    unfit = args.inference_only or args.num_iterations == 0  # a new model has learned nothing
     plans = {"d2": "a small GPT will learn from scratch", "bytes": "it will learn bytes"}
     for small in ("d2", "bytes", ""):
         try:

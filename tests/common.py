@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 import subprocess
 import sys
 
@@ -63,27 +62,11 @@ def run_trainer(*flags, cwd, env=None, program=(TRAINER,), timeout=120):
     return done.returncode, done.stdout, done.stderr
 
 
-def succeeded(result):
-    """stdout of a process that ended well and had nothing to say on stderr."""
-    assert result[0] == 0 and not result[2], result
-    return result[1]
-
-
 def failed_in_one_line(result):
     """The one line with which a process ended, with exit code 1 and no traceback."""
     code, _, error = result
     assert code == 1 and error.startswith("error: ") and error.count("\n") == 1, result
     return error
-
-
-def made_up_text(number, seed=0):
-    """A text of so many bytes that a small model can learn, the same each time."""
-    rng = random.Random(seed)
-    words = "the a king queen crown of in speaks gives takes away night day and , .".split()
-    text = ""
-    while len(text) < number:
-        text += rng.choice(words) + rng.choice((" ", " ", " ", "\n"))
-    return text[:number]
 
 
 # --------------------------------------------------------------------------------------------------

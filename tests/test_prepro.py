@@ -385,7 +385,8 @@ def test_gpt2s_tokens_of_ones_own_texts(gpt2, capsys):
 # A vocabulary of one's own, beside a plain one that counts anew for each merge
 
 SAMPLES = """The quick brown fox's jumps; we'll see. 1,024 tokens, a   b  \n\n\n  c \t\t d\r\n
-    naïve café, Ångström, e\u0301 \u0308, 東京は日本の首都です。我们学习语言模型，我们学习。
+    naïve café, Ångström, e\u0301 \u0308, 東京は日本の首都です。
+    我们学习语言模型，我们学习。
     👩‍👩‍👧‍👦🙂🙂🙂 a🙂 aaaa aaaaaaa aaa"""
 MIXTURE = content(__file__).decode()[:6000] + SAMPLES * 3
 
