@@ -59,7 +59,7 @@ def refusal(call, *arguments, error=InputError):
 # --------------------------------------------------------------------------------------------------
 # Weights that are not as we write them. h and b are the header and the body of those that are
 
-QKV = "transformer.h.1.attn.c_attn.weight"  # (24, 72)
+QKV0, QKV = (f"transformer.h.{l}.attn.c_attn.weight" for l in (0, 1))  # (24, 72)
 
 
 def entry(**fields):
@@ -95,6 +95,7 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "cut": (lambda h, b: packed(h, b[:-1]), NOT_WHOLE),
     "too long": (lambda h, b: packed(h, b + b"\0"), NOT_WHOLE),
     "an overlap": (entry(dtype="U8", data_offsets=[0, 1728]), NOT_WHOLE),
+    "one place for two": (lambda h, b: packed(h | {QKV: h[QKV0]}, b), NOT_WHOLE),
     "a negative shape": (entry(shape=[-24, -72]), NOT_WHOLE),
     "a huge shape": (entry(shape=[1 << 70]), NOT_WHOLE),
     "an unknown type": (entry(dtype="F8_E4M3"), NOT_WHOLE),
@@ -455,6 +456,10 @@ def test_which_tokens_are_a_models(theirs, theirs_list, V, vocabulary, fit, tmp_
         shard = TokenFile(token_file(tmp_path / name, SOUND, theirs, zlib.crc32(data)))
         assert gpt2.vocabulary_of([shard]) == theirs_list
     assert gpt2.belongs(shard, V, vocabulary) == fit
+    other = prepro.vocabulary_file((OWN if theirs_list == OTHER else OTHER)[:-1])
+    (tmp_path / "my.tiktoken").write_bytes(other)
+    if theirs_list:
+        assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, [shard])
     os.remove(tmp_path / "my.tiktoken")
     if theirs_list:
         assert "my.tiktoken is missing" in refusal(gpt2.vocabulary_of, [shard])

@@ -115,7 +115,7 @@ def test_n_processes_equal_one(n, folder):
     parameters can't be cut into 7 equal parts.
     """
     flags = ["--sample_every", 4, "--max_new_tokens", 20, "--temperature", 0]
-    flags += ["--total_batch_size", 224]
+    flags += ["--total_batch_size", 224, "--val_max_steps", 5]  # batches of one process
     stdout, _ = trained(0, folder, *flags, "--output_dir", "alone")
     found, stderr = trained(n, folder, *flags)
     several = left_in(folder / "run")

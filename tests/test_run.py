@@ -407,6 +407,8 @@ def with_lines(log):
 
 OLD, NEW, LATER = (f"part/checkpoint_0000000{step}.safetensors" for step in (2, 4, 5))
 TAKEN = f"{NEW} is damaged: "
+BLIND = "--output_dir part --resume 1 --num_iterations 5 --val_loss_every 0".split()
+ALL = "--num_iterations 8 --val_loss_every 2"
 GOING_ON = {  # what happens to a run's files, the exit code, what is said, more flags
     "nothing": (lambda patch: None, 0, f"resuming from {NEW}"),
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
@@ -423,6 +425,7 @@ GOING_ON = {  # what happens to a run's files, the exit code, what is said, more
     "lock": (lambda patch: gpt2.lock_folder("part", 1), 1, "another run is writing"),
     "train": (lambda patch: edit("train_1.bin", flip), 1, "the training data has changed"),
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
+    "val, later": (lambda patch: [gpt2.main(BLIND), edit("val.bin", flip)], 1, "has changed", ALL),
     "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
     "a shard": (lambda patch: None, 1, "the training data has changed", "--input_bin train_0.bin"),
     "moved": (lambda patch: os.rename("val.bin", "v.bin"), 0, "resuming", "--input_val_bin v.bin"),
@@ -550,6 +553,16 @@ def test_if_no_model_is_named_a_small_one_learns(call, tmp_path, monkeypatch):
     assert [e["step"] for e in log_of(tmp_path / folder) if "val_loss" in e] == [0, 1, 2]
     monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
     assert "it is damaged" in line_of(call())  # which is no reason to train something else
+
+
+def test_what_has_no_prompt_needs_no_encoder(call, monkeypatch):
+    """A vocabulary of one's own decodes without tiktoken."""
+    tokens = gpt2.tokenizer(256)
+    tokens.encode = lambda text: offline("tiktoken")
+    monkeypatch.setattr(gpt2, "tokenizer", lambda *args: tokens)
+    flags = "--model model --inference_only 1 --max_new_tokens 3".split()
+    stdout_of(call(*flags))
+    assert "can't fetch tiktoken" in line_of(call(*flags, "--prompt", "a"))
 
 
 def test_main_in_a_notebook_and_in_a_thread(call, monkeypatch):
