@@ -27,6 +27,8 @@ from train_gpt2 import print_now, require
 try:
     from mpi4py import MPI
 except (ImportError, RuntimeError) as error:
+    if __name__ == "__main__":
+        gpt2.parse_args(sys.argv[1:])  # --help needs no MPI
     sys.exit(f"error: no mpi4py: {error}: pip install mpi4py mpich")
 
 COMM = MPI.COMM_WORLD  # all processes
