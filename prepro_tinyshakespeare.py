@@ -63,12 +63,11 @@ class InputError(ValueError):
     """One line that says what was found and the remedy."""
 
 
-class FetchError(InputError):
-    """Something that is needed can't be had. cause: what was found, without the remedy."""
+class FetchError(ConnectionError):
+    """Something that is needed can't be had: what was found, and the remedy."""
 
-    def __init__(self, cause, remedy):
-        super().__init__(f"{cause}: {remedy}")
-        self.cause = cause
+    def __str__(self):
+        return ": ".join(self.args)
 
 
 def require(condition, message):
@@ -120,11 +119,9 @@ def get_encoding():
 
 
 def learned_files(prefix, training, validation, vocab_size):
-    """Learn a vocabulary from the first of two UTF-8 texts, write all: (train_path, val_path)."""
+    """Learn a vocabulary from the first of two UTF-8 texts, and write what token_files gives."""
     texts = [text.decode(errors="replace") for text in (training, validation)]
-    files = token_files(prefix, *texts, learn_vocabulary(texts[0], vocab_size))
-    write_files(files)
-    return tuple(files)[:2]
+    write_files(token_files(prefix, *texts, learn_vocabulary(texts[0], vocab_size)))
 
 
 def package(name):

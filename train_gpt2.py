@@ -1338,14 +1338,12 @@ class Views(dict):
         return "\n".join(f"{name:10} {view.shape}" for name, view in self.items())
 
 
-FREE = ("no gradients", "first forward", "gradients")  # when a pass through the layers is allowed
-
-
 class GPT2(Model):
     """A GPT-2 that checks what it is given, and in which order it is called.
 
-    The arguments are those of Model. So are forward, backward, grad_norm and update; a call that
-    can't be made now is an InputError and changes nothing. `stage` says how far a step is:
+    The arguments are those of Model; a sequence_length of 0 is the model's context. So are forward,
+    backward, grad_norm and update; a call that can't be made now is an InputError and changes
+    nothing. `stage` says how far a step is:
 
         "no gradients"    forward() is next
         "first forward"   that of the first micro-batch is done, backward() is next
@@ -1360,17 +1358,16 @@ class GPT2(Model):
     Several threads may use a model. One passes through the layers at a time.
     """
 
+    FREE = ("no gradients", "first forward", "gradients")  # when any pass through is allowed
     PROCESSES = 1  # that train one model, and have a part of m and v each: extras/processes.py
 
     def __init__(self, config, batch_size=4, sequence_length=64, seed=1337, recompute=1,
                  training=True, dtype=np.float32):  # fmt: skip
         self.check_config(config)
-        T = sequence_length
+        most = config.max_seq_len
+        T = sequence_length or most
         require(batch_size > 0, f"batch size {batch_size}: expected at least 1")
-        require(
-            0 < T <= config.max_seq_len,
-            f"sequence length {T}: expected 1 to {config.max_seq_len}, the model's context",
-        )
+        require(0 < T <= most, f"sequence length {T}: expected 1 to {most}, the model's context")
         require(recompute in (0, 1, 2), f"recompute is {recompute!r}, expected 0, 1 or 2")
         single_or_double = np.dtype(dtype) in (np.float32, np.float64)
         require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
@@ -1393,12 +1390,11 @@ class GPT2(Model):
         for name in ("params", "grads", "m", "v", "acts"):
             setattr(self, name, Views(getattr(self, name)))
         self.keys = []  # the tokens whose keys and values are in acts["qkv"]
-        self.reader = None  # a second model with the same params: see token_losses
         self.lock = threading.RLock()
 
     def __getstate__(self):
         """For copy and pickle: all but what cut_blob makes anew, views of the other blob."""
-        made = {"flat", "params", "grads", "m", "v", "acts", "keys", "reader", "lock"}
+        made = {"flat", "params", "grads", "m", "v", "acts", "keys", "lock"}
         return {name: value for name, value in vars(self).items() if name not in made}
 
     def __setstate__(self, state):
@@ -1445,11 +1441,11 @@ class GPT2(Model):
         with self.lock:
             cause = self.interrupted
             require(not cause, f"{cause} was interrupted: call zero_grad(), then forward()")
+            expected = " or ".join(map(repr, stages))
             require(
                 self.stage in stages,
-                f"{call} can't follow here: the stage is {self.stage!r}, expected "
-                f"{' or '.join(map(repr, stages))}: a step is forward(), backward(), update(), and "
-                "zero_grad() begins it anew",
+                f"{call} can't follow here: the stage is {self.stage!r}, expected {expected}: a "
+                "step is forward(), backward(), update(), and zero_grad() begins it anew",
             )
             self.interrupted = call if spoils else None
             yield
@@ -1464,7 +1460,7 @@ class GPT2(Model):
             self.training or not train,
             "a model made with training=False has no gradients: use forward(..., train=False)",
         )
-        with self.whole("forward()", *FREE, spoils=train):
+        with self.whole("forward()", *self.FREE, spoils=train):
             return super().forward(inputs, targets, train, grad_scale)
 
     def forward_tokens(self, tokens, start=0):
@@ -1525,7 +1521,7 @@ class GPT2(Model):
         return generate(self, tokens.tolist(), max_new_tokens, temperature, top_k, rng)
 
     def next_logits(self, tokens):
-        with self.whole("generate()", *FREE, spoils=False):
+        with self.whole("generate()", *self.FREE, spoils=False):
             logits = self.acts["logits"][:, :1]
             matmul_forward(logits, self.read(tokens), self.params[self.CLASSIFIER])
             return logits[0, 0].copy()  # another thread may be next
@@ -1551,29 +1547,23 @@ class GPT2(Model):
         context         a list of at least one token id
         continuations   at least one list of token ids; each by itself follows the context
 
-        Together they may have max_seq_len + 1 tokens. Any model can do this at any stage of a step,
-        by a second one with the same parameters and no gradients. The context is computed once.
+        Together they may have sequence_length + 1 tokens. The context is computed once.
         """
         context = self.check_tokens(context, "context").tolist()
         texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
         longest = len(context) + max(map(len, texts))
-        most = self.config.max_seq_len + 1  # nothing is predicted from the last token
+        most = self.acts["losses"].shape[1] + 1  # nothing is predicted from the last token
         require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
 
-        with self.lock:
-            if self.reader is None:
-                T, dtype = self.config.max_seq_len, self.blob.dtype
-                self.reader = type(self)(self.config, 1, T, None, training=False, dtype=dtype)
-                self.reader.params = self.params  # its own were never written: they take no memory
-            reader = self.reader
-            reader.keys = []
-            lnfs = [reader.read((context + text)[:-1], len(text)).copy() for text in texts]
+        with self.whole("token_losses()", *self.FREE, spoils=False):
+            self.keys = []  # the parameters may have been changed in place
+            lnfs = [self.read((context + text)[:-1], len(text)).copy() for text in texts]
 
             # The classifier reads its matrix once for up to 256 tokens, whichever text has them.
+            lnf = np.concatenate(lnfs, axis=1)
             targets = np.concatenate(texts)[np.newaxis]
             losses = np.empty(targets.shape, self.blob.dtype)
-            lnf = np.concatenate(lnfs, axis=1)
-            reader.classifier(losses, lnf, targets, self.params[self.CLASSIFIER])
+            self.classifier(losses, lnf, targets, self.params[self.CLASSIFIER])
         ends = np.cumsum([len(text) for text in texts])
         return np.split(losses[0], ends[:-1])
 
@@ -1584,11 +1574,9 @@ class GPT2(Model):
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
         expected = shape or (max(1, tokens.size),)
-        require(
-            tokens.dtype.kind in "iu" and tokens.shape == expected,
-            f"{what}: expected integers of shape {expected}, found {tokens.shape} of "
-            f"{tokens.dtype}",
-        )
+        right = tokens.dtype.kind in "iu" and tokens.shape == expected
+        found = f"found {tokens.shape} of {tokens.dtype}"
+        require(right, f"{what}: expected integers of shape {expected}, {found}")
         V = self.config.vocab_size
         low, high = tokens.min(), tokens.max()
         require(0 <= low and high < V, f"{what}: ids {low} to {high}, expected 0 to {V - 1}")
@@ -1872,9 +1860,7 @@ def finish(run, complete):
         summary.append(f"train loss {losses[0]:.4f} -> {losses[-1]:.4f}")
         summary += [f"{seconds:.1f} s", f"{speed:.0f} tok/s"]
     go_on = f"go on with {quoted('--output_dir', folder, '--resume', '1')}"
-    if not folder:
-        summary.append("nothing is kept without --output_dir")
-    elif not run.missing:
+    if folder and not run.missing:
         summary.append(f"saved in {folder}" if complete else go_on)
     print_now(", ".join(summary))
     if folder and complete and not run.missing:
@@ -1914,8 +1900,7 @@ CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
     names = glob.glob(f"checkpoint_{'[0-9]' * 8}.safetensors", root_dir=folder)
-    paths = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
-    return list(filter(os.path.isfile, paths))
+    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]
 
 
 def save_checkpoint(run):
@@ -1941,9 +1926,7 @@ def save_checkpoint(run):
     tensors = huggingface_views(model.params) | {"moments": model.moments}
     path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
     with kept(run, "a checkpoint"):
-        for name, data in vocabulary_files(model.config.vocab_size, model.vocabulary).items():
-            with atomic_write(os.path.join(folder, name)) as file:
-                file.write(data)
+        save_config(folder, model.config, model.vocabulary)
         write_safetensors(path, tensors, metadata, checksum=True)
         run.saved = run.step
     until_now = [other for other in list_checkpoints(folder) if other <= path]
@@ -1965,11 +1948,8 @@ def newest_checkpoint(folder):
             print_now(f"{path} is damaged: {error}: taking the one before it")
             continue
         found = metadata.get("checkpoint")
-        require(
-            found == CHECKPOINT,
-            f"{path}: a checkpoint of another version ({found!r}, expected {CHECKPOINT!r}): resume "
-            f"it with the program that wrote it, or train from it with {quoted('--model', path)}",
-        )
+        advice = f"resume it with what wrote it, or train from it with {quoted('--model', path)}"
+        require(found == CHECKPOINT, f"{path} is a {found!r}, expected {CHECKPOINT!r}: {advice}")
         return path, json.loads(metadata["state"])
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
     return "", None
@@ -1981,8 +1961,6 @@ def lock_folder(folder, resume):
     InputError if another process has it, or if it holds what a new run would overwrite. With
     --resume 1 that may be the log of a run that was killed before its first checkpoint.
     """
-    usable = os.path.isdir(folder) or not os.path.lexists(folder)
-    require(usable, f"{folder} is a file, or a link to something that is gone")
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "ab")
     try:
@@ -1995,7 +1973,6 @@ def lock_folder(folder, resume):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
         taken = f"{folder}: another run is writing there: choose another --output_dir"
         raise InputError(taken) from None
     except OSError:
@@ -2022,25 +1999,15 @@ def lock_folder(folder, resume):
 PREPRO = "python prepro_tinyshakespeare.py"
 
 
-class FetchError(InputError):
-    """Something could not be fetched. cause: what was found, without the advice."""
-
-    def __init__(self, message, cause):
-        super().__init__(message)
-        self.cause = cause
-
-
 def prepro(name, *args):
-    """Call a function of prepro_tinyshakespeare.py. Its errors become ours."""
+    """Call a function of prepro_tinyshakespeare.py. What can't be fetched is a ConnectionError."""
     try:
         import prepro_tinyshakespeare as prep
     except ImportError:
         cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
-        raise FetchError(f"{cause}: get it from where this file comes from", cause) from None
+        raise ConnectionError(f"{cause}: get it from where this file comes from") from None
     try:
         return getattr(prep, name)(*args)
-    except prep.FetchError as error:
-        raise FetchError(str(error), error.cause) from None
     except prep.InputError as error:
         raise InputError(str(error)) from None
 
@@ -2081,37 +2048,35 @@ def read_json(path):
     return value
 
 
-class TokenFile(np.memmap):
+def open_tokens(path):
     """The tokens in a file, uint16: a map of it, which stays what it was if the file is replaced.
 
         256 int32: 20240520, version 1, number of tokens, vocab_size, vocabulary_crc, zeros
         the tokens, uint16
 
     vocab_size: 256 is bytes, 50257 GPT-2's tokens, 0, as in llm.c, unknown. vocabulary_crc: the
-    CRC-32 of a vocabulary of one's own, or 0.
+    CRC-32 of a vocabulary of one's own, or 0. The map has these two, and its path, as attributes.
     """
-
-    def __new__(cls, path):
-        with open(path, "rb") as file:
-            size = os.path.getsize(path)
-            header = np.fromfile(file, "<u4", 5).tolist()
-            right = size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2]
-            found = f"{size} bytes that begin with {header[:3]}, not 20240520, 1, their number"
-            require(right, f"{path}: no whole token file: {found}: write it with {PREPRO}")
-            tokens = super().__new__(cls, file, "<u2", "r", 1024)
-        tokens.path = path
-        tokens.vocab_size, tokens.vocabulary_crc = header[3:]
-        return tokens
+    with open(path, "rb") as file:
+        size = os.path.getsize(path)
+        header = np.fromfile(file, "<u4", 5).tolist()
+        right = size > 1024 and header[:2] == [20240520, 1] and size == 1024 + 2 * header[2]
+        found = f"{size} bytes that begin with {header[:3]}, not 20240520, 1, their number"
+        require(right, f"{path}: no whole token file: {found}: write it with {PREPRO}")
+        tokens = np.memmap(file, "<u2", "r", 1024)
+    tokens.path = path
+    tokens.vocab_size, tokens.vocabulary_crc = header[3:]
+    return tokens
 
 
 def open_shards(paths):
-    """The TokenFiles of a path, of a pattern, or of a list of these, by name."""
+    """The token files of a list of paths and patterns, by name: maps, as of open_tokens."""
     names = set()
-    for path in [paths] if isinstance(paths, str) else paths:
+    for path in paths:
         found = [path] if os.path.exists(path) else glob.glob(path)
         require(found, f"{path}: no such token file: write one with {PREPRO}")
         names.update(found)
-    return [TokenFile(name) for name in sorted(names)]
+    return [open_tokens(name) for name in sorted(names)]
 
 
 def text_at_hand():
@@ -2125,8 +2090,7 @@ def text_at_hand():
     names += sorted(glob.glob("extras/*.py", root_dir=folder))
     own = [os.path.join(folder, name) for name in names]
     tiny = in_data("tiny_shakespeare.txt")
-    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
-    paths = [tiny] if large else [path for path in own if os.path.exists(path)]
+    paths = [tiny] if os.path.exists(tiny) else list(filter(os.path.exists, own))
 
     text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
     passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
@@ -2147,7 +2111,7 @@ END_OF_TEXT = b"<|endoftext|>"
 def tokenizer(vocab_size, vocabulary=None):
     """How a model reads and writes: encode(text) gives ids, decode(id) bytes, `first` is the id
     that begins a new text, lengths[id] the number of bytes that an id stands for in a text.
-    InputError if the vocabulary is not known, FetchError if GPT-2's can't be fetched.
+    InputError if the vocabulary is not known, ConnectionError if GPT-2's can't be fetched.
     """
     if vocabulary:
         tokens, first = vocabulary, vocabulary.index(b"\n")
@@ -2174,15 +2138,15 @@ def is_gpt2s(vocab_size):
     return 50257 <= vocab_size <= 50304
 
 
-def vocabulary_of(shards):
+def vocabulary_of(shard):
     """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
-    if shards[0].vocabulary_crc == 0:
+    if shard.vocabulary_crc == 0:
         return None
-    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shards[0].path)
-    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shards[0].path}")
+    path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
+    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shard.path}")
     vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
-    same = belongs(shards[0], len(vocabulary), vocabulary)
-    require(same, f"{path} is not the vocabulary of {shards[0].path}: write both with {PREPRO}")
+    same = belongs(shard, len(vocabulary), vocabulary)
+    require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
     return vocabulary
 
 
@@ -2193,7 +2157,7 @@ def saved_vocabulary(path, vocab_size):
     try:
         folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
         vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
-    except (FetchError, FileNotFoundError):  # this file stands alone, or there is none
+    except (ConnectionError, FileNotFoundError):  # this file stands alone, or there is none
         return None
     except InputError:
         return []
@@ -2213,13 +2177,6 @@ def belongs(shard, vocab_size, vocabulary):
 def vocabulary_crc(vocabulary):
     """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
     return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
-
-
-def vocabulary_files(vocab_size, vocabulary):
-    """Hugging Face's files of a vocabulary: {name: bytes}. Nothing if it is not at hand."""
-    with contextlib.suppress(FetchError):  # this file stands alone
-        return prepro("huggingface_files", vocab_size, vocabulary)
-    return {}
 
 
 ARRAY_TYPES = {
@@ -2366,7 +2323,7 @@ def weights_in(folder):
 def open_weights(path):
     """(GPT2Config, {Hugging Face's name: Stored}) of a folder or a file.
 
-    InputError unless there is exactly what a GPT-2 has, and a config.json beside it agrees. The
+    InputError if a config.json beside it tells of something else than a GPT-2. The
     classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
     metadata of our files, or by config.json, or else the size must be one of OpenAI's.
     """
@@ -2396,10 +2353,6 @@ def open_weights(path):
         found = told.get(key)
         right = found in (None, expected) or (found, expected) == ("gelu_pytorch_tanh", "gelu_new")
         require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
-
-    shapes = GPT2.param_shapes(config)
-    params = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}  # take no memory
-    check_tensors(path, huggingface_views(params), tensors)
     return config, tensors
 
 
@@ -2421,31 +2374,35 @@ def read_parts(path):
     return tensors, metadata
 
 
-def check_tensors(path, views, tensors):
-    """InputError unless tensors {name: Stored} are what views {name: array} expect."""
-    for name, view in views.items():
-        array, dtype = tensors.get(name, (np.empty(0), "none"))
-        right = array.shape == view.shape and dtype in ("F32", "F16", "BF16")
-        found = f"found {array.shape} of {dtype}"
-        require(right, f"{path}: tensor {name!r}: {found}, expected floats {view.shape}")
-    extra = sorted(set(tensors) - set(views))
-    require(not extra, f"{path}: tensor {extra[:1]} is not part of the model")
-
-
 def copy_tensors(views, tensors):
-    """Move tensors {name: Stored} into views {name: float32 array}. InputError if not finite."""
+    """Move tensors {name: Stored} into views {name: float32 array}.
+
+    InputError unless they are just what the views expect, and finite.
+    """
     for name, out in views.items():
-        array, dtype = tensors.pop(name)  # so that no file stays mapped
+        array, dtype = tensors.pop(name, (np.empty(0), "none"))  # so that no file stays mapped
+        right = array.shape == out.shape and dtype in ("F32", "F16", "BF16")
+        found = f"found {array.shape} of {dtype}, expected floats {out.shape}"
+        require(right, f"the weights can't be used: tensor {name!r}: {found}")
         if dtype == "BF16":  # the upper half of a float32
             np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array
         finite = np.isfinite([out.min(), out.max()]).all()
         require(finite, f"tensor {name!r} holds a value that is not finite")
+    require(not tensors, f"tensor {min(tensors, default='')!r} is not part of the model")
 
 
 def save_huggingface(folder, config, params, vocabulary=None):
     """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it."""
+    save_config(folder, config, vocabulary)
+    tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
+    metadata = {"format": "pt", "n_head": str(config.num_heads)}
+    write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
+
+
+def save_config(folder, config, vocabulary):
+    """config.json, generation_config.json and, if it is at hand, the vocabulary."""
     V = config.vocab_size
     end = V - 1 if vocabulary else None
     if vocabulary is None and is_gpt2s(V):
@@ -2453,23 +2410,16 @@ def save_huggingface(folder, config, params, vocabulary=None):
     ends = {"bos_token_id": end, "eos_token_id": end}
     about = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     generation = {"max_length": min(config.max_seq_len, 256)}  # pipeline would go on beyond it
-    card = f"A GPT-2 of {count(GPT2.param_shapes(config)):,} parameters. It continues a text with"
-    card += '\n\n    python train_gpt2.py --model FOLDER --inference_only 1 --prompt "To be, or"\n'
     files = {
         "config.json": json.dumps(huggingface_config(config) | ends | about, indent=2).encode(),
         "generation_config.json": json.dumps(ends | generation, indent=2).encode(),
-        "README.md": card.encode(),
-        **vocabulary_files(V, vocabulary),
     }
+    with contextlib.suppress(ConnectionError):  # this file stands alone
+        files |= prepro("huggingface_files", V, vocabulary)
     os.makedirs(folder, exist_ok=True)
     for name, data in files.items():
-        path = os.path.join(folder, name)
-        if name != "README.md" or not os.path.exists(path):
-            with atomic_write(path) as file:
-                file.write(data)
-    tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
-    metadata = {"format": "pt", "n_head": str(config.num_heads)}
-    write_safetensors(os.path.join(folder, "model.safetensors"), tensors, metadata)
+        with atomic_write(os.path.join(folder, name)) as file:
+            file.write(data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2490,8 +2440,8 @@ def text_of(*path):
 def control_groups(root="/"):
     """The folders of this process's control groups and of those around them. All limits hold.
 
-    /proc/self/cgroup has a line "0::PATH" (version 2), or lines such as "4:cpu,cpuacct:PATH"
-    (version 1). In a container the path may be that of the host; then only the outermost is there.
+    /proc/self/cgroup has a line "0::PATH" (version 2), or lines such as "4:cpu,cpuacct:PATH" (1).
+    In a container the path may be that of the host; then only the outermost is there.
     """
     folders = []
     for line in text_of(root, "proc/self/cgroup").splitlines():
@@ -2895,7 +2845,7 @@ def parse_args(argv, settings=None):
     flag("resume", 0, "1: go on from the newest whole checkpoint in --output_dir")
     flag("num_iterations", 40, "updates; 0: only validate, all of the text")
     flag("batch_size", 4, "B, sequences per batch")
-    flag("sequence_length", 64, "T, tokens per sequence (only generating: the whole context)")
+    flag("sequence_length", 64, "T, tokens per sequence; 0: as many as the model can read")
     flag("total_batch_size", 0, "tokens per update; 0: B*T, times the number of processes")
     flag("learning_rate", 1e-4, "its peak")
     flag("warmup_iters", 0, "updates over which it rises to the peak")
@@ -2922,12 +2872,12 @@ def parse_args(argv, settings=None):
         column = {"bytes": 1, "d2": 2}.get(args.model, 0)
         parser.set_defaults(**{name: values[column] for name, values in FROM_SCRATCH.items()})
     if args.inference_only:
-        parser.set_defaults(batch_size=1, sequence_length=0)  # the whole context
+        parser.set_defaults(batch_size=1, sequence_length=0)
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if isinstance(value, list):
+        if name.startswith("input_"):
             setattr(args, name, [os.path.expanduser(path) for path in value if path])
         elif name in ("model", "output_dir"):
             setattr(args, name, os.path.expanduser(value))
@@ -2938,18 +2888,19 @@ def parse_args(argv, settings=None):
         parser.error("--checkpoint_every and --resume need --output_dir")
     if args.output_dir and not writes:
         parser.error("nothing is trained, so nothing is written to --output_dir: leave it out")
-    if args.batch_size == 0 or args.sequence_length == 0 and not args.inference_only:
-        parser.error("--batch_size and --sequence_length are at least 1")
+    if args.batch_size == 0:
+        parser.error("--batch_size is at least 1")
     return args
 
 
 def find(args, checkpoint=""):
-    """What a run needs, fetched if need be: the model's config, its tensors, and the shards.
+    """What a run needs, fetched if need be: config, tensors and vocabulary of the model, and data.
 
     checkpoint   the path of the one that the run is resumed from, in place of the model's name.
-    tensors are None if the weights are to be drawn.
+    tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
     """
-    found = SimpleNamespace(tensors=None, vocabulary=None, training=[], validation=[])
+    found = SimpleNamespace(tensors=None, vocabulary=None, data={})
+    open_shards(args.input_bin + args.input_val_bin)  # a wrong path is told before a fetch
     name = checkpoint or args.model or "gpt2"
     if name in FRESH:
         refuse_two_meanings(name)
@@ -2963,47 +2914,43 @@ def find(args, checkpoint=""):
         return found
 
     training, validation = find_data(args, found.config.vocab_size)
-    if name in FRESH and name != "bytes":
-        shards = training + validation
-        found.config = replace(found.config, vocab_size=shards[0].vocab_size or 50257)
-        found.vocabulary = vocabulary_of(shards)
     if args.num_iterations > 0:
-        found.training = training
+        require(training, "--input_bin is not named: name it, or --num_iterations 0")
+        found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
-        found.validation = validation
+        message = "--input_val_bin is not named: name it (a run with --val_loss_every 0 needs none)"
+        require(validation, message)
+        found.data["validation"] = validation
+    if name in FRESH and name != "bytes":
+        shard = (training or validation)[0]
+        found.config = replace(found.config, vocab_size=shard.vocab_size or 50257)
+        found.vocabulary = vocabulary_of(shard)
     return found
 
 
 def find_data(args, V):
-    """(training, validation): the shards that the command names, or those of a model's tokens.
+    """[training, validation]: the shards that the command names, or those of a model's tokens.
 
-    V is the size of its vocabulary; 0: it will be learned from the text.
+    V is the size of its vocabulary; if it is 0, one is learned from the text at hand.
     """
     if args.input_bin or args.input_val_bin:
-        trains = args.num_iterations > 0
-        message = "--input_val_bin without --input_bin: name it, or --num_iterations 0"
-        require(args.input_bin or not trains, message)
-        message = "--input_bin without --input_val_bin: name it"
-        message += ", or --val_loss_every 0" if trains else ""
-        require(args.input_val_bin or trains and args.val_loss_every == 0, message)
-        return [open_shards(paths) for paths in (args.input_bin or [], args.input_val_bin or [])]
-
+        return [open_shards(args.input_bin), open_shards(args.input_val_bin)]
     if V == 256:
         name, *texts = text_at_hand()
         print_now(f"the text is that of {name}, byte by byte")
         return [[text] for text in texts]
-    prefix = "tiny_shakespeare" if is_gpt2s(V) else "first"
-    paths = [in_data(f"{prefix}_{part}.bin") for part in ("train", "val")]
+
+    prefix = in_data("tiny_shakespeare" if is_gpt2s(V) else "first")
+    paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
     if not all(map(os.path.exists, paths)):
-        if is_gpt2s(V):
-            paths = provide("tiny_shakespeare")
-        else:
-            message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
-            require(V == 0, message)
+        message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
+        require(V == 0 or is_gpt2s(V), message)
+        if V == 0:
             _, *texts = text_at_hand()
-            texts = [text.tobytes() for text in texts]
-            paths = prepro("learned_files", in_data("first"), *texts, 1024)
-    return [open_shards(path) for path in paths]
+            prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
+        else:
+            provide("tiny_shakespeare")
+    return [open_shards([path]) for path in paths]
 
 
 def check_shards(shards, found):
@@ -3013,7 +2960,7 @@ def check_shards(shards, found):
     facts = []
     for shard in shards:
         tokens = shard[:]
-        if isinstance(shard, TokenFile):
+        if isinstance(shard, np.memmap):
             highest = tokens.max()
             require(
                 belongs(shard, V, found.vocabulary) and highest < V,
@@ -3024,12 +2971,74 @@ def check_shards(shards, found):
     return facts
 
 
+def find_or_fall_back(argv, args, checkpoint):
+    """(args, found): what find gives; if GPT-2 can't be fetched and nothing was asked for by name,
+    the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
+    """
+    named = args.model or args.input_bin or args.input_val_bin or args.resume
+    plans = {"d2": "a small GPT will learn from scratch", "bytes": "it will learn bytes"}
+    if named or args.inference_only or args.num_iterations == 0:
+        plans = {}  # also because a new model has learned nothing
+    for small, plan in plans.items():
+        try:
+            return args, find(args)
+        except ConnectionError as error:
+            print_now(f"{error.args[0]}\n--> so {plan}")
+            first = in_data("first")
+            folder = args.output_dir or ("" if os.path.exists(first) else first)
+            args = parse_args([*argv, "--model", small, "--output_dir", folder])
+    return args, find(args, checkpoint)
+
+
+def resumed_args(argv, state):
+    """The flags of a run that goes on. InputError if one has changed that may not."""
+    before, step = state["settings"], state["step"]
+    args = parse_args(argv, before)
+    for name, value in vars(args).items():
+        message = f"the run can't go on with --{name} {value!r} (it was {before[name]!r})"
+        same = name in MAY_CHANGE or value == before[name]
+        require(same, f"{message}: leave that out, or start another")
+    message = f"the run has done {step} updates: use --num_iterations {step} or more"
+    require(args.num_iterations >= step, message)
+    was, now = (scheduled_rate(x, step) for x in (SimpleNamespace(**before), args))
+    if was != now:
+        print_now(f"note: the learning rate was {was:.2e} and goes on with {now:.2e}")
+    if state["threads"] != THREADS:
+        print_now(f"note: with {THREADS} threads in place of {state['threads']}, last bits differ")
+    return args
+
+
+def make_loader(args, shards, processes):
+    """The DataLoader of a run. Shards that fill no batch are left out.
+
+    args.total_batch_size, if it is 0, becomes the tokens of one batch of all processes.
+    """
+    B, T = args.batch_size, args.sequence_length
+    long = [shard for shard in shards if len(shard) > B * T]
+    require(
+        long,
+        f"a batch needs {B * T + 1} tokens (B*T + 1), which no file of the training data has: use "
+        "a smaller --batch_size or --sequence_length",
+    )
+    if len(long) < len(shards):
+        print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
+    if args.overfit_single_batch:
+        long = [long[0][: B * T + 1]]
+
+    batch = B * T * processes
+    total = args.total_batch_size = args.total_batch_size or batch
+    require(
+        total % batch == 0,
+        f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
+        f"{batch}: try {max(1, total // batch) * batch}",
+    )
+    return DataLoader(long, B, T, args.seed if args.shuffle else None)
+
+
 def build(args, found, make=GPT2):
     """Print the memory plan, and make the model. MemoryError if the machine has too little."""
-    config, most = found.config, found.config.max_seq_len
-    B, T = args.batch_size, args.sequence_length or most
-    require(T <= most, f"the model's context is {most}: use --sequence_length {most} or less")
-    training = bool(found.training)
+    config, B, T = found.config, args.batch_size, args.sequence_length
+    training = "training" in found.data
     params = 4 * count(make.param_shapes(config))
 
     def activations(B):
@@ -3039,23 +3048,20 @@ def build(args, found, make=GPT2):
     if training:
         plan |= {"gradients": params, "moments": 2 * params // make.PROCESSES}
     need, free = sum(plan.values()), available_memory()
-    sizes = ", ".join(f"{name} {value}" for name, value in asdict(config).items())
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
-    print_now(f"model: {params // 4:,} parameters: {sizes}")
     print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
-
     if need > free:
         per_sequence = (activations(2 * B) - activations(B)) / B
         fitting = int(B - (need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
-        raise MemoryError(
-            f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free: try {remedy}"
-        )
+        found = f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise MemoryError(f"{found}: try {remedy}")
     seed = None if found.tensors else args.seed
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
         copy_tensors(huggingface_views(model.params), found.tensors)
     model.vocabulary = found.vocabulary
+    print_now(model)
     return model
 
 
@@ -3066,40 +3072,38 @@ def open_run(argv, make=GPT2, first=True):
     first   False: another process writes to the folder
     """
     args = parse_args(argv)
-    lock = None
-    if args.output_dir and first and (os.path.isdir(args.output_dir) or not args.resume):
-        lock = lock_folder(args.output_dir, args.resume)
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
-        args = resumed_args(argv, args.output_dir, state)
+        args = resumed_args(argv, state)
     elif args.resume:
-        message = f"{args.output_dir} holds no run to resume: to begin one there, name its --model"
-        require(args.model, message)
-        print_now(f"{args.output_dir} holds NO RUN TO RESUME, so a new one begins")
+        found = f"{args.output_dir} holds NO RUN TO RESUME"
+        require(args.model, f"{found}: name a --model to begin one")
+        print_now(f"{found}, so a new one begins")
     args, found = find_or_fall_back(argv, args, checkpoint)
-    if args.output_dir and first and not lock:
-        lock = lock_folder(args.output_dir, args.resume)
+    args.sequence_length = args.sequence_length or found.config.max_seq_len
+    folder = args.output_dir if first else ""
+    lock = lock_folder(folder, args.resume) if folder else None
 
     data = dict(state["data"]) if state else {}
-    for what, shards in (("training", found.training), ("validation", found.validation)):
-        if shards:
-            facts = check_shards(shards, found)
-            print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
-            same = data.setdefault(what, facts) == facts
-            require(same, f"the {what} data has changed: put it back, or start another run")
-    loader = make_loader(args, found.training, make.PROCESSES)
+    for what, shards in found.data.items():
+        facts = check_shards(shards, found)
+        print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
+        same = data.setdefault(what, facts) == facts
+        require(same, f"the {what} data has changed: put it back, or start another run")
+    shards = found.data.get("training")
+    loader = make_loader(args, shards, make.PROCESSES) if shards else None
     model = build(args, found, make)
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
         if args.prompt:
             tokens.encode(args.prompt)
-    except InputError as error:
+    except (InputError, ConnectionError) as error:
         if args.inference_only:
             raise
         print_now(f"no samples: {error}")
         tokens = None
-    folder = args.output_dir if first else ""
-    run = Run(args, model, loader, found.validation, data, tokens, folder, lock)
+
+    run = Run(args, model, loader, found.data.get("validation"), data, tokens, folder, lock)
     if state:
         stored, _ = read_safetensors(checkpoint)
         model.moments[...] = stored["moments"].array
@@ -3110,74 +3114,6 @@ def open_run(argv, make=GPT2, first=True):
     if loader:
         describe(run)
     return run
-
-
-def find_or_fall_back(argv, args, checkpoint):
-    """(args, found): what find gives; if GPT-2 can't be fetched and nothing was asked for by name,
-    the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
-    """
-    named = args.model or args.input_bin or args.input_val_bin or args.resume
-    unfit = args.inference_only or args.num_iterations == 0  # a new model has learned nothing
-    plans = {"d2": "a small GPT will learn from scratch", "bytes": "it will learn bytes"}
-    for small in ("d2", "bytes", ""):
-        try:
-            return args, find(args, checkpoint)
-        except FetchError as error:
-            if named or unfit or not small:
-                raise
-            print_now(f"{error.cause}\n--> so {plans[small]}")
-            args = parse_args([*argv, "--model", small])
-            free = not os.path.exists(in_data("first"))
-            args.output_dir = args.output_dir or (in_data("first") if free else "")
-
-
-def resumed_args(argv, folder, state):
-    """The flags of a run that goes on. InputError if one has changed that may not."""
-    before, step = state["settings"], state["step"]
-    args = parse_args(argv, before)
-    args.total_batch_size = args.total_batch_size or before["total_batch_size"]
-    for name, value in vars(args).items():
-        require(
-            name in MAY_CHANGE or value == before[name],
-            f"the run in {folder} can't go on with --{name} {value!r} (it was {before[name]!r}): "
-            "leave that out, or start another",
-        )
-    message = f"the run in {folder} has done {step} updates: use --num_iterations {step} or more"
-    require(args.num_iterations >= step, message)
-    was, now = (scheduled_rate(x, step) for x in (SimpleNamespace(**before), args))
-    if was != now:
-        print_now(f"note: the learning rate was {was:.2e} and goes on with {now:.2e}")
-    if state["threads"] != THREADS:
-        print_now(f"note: with {THREADS} threads in place of {state['threads']}, last bits differ")
-    return args
-
-
-def make_loader(args, shards, processes=1):
-    """The DataLoader of a run; None if nothing is trained. Shards that fill no batch are left out.
-
-    args.total_batch_size, if it is 0, becomes the tokens of one batch of all processes.
-    """
-    if not shards:
-        return None
-    B, T = args.batch_size, args.sequence_length
-    long = [shard for shard in shards if len(shard) > B * T]
-    require(
-        long,
-        f"the training data has {max(map(len, shards))} tokens in one piece, a batch needs B*T + 1 "
-        f"= {B * T + 1}: use a smaller --batch_size or --sequence_length",
-    )
-    if len(long) < len(shards):
-        print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
-    if args.overfit_single_batch:
-        long = [long[0][: B * T + 1]]
-    batch = B * T * processes
-    total = args.total_batch_size = args.total_batch_size or batch
-    require(
-        total % batch == 0,
-        f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
-        f"{batch}: try {max(1, total // batch) * batch}, or fewer processes",
-    )
-    return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def line_of(found):
 def score(source, limit):
     """Let a model, by its name or path, answer: print how it does, and in the end the score."""
     require(limit >= 0, f"a limit of {limit} questions: expected 0, for all, or more")
-    model = GPT2.from_pretrained(source, 1, 1, training=False)
+    model = GPT2.from_pretrained(source, 1, 0, training=False)
     V = model.config.vocab_size
     require(
         gpt2.is_gpt2s(V) and model.vocabulary is None,

@@ -42,7 +42,7 @@ def write_tokens(path, tokens):
 
 
 def offline(what):
-    raise gpt2.FetchError(f"can't fetch {what}: no network: try again", f"can't fetch {what}")
+    raise ConnectionError(f"can't fetch {what}: no network: try again")
 
 
 def just_before(patch, owner, name, number, happens):
