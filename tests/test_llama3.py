@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -237,10 +238,11 @@ def test_the_program(tmp_path, capsys):
     """It trains a GPT-2 and a Llama, and both learn. What it saves, it continues."""
     folder = str(tmp_path / "small")
     assert llama3.main(["--num_iterations", "5", "--output_dir", folder]) == 0
-    table = capsys.readouterr().out.partition("val losses")[2].splitlines()[1:3]
-    first, last = [list(map(float, line.split())) for line in table]
-    assert first[0] == 0 and last[0] == 5 and last[1] < first[1] and last[2] < first[2]
-    assert llama3.main(["--num_iterations", "1", "--output_dir", folder]) == 1  # it holds a model
+    *losses, summary = re.findall("val loss .*", capsys.readouterr().out)
+    before, after, others_before, others = [float(line.split()[2]) for line in losses]
+    assert after < before and others < others_before
+    assert f"GPT-2 {after:.4f}" in summary and f"Llama {others:.4f}" in summary
+    assert llama3.main(["--num_iterations", "1", "--output_dir", folder]) == 1  # it is taken
     capsys.readouterr()
     flags = "--prompt_ids 10 20 --max_new_tokens 65 --temperature 0".split()
     assert llama3.main(["--model", folder, *flags]) == 0  # its context is 64
