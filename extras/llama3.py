@@ -231,7 +231,7 @@ def swiglu_backward(dinp, dout, inp):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The configuration
+# 2. The model
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,6 @@ class LlamaConfig:
     def grouped_channels(self):
         """Channels of all heads of queries, keys and values."""
         return self.channels + 2 * self.num_kv_heads * self.channels // self.num_heads
-
-
-# --------------------------------------------------------------------------------------------------
-# 3. The model
 
 
 class LlamaModel(Model):
@@ -443,7 +439,7 @@ swiglu_forward = by_rows(swiglu_forward, "out inp")
 swiglu_backward = by_rows(swiglu_backward, "dinp dout inp")
 
 # --------------------------------------------------------------------------------------------------
-# 4. Hugging Face's files
+# 3. Hugging Face's files
 
 HF_NAMES = (  # of LlamaConfig's fields, in their order
     "max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads",
@@ -526,7 +522,7 @@ def open_llama(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The program
+# 4. The program
 
 # As many parameters as the GPT-2 of `python train_gpt2.py --model bytes` has, within 1 %.
 SMALL = LlamaConfig(64, 256, 2, 4, 2, 128, 352, rope_theta=10000.0)
