@@ -11,7 +11,6 @@ of m and v, which therefore costs no memory (ZeRO, stage 1; Rajbhandari et al., 
 numbers by MPI. The first process prints, samples and writes files.
 """
 
-import json
 import os
 import sys
 import time
@@ -39,10 +38,8 @@ PIECE = 1 << 20  # numbers that are sent at a time
 class SharedGPT2(gpt2.GPT2):
     """A GPT-2 that several processes train by train_step. What one of them calls, all must call.
 
-    parts     the slices of the flat vector that they own; `own` is that of this process, and
-              `own_table` says how much of each tensor lies there
-    asked     the numbers of the signals that have come to this process
-    signals   those that all processes know of
+    parts   the slices of the flat vector that they own; `own` is that of this process
+    asked   the numbers of the signals that have come to it; `signals` are those that all know of
     """
 
     PROCESSES = SIZE
@@ -51,19 +48,14 @@ class SharedGPT2(gpt2.GPT2):
         super().__init__(*args, **kwargs)
         self.parts = gpt2.cut(self.flat.shape[1], SIZE)
         self.lengths = [part.stop - part.start for part in self.parts]
-        own = self.own = self.parts[RANK]
-        shared = lambda place: min(place.stop, own.stop) - max(place.start, own.start)
-        places = gpt2.places(self.param_table).items()
-        self.own_table = {name: (shared(place),) for name, place in places if shared(place) > 0}
+        self.own = self.parts[RANK]
         self.asked, self.signals = [], []
 
     def together(self, number):
-        """A list of one number of each process. Here all learn of a signal that came to one, so all
-        leave the loop at the same place.
-        """
+        """One number of each process. All learn of a signal here, to leave the loop together."""
         every = np.empty((SIZE, 2))
         COMM.Allgather(np.array([number, (self.asked or [0])[0]], float), every)
-        self.signals += {int(signal) for signal in every[:, 1]} - {0, *self.signals}
+        self.signals[:] = [int(signal) for signal in every[:, 1] if signal]
         return every[:, 0].tolist()
 
     def forward(self, inputs, targets, train=True, grad_scale=1.0):
@@ -95,10 +87,14 @@ class SharedGPT2(gpt2.GPT2):
 
     def update(self, *args, **settings):
         """After grad_norm: GPT2.update of this part alone. The others come from their owners."""
-        whole = self.flat, self.param_table
-        self.flat, self.param_table = self.flat[:, self.own], self.own_table
+        flat, table, own = self.flat, self.param_table, self.own
+        ends = [place.stop for place in gpt2.places(table).values()]
+        lengths = np.diff(np.clip(ends, own.start, own.stop), prepend=own.start)
+
+        self.flat = flat[:, own]
+        self.param_table = {name: (n,) for name, n in zip(table, lengths, strict=True) if n > 0}
         super().update(*args, **settings)
-        self.flat, self.param_table = whole
+        self.flat, self.param_table = flat, table
         COMM.Allgatherv(MPI.IN_PLACE, [self.flat[0], self.lengths])
 
     @property
@@ -152,17 +148,16 @@ def train_together(argv):
     run = gpt2.open_run(argv, SharedGPT2, first=RANK == 0)
     if RANK == 0:
         COMM.Barrier()  # so the others find what it had to fetch
-    args, model = run.args, run.model
+    model = run.model
     require(run.loader, "one process evaluates or continues a prompt: python train_gpt2.py")
 
-    facts = json.dumps([vars(args) | {"output_dir": ""}, run.data, run.step]).encode()
+    args = vars(run.args) | {"output_dir": "", "sample_every": 0}  # which may differ
+    facts = repr([args, run.data, run.step]).encode()
     same = len(set(model.together(zlib.crc32(facts, zlib.crc32(model.flat[0]))))) == 1
     require(same, "the processes differ in flags, data or weights: give all the same files")
     print_now(f"processes: {SIZE}, with so many threads and so much memory each")
 
     run.loader = SharedLoader(run.loader)
-    if RANK > 0:
-        args.sample_every = 0  # nobody would read it
     run.signals = model.signals
     rows = model.flat[2:, model.own]
     model.windows = [MPI.Win.Create(row, row.itemsize, comm=COMM) for row in rows]
@@ -170,8 +165,7 @@ def train_together(argv):
         complete = gpt2.train(run)
         for window in model.windows:
             window.Free()  # when all are here: from one that had left MPI, none could read
-        if RANK == 0:
-            gpt2.finish(run, complete)
+        gpt2.finish(run, complete)
     return 0 if complete else 128 + run.signals[0]
 
 
@@ -181,17 +175,17 @@ def main(argv=()):
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="train_gpt2")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
+        argv = [*argv, "--sample_every", "0"]  # nobody would read it
+    code = 1
     try:
         return train_together(argv)
     except (SystemExit, KeyboardInterrupt) as error:  # all that is to be said has been said
-        code, message = getattr(error, "code", 130), ""
+        code = getattr(error, "code", 130)
     except (gpt2.InputError, OSError, MemoryError) as error:
-        code, message = 1, f"error: {error}\n"
-    except BaseException:
-        code, message = 1, traceback.format_exc()
-    if RANK > 0:
-        time.sleep(1)  # the first may be about to say the same, and to end all
-    print_now(message, end="", to="stderr")
+        time.sleep(min(RANK, 1))  # the first may be about to say the same, and to end all
+        print_now(f"error: {error}", to="stderr")
+    except Exception:
+        print_now(traceback.format_exc(), to="stderr")
     time.sleep(0.5)  # for mpiexec to pass it on
     COMM.Abort(code)
 

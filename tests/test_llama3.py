@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from common import failed_in_one_line
 
 import test_gpt2
 import train_gpt2 as gpt2
@@ -31,7 +33,6 @@ def random_llama(B, T, dtype=np.float64, recompute=1, training=True, **changed):
     config = replace(LlamaConfig(T + 2, 53, 3, 4, 2, 24, 20, 1e-3, 100.0), **changed)
     model = Llama(config, B, T, None, recompute, training, dtype)
     model.blob[...] = np.nan
-    model.flat[2:] = 0  # AdamW's m and v
     rng = np.random.default_rng(1)
     for name, view in model.params.items():
         view[...] = rng.normal(name.startswith("ln"), 1 / config.channels**0.5, view.shape)
@@ -54,9 +55,15 @@ def torch_rotated(x, config):
     return torch.cat([turned.real, turned.imag], -1)
 
 
-def torch_llama(config, params, inputs, targets, keep):
-    """The mean loss. keep(name, tensor) sees every intermediate."""
+def torch_llama(config, params, inputs, targets):
+    """The mean loss, and all that was computed on the way: {name: [tensor of each layer]}."""
     NH, NKV = config.num_heads, config.num_kv_heads
+    kept = {}
+
+    def keep(name, x):
+        x.retain_grad()
+        kept.setdefault(name, []).append(x)
+        return x
 
     def norm(x, name, weight):
         rstd = keep(f"{name}_rstd", (x.square().mean(-1) + config.norm_eps).rsqrt())
@@ -78,7 +85,7 @@ def torch_llama(config, params, inputs, targets, keep):
         fcproj = keep("fcproj", F.linear(keep("fch_swiglu", F.silu(gate) * up), p.fcprojw))
         residual = keep("residual3", residual + fcproj)
     logits = F.linear(norm(residual, "lnf", params["lnfw"]), params["lmhead"])
-    return keep("losses", test_gpt2.torch_losses(logits, torch.tensor(targets))).mean()
+    return keep("losses", test_gpt2.torch_losses(logits, torch.tensor(targets))).mean(), kept
 
 
 @BOTH_FLOATS
@@ -91,14 +98,7 @@ def test_every_tensor_equals_pytorch(B, T, rows, shape, dtype, monkeypatch):
     params = {n: torch.tensor(x).double().requires_grad_() for n, x in model.params.items()}
     ours, truth = {}, {}
     for part, (inputs, targets) in enumerate(random_tokens(2, B=B, T=T)):
-        kept = {}
-
-        def keep(name, x, kept=kept):
-            x.retain_grad()
-            kept.setdefault(name, []).append(x)
-            return x
-
-        true_loss = torch_llama(model.config, params, inputs, targets, keep)
+        true_loss, kept = torch_llama(model.config, params, inputs, targets)
         (true_loss * 0.75).backward()
         assert model.forward(inputs, targets, grad_scale=0.75) == pytest.approx(true_loss.item())
         model.backward()
@@ -117,14 +117,13 @@ def test_every_tensor_equals_pytorch(B, T, rows, shape, dtype, monkeypatch):
 
 @pytest.mark.parametrize("recompute", [1, 2])
 def test_recompute_changes_no_bit(recompute):
-    grads = []
-    for model in (random_llama(2, 9, recompute=0), random_llama(2, 9, recompute=recompute)):
+    models = [random_llama(2, 9, recompute=level) for level in (0, recompute)]
+    for model in models:
         for inputs, targets in random_tokens(2, B=2, T=9):
             model.forward(inputs, targets)
             model.backward()
-        grads.append(model.grads)
-    assert_same_bits(*grads)
-    assert len(model.acts["grouped"]) == 1
+    assert_same_bits(models[0].grads, models[1].grads)
+    assert [len(model.acts["grouped"]) for model in models] == [3, 1]
 
 
 def test_layers_by_hand():
@@ -179,11 +178,10 @@ def test_transformers_finds_the_same_logits_and_gradients(shape, tmp_path):
     test_gpt2.torch_losses(logits, torch.tensor(targets)).mean().backward()
     ours.forward(inputs, targets)
     ours.backward()
-    found = llama3.huggingface_views(ours.config, ours.grads)
-    truth = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
-    for t in (0, 20, 39):
-        found[t] = ours.next_logits(inputs[1, : t + 1].tolist())
-        truth[t] = logits[1, t].detach().numpy()
+    found = {"logits": ours.acts["lnf"] @ ours.params["lmhead"].T}
+    truth = {"logits": logits.detach().numpy()}
+    found |= llama3.huggingface_views(ours.config, ours.grads)
+    truth |= {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     assert_all_close(found, truth, 1e-5)
 
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -202,13 +200,13 @@ def changed_config(folder, **changed):
 
 def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
     model = random_llama(1, 8, np.float32)
-    model.params["lmhead"][...] = model.params["wte"]
     model.save_pretrained(tmp_path)
     tensors = llama3.huggingface_views(model.config, model.params)
     del tensors["lm_head.weight"]
     gpt2.write_safetensors(tmp_path / "model.safetensors", tensors, {})
     changed_config(tmp_path, tie_word_embeddings=True)
-    assert_same_bits(Llama.from_pretrained(tmp_path, 1, 8).params, model.params)
+    expected = model.params | {"lmhead": model.params["wte"]}
+    assert_same_bits(Llama.from_pretrained(tmp_path, 1, 8).params, expected)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +217,7 @@ def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear', expected"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": -1}}, "rope_theta is -1"),
         ({"num_key_value_heads": 3}, "4 heads of queries can't share 3"),
+        ({"num_key_value_heads": None}, "num_kv_heads is None"),
         ({"num_hidden_layers": 1 << 40}, "num_hidden_layers"),
         ({"hidden_size": 1 << 62}, "config.json: "),
         ({"rope_scaling": [1]}, "config.json: "),
@@ -228,20 +227,20 @@ def test_a_classifier_that_is_wte_becomes_a_copy(tmp_path):
 def test_another_model_is_one_line(changed, message, tmp_path, capsys):
     random_llama(1, 8, np.float32).save_pretrained(tmp_path)
     changed_config(tmp_path, **changed)
-    assert llama3.main(["--model", str(tmp_path)]) == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    exit_code = llama3.main(["--model", str(tmp_path)])
+    assert message in failed_in_one_line((exit_code, *capsys.readouterr()))
 
 
 def test_the_program(tmp_path, capsys):
     """It trains a GPT-2 and a Llama, and both learn. What it saves, it continues."""
     folder = str(tmp_path / "small")
     assert llama3.main(["--num_iterations", "5", "--output_dir", folder]) == 0
-    table = capsys.readouterr().out.partition("val losses")[2].splitlines()[1:3]
-    first, last = [list(map(float, line.split())) for line in table]
-    assert first[0] == 0 and last[0] == 5 and last[1] < first[1] and last[2] < first[2]
-    assert llama3.main(["--num_iterations", "1", "--output_dir", folder]) == 1  # it holds a model
-    capsys.readouterr()
+    *losses, summary = re.findall("val loss .*", capsys.readouterr().out)
+    before, after, others_before, others = [float(line.split()[2]) for line in losses]
+    assert after < before and others < others_before
+    assert f"GPT-2 {after:.4f}" in summary and f"Llama {others:.4f}" in summary
+    exit_code = llama3.main(["--num_iterations", "1", "--output_dir", folder])
+    assert "is there already" in failed_in_one_line((exit_code, *capsys.readouterr()))
     flags = "--prompt_ids 10 20 --max_new_tokens 65 --temperature 0".split()
     assert llama3.main(["--model", folder, *flags]) == 0  # its context is 64
     ids = Llama.from_pretrained(folder).generate([10, 20], 65, temperature=0)
