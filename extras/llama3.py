@@ -407,6 +407,8 @@ class Llama(GPT2, LlamaModel):
         C, NH, NKV = config.channels, config.num_heads, config.num_kv_heads
         require(C % (2 * NH) == 0, f"{C} channels are no even number for each of {NH} heads")
         require(NH % NKV == 0, f"{NH} heads of queries can't share {NKV} heads of keys")
+        low, high = config.low_freq_factor, config.high_freq_factor
+        require(low < high, f"low_freq_factor {low} is not below high_freq_factor {high}")
 
     @classmethod
     def from_pretrained(cls, source, batch_size=4, sequence_length=64, recompute=1, training=True):
@@ -514,10 +516,8 @@ def open_llama(folder):
         for key, expected in huggingface_config(config).items():
             right = expected is None or told.get(key) in (None, expected)
             require(right, f"it says {key} = {told.get(key)!r}, expected {expected!r}")
-        params = {n: np.broadcast_to(0, shape) for n, shape in Llama.param_shapes(config).items()}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: {error}") from None
-    gpt2.check_tensors(folder, huggingface_views(config, params), tensors)
     return config, tensors
 
 
