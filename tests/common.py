@@ -52,15 +52,17 @@ NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HF_ENDPOINT"), NOBODY)
 NO_NETWORK |= {"NO_PROXY": "", "no_proxy": ""}
 
 
-def run_trainer(*flags, cwd, env=None, program=(TRAINER,)):
+def run_trainer(*flags, cwd, env=None, program=(TRAINER,), under=()):
     """The trainer as a user runs it, without a network: (exit code, stdout, stderr).
 
     program   what Python runs, in place of the trainer: a path, or "-m", "extras.hellaswag"
+    under     the command that starts Python: mpiexec, for instance
     """
     done = subprocess.run(
-        [sys.executable, *map(str, (*program, *flags))],
+        [str(word) for word in (*under, sys.executable, *program, *flags)],
         cwd=cwd,
         env={**os.environ, **NO_NETWORK, "PYTHONPATH": os.path.dirname(TRAINER), **(env or {})},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         errors="replace",

@@ -12,14 +12,14 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from common import TRAINER, token_file
+from common import run_trainer, token_file
 
 import train_gpt2 as gpt2
 
@@ -35,6 +35,7 @@ SETTINGS = vars(gpt2.parse_args([*FLAGS, "--output_dir", "x"]))
 if os.name == "nt":
     pytest.skip("Windows has no such signals: use Linux or macOS", allow_module_level=True)
 STOPS = {getattr(signal, f"SIG{name}") for name in "INT TERM HUP USR1 USR2 XCPU".split()}
+USUAL = signal.default_int_handler  # KeyboardInterrupt
 
 
 def offline(*args):
@@ -90,11 +91,10 @@ def call(place, monkeypatch, capfd):
         code = gpt2.main([str(flag) for flag in flags])
         return code, *capfd.readouterr()
 
-    usual = signal.default_int_handler
-    before = {number: signal.signal(number, usual) for number in STOPS}
+    before = {number: signal.signal(number, USUAL) for number in STOPS}
     yield call
     after = {signal.signal(number, handler) for number, handler in before.items()}
-    assert after == {usual}
+    assert after == {USUAL}
 
 
 def stdout_of(result):
@@ -227,16 +227,6 @@ def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, nam
     assert result_of(tmp_path / "a run") == result_of(place / "whole")
 
 
-def test_a_second_signal_ends_it_at_once(call, tmp_path, monkeypatch):
-    def twice(*args):
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-
-    just_before(monkeypatch, gpt2, "train_step", 4, twice)
-    code, stdout, _ = call(*FLAGS, "--output_dir", tmp_path)
-    assert code == 130 and "stopped" not in stdout and steps_of(tmp_path) == [2]
-
-
 MOMENTS = [
     (os, "replace", 4),  # of its first checkpoint, which is written
     (gpt2, "train_step", 5),
@@ -259,41 +249,45 @@ def test_three_kills(place, call, tmp_path, monkeypatch):
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("handler, code", [(signal.default_int_handler, 129), (signal.SIG_IGN, 0)])
-def test_a_terminal_goes_away(handler, code, place, call, tmp_path, monkeypatch):
-    """SIGHUP comes, unless nohup holds it back, and each line that is printed is an error."""
+HANG_UPS = [  # how SIGHUP is handled before, how often it comes, the exit code, checkpoints
+    (USUAL, 1, 128 + signal.SIGHUP, [2, 4]),
+    (USUAL, 2, 130, [2]),  # the second one does what it did before, at once
+    (signal.SIG_IGN, 1, 0, [6, 8]),  # as under nohup
+]
+
+
+@pytest.mark.parametrize("handler, times, code, steps", HANG_UPS)
+def test_a_terminal_goes_away(handler, times, code, steps, place, call, tmp_path, monkeypatch):
+    """From the fourth update on each line that is printed is an error."""
     signal.signal(signal.SIGHUP, handler)
     with open(os.devnull) as unwritable, monkeypatch.context() as patch:
 
         def hang_up(*args):
             patch.setattr(sys, "stdout", unwritable)
-            signal.raise_signal(signal.SIGHUP)
+            for _ in range(times):
+                signal.raise_signal(signal.SIGHUP)
 
         just_before(patch, gpt2, "train_step", 4, hang_up)
         assert call(*FLAGS, "--output_dir", tmp_path)[0] == code
-    assert signal.signal(signal.SIGHUP, signal.default_int_handler) == handler
-    assert steps_of(tmp_path) == ([2, 4] if code else [6, 8])
+    assert signal.signal(signal.SIGHUP, USUAL) == handler
+    assert steps_of(tmp_path) == steps
     assert code or result_of(tmp_path) == result_of(place / "whole")
 
 
-CLOSED = [  # what the shell does with the streams, the flags, the exit code
-    (">&-", FLAGS, 0),
-    (">/dev/full 2>&1", FLAGS, 0),
-    (">&- 2>&-", ["--batchsize", "4"], 2),
-    (">&- 2>/dev/full", ["--model", "nonesuch"], 1),
-    ("| head -c 99 >&2", "--model model --inference_only 1 --max_new_tokens 99999999".split(), 0),
+CLOSED = [  # flags, what the shell does with the streams, the exit code
+    (RUN, ">&-", 0),
+    (RUN, ">/dev/full 2>&1", 0),
+    ("--batchsize 4", ">&- 2>&-", 2),
+    ("--model nonesuch", ">&- 2>/dev/full", 1),
+    ("--model model --inference_only 1 --max_new_tokens 99999999", "| head -c 99 >&2", 0),
 ]
 
 
-@pytest.mark.parametrize("streams, flags, code", CLOSED)
-def test_nobody_need_hear_of_it(place, tmp_path, streams, flags, code):
-    trainer = [sys.executable, TRAINER, *flags]
-    if flags == FLAGS:
-        trainer += ["--output_dir", tmp_path]
-    words = ["sh", "-c", f'"$@" {streams}', "sh", *trainer]
-    done = subprocess.run(words, cwd=place, capture_output=True, timeout=120)
-    assert (done.returncode, done.stdout) == (code, b"") and b"rror" not in done.stderr
-    assert flags != FLAGS or result_of(tmp_path) == result_of(place / "whole")
+@pytest.mark.parametrize("flags, streams, code", CLOSED)
+def test_nobody_need_hear_of_it(flags, streams, code, place):
+    shell = ["sh", "-c", f'"$@" {streams}', "sh"]
+    found, stdout, stderr = run_trainer(*flags.split(), cwd=place, under=shell)
+    assert (found, stdout) == (code, "") and "rror" not in stderr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,10 +343,12 @@ def test_every_command_on_every_folder(state, command, place, call, tmp_path):
 
 
 def edit(name, change):
-    with open(name, "rb") as file:
-        data = file.read()
-    with open(name, "wb") as file:
-        file.write(change(data))
+    path = Path(name)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def nothing(patch):
+    pass
 
 
 def flip(data, at=-2):
@@ -369,14 +365,16 @@ OLD, NEW, LATER = (f"part/checkpoint_0000000{step}.safetensors" for step in (2, 
 TAKEN = f"{NEW} is damaged: "
 BLIND = "--output_dir part --resume 1 --num_iterations 5 --val_loss_every 0".split()
 ALL = "--num_iterations 8 --val_loss_every 2"
+MAY_NOT_CHANGE = """model batch_size sequence_length total_batch_size learning_rate warmup_iters
+    learning_rate_decay_frac weight_decay grad_clip shuffle overfit_single_batch recompute seed
+    val_max_steps""".split()
 MAY_CHANGE = """--input_bin train_?.bin --sample_every 1 --log_every 2 --checkpoint_every 3
     --prompt x --max_new_tokens 5 --top_k 4 --temperature 0.5"""
 GOING_ON = {  # what happens to a run's files, the exit code, what is said, more flags
-    "other flags": (lambda patch: None, 0, f"resuming from {NEW}", MAY_CHANGE),
+    "other flags": (nothing, 0, f"resuming from {NEW}", MAY_CHANGE),
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
     "a bit": (lambda patch: edit(NEW, lambda data: flip(data, 20_000)), 0, TAKEN),
     "its last bit": (lambda patch: edit(NEW, lambda data: flip(data, -1)), 0, TAKEN),
-    "lost": (lambda patch: os.remove(NEW), 0, f"resuming from {OLD}"),
     "a folder": (lambda patch: os.mkdir(LATER), 0, f"resuming from {NEW}"),
     "format": (lambda patch: patch.setattr(gpt2, "CHECKPOINT", "other"), 1, "of another version ("),
     "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
@@ -387,11 +385,13 @@ GOING_ON = {  # what happens to a run's files, the exit code, what is said, more
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
     "val, later": (lambda patch: [gpt2.main(BLIND), edit("val.bin", flip)], 1, "has changed", ALL),
     "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
-    "a shard": (lambda patch: None, 1, "the training data has changed", "--input_bin train_0.bin"),
+    "a shard": (nothing, 1, "the training data has changed", "--input_bin train_0.bin"),
     "moved": (lambda patch: os.rename("val.bin", "v.bin"), 0, "resuming", "--input_val_bin v.bin"),
-    "fewer": (lambda patch: None, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
-    "more": (lambda patch: None, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
+    "fewer": (nothing, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
+    "more": (nothing, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
 }
+for name in MAY_NOT_CHANGE:
+    GOING_ON[name] = (nothing, 1, f"can't go on with --{name} ", f"--{name} 7")
 
 
 @pytest.mark.parametrize("what", GOING_ON)
@@ -407,19 +407,6 @@ def test_going_on(what, place, call, tmp_path, monkeypatch):
         return
     assert said in stdout_of(result) and ("note: " in result[1]) == (what in ("threads", "more"))
     assert what == "more" or result_of(tmp_path / "copy/part") == result_of(place / "whole")
-
-
-MAY_NOT_CHANGE = """model batch_size sequence_length total_batch_size learning_rate warmup_iters
-    learning_rate_decay_frac weight_decay grad_clip shuffle overfit_single_batch recompute seed
-    val_max_steps""".split()
-
-
-@pytest.mark.parametrize("name", MAY_NOT_CHANGE)
-def test_what_may_not_change_when_a_run_goes_on(name, call):
-    was = SETTINGS[name]
-    value = "d2" if name == "model" else was + 1
-    line = line_of(call("--output_dir", "part", "--resume", 1, f"--{name}", value))
-    assert f"can't go on with --{name} {value!r} (it was {was!r})" in line
 
 
 FULL = [  # what finds no room, from which time on, and what it is called
@@ -483,8 +470,6 @@ WRONG = [  # flags, and what the one line says
     ("--num_iterations 0", "no network"),
     ("--model model --input_bin train_0.bin --num_iterations 0", "--input_val_bin: name it\n"),
 ]
-
-
 WRONG += [(RUN + flags, "(--help lists all flags)") for flags in NONSENSE.split(",")]
 
 
@@ -594,16 +579,15 @@ def test_how_much_a_validation_reads(call, tmp_path, monkeypatch):
         assert log_of(folder)[0]["val_tokens"] == tokens
 
 
-SHOWN = [  # what a model of bytes writes, and what is seen of it
-    ("é\n\t".encode(), "é\n\t"),
-    (b"a\xff\xc3", "a\ufffd"),  # a byte that is none, and half a character at the end
-    (b"\x1b[2J\x07\r\x00", "\\x1b[2J\\x07\\r\\x00"),
+SHOWN = [  # a prompt, the ids that are read, what the model writes then, and what is shown of it
+    ("", [10], "é\n\t".encode(), "é\n\t"),
+    ("ü\n", [195, 188, 10], b"a\xff\xc3", "a\ufffd"),  # no UTF-8, and half a character at the end
+    ("\udcff", [255], b"\x1b[2J\x07\r\x00", "\\x1b[2J\\x07\\r\\x00"),
 ]
 
 
-@pytest.mark.parametrize("prompt, read", [("", [10]), ("ü\n", [195, 188, 10]), ("\udcff", [255])])
-@pytest.mark.parametrize("written, shown", SHOWN)
-def test_any_prompt_is_gone_on_with_and_harms_no_terminal(written, shown, prompt, read):
+@pytest.mark.parametrize("prompt, read, written, shown", SHOWN)
+def test_any_prompt_is_gone_on_with_and_harms_no_terminal(prompt, read, written, shown):
     asked = []
     model = SimpleNamespace(generate=lambda *args: asked.extend(args) or written)
     args = SimpleNamespace(seed=7, prompt=prompt, temperature=0.5, top_k=3)
