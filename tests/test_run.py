@@ -29,8 +29,7 @@ RUN = """--model model --input_bin train_0.bin train_1.bin --input_val_bin val.b
 FLAGS = f"""{RUN} --learning_rate 3e-2 --warmup_iters 3 --learning_rate_decay_frac 0.1
     --weight_decay 0.1 --grad_clip 1 --shuffle 1 --seed 3 --total_batch_size 32 --prompt ab
     --top_k 5 --temperature 0.8 --val_loss_every 2 --sample_every 3 --max_new_tokens 6
-    --log_every 1 --checkpoint_every 2""".split()
-SETTINGS = vars(gpt2.parse_args([*FLAGS, "--output_dir", "x"]))
+    --log_every 1 --checkpoint_every 2 --output_dir o""".split()
 
 if os.name == "nt":
     pytest.skip("Windows has no such signals: use Linux or macOS", allow_module_level=True)
@@ -78,11 +77,11 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture
-def call(place, monkeypatch, capfd):
-    """call(*flags): main() in this process, in that folder, without a network: (exit code, stdout,
-    stderr). It must leave the handlers of signals as they were.
+def call(place, tmp_path, monkeypatch, capfd):
+    """call(*flags): main() in this process, in a copy of that folder, without a network: (exit code,
+    stdout, stderr). It must leave the handlers of signals as they were.
     """
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # there is no power cut, either
     monkeypatch.setattr(gpt2, "provide", offline)
 
@@ -117,30 +116,28 @@ def told(stdout):
 
 
 def steps_of(folder):
-    return [int(path.name[11:19]) for path in sorted(folder.glob("checkpoint_0*.safetensors"))]
+    return [int(path[-20:-12]) for path in reversed(gpt2.list_checkpoints(folder))]
 
 
 def log_of(folder):
     """The entries of main.jsonl, but for what a clock says."""
-    entries = [json.loads(line) for line in (folder / "main.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in Path(folder, "main.jsonl").read_text().splitlines()]
     of_the_clock = ("ms", "tokens_per_second", "best")  # or of the disk
     return [{k: x for k, x in e.items() if k not in of_the_clock} for e in entries]
 
 
 def result_of(folder):
     """All that a run must end with, to the bit."""
-    newest = max(folder.glob("checkpoint_0*.safetensors"))
-    tensors, metadata = gpt2.read_safetensors(newest)
+    tensors, metadata = gpt2.read_safetensors(gpt2.list_checkpoints(folder)[0])
     state = json.loads(metadata["state"])
     del tensors["crc32"], state["settings"], state["threads"]
     tensors = {name: stored.array.tobytes() for name, stored in tensors.items()}
     names = ("model.safetensors", "best/model.safetensors", "config.json")
-    return tensors, state, log_of(folder), [(folder / name).read_bytes() for name in names]
+    return tensors, state, log_of(folder), [Path(folder, name).read_bytes() for name in names]
 
 
-def said_in(place):
-    """What the run `whole` printed."""
-    return (place / "said.txt").read_text(encoding="utf-8")
+def said_by_whole():
+    return Path("said.txt").read_text(encoding="utf-8")
 
 
 def losses_by_hand(model, tokens):
@@ -152,12 +149,12 @@ def losses_by_hand(model, tokens):
 def test_a_run_is_what_the_interface_computes(place, monkeypatch):
     """Rebuilt from GPT2, DataLoader and train_step: what is printed, logged and left."""
     monkeypatch.chdir(place)
-    whole, stdout = place / "whole", said_in(place)
+    stdout = said_by_whole()
     model = gpt2.GPT2.from_pretrained("model", 2, 8)
     loader = gpt2.DataLoader(gpt2.open_shards(["train_0.bin", "train_1.bin"]), 2, 8, 3)
     tokens = np.fromfile("val.bin", "<u2")[512:]
-    args = SimpleNamespace(**SETTINGS)
-    found, printed, validations, losses = iter(log_of(whole)), [], [], []
+    args = gpt2.parse_args(FLAGS)
+    found, printed, validations, losses = iter(log_of("whole")), [], [], []
     for step in range(9):
         if step % 2 == 0:
             entry = next(found)
@@ -186,9 +183,9 @@ def test_a_run_is_what_the_interface_computes(place, monkeypatch):
     assert "--model whole/best" in write and "--model whole/best" in look
     summary = f"8 updates, train loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     assert re.fullmatch(rf"{summary}, \S+ s, \d+ tok/s, saved in whole", last_line)
-    for folder, wte in ((whole / "best", best), (whole, model.params["wte"].tobytes())):
+    for folder, wte in (("whole/best", best), ("whole", model.params["wte"].tobytes())):
         assert gpt2.GPT2.from_pretrained(folder, 1, 8).params["wte"].tobytes() == wte
-    assert steps_of(whole) == [6, 8]
+    assert steps_of("whole") == [6, 8]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -209,9 +206,9 @@ PLACES = [  # the function and the number of its call at which the signal comes
 
 
 @pytest.mark.parametrize("owner, name, number, stop", PLACES)
-def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, name, number, stop):
+def test_stopped_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
     just_before(monkeypatch, owner, name, number, lambda *args: signal.raise_signal(stop))
-    code, stdout, error = call(*FLAGS, "--output_dir", tmp_path / "a run")
+    code, stdout, error = call(*FLAGS, "--output_dir", "a run")
     assert code == 128 + stop and error == "" and "finishing this update; once more" in stdout
     first = told(stdout)
     updates = [i for i, line in enumerate(first) if line.startswith("step")]
@@ -219,12 +216,12 @@ def test_stopped_and_gone_on_with(place, call, tmp_path, monkeypatch, owner, nam
     last, _, go_on = stdout.splitlines()[-1].partition(", go on with ")
     assert last.startswith(f"stopped: {len(updates)} updates")
     assert name != "batch_losses" or "val loss" not in "".join(first[seam:])
-    assert not (tmp_path / "a run" / "model.safetensors").exists()
+    assert not os.path.exists("a run/model.safetensors")
 
     second = told(stdout_of(call(*shlex.split(go_on))))  # which repeats what followed it
     assert second[: len(first) - seam] == first[seam:]
-    assert first[:seam] + second == told(said_in(place))
-    assert result_of(tmp_path / "a run") == result_of(place / "whole")
+    assert first[:seam] + second == told(said_by_whole())
+    assert result_of("a run") == result_of("whole")
 
 
 MOMENTS = [
@@ -234,19 +231,17 @@ MOMENTS = [
 ]
 
 
-def test_three_kills(place, call, tmp_path, monkeypatch):
+def test_three_kills(call, monkeypatch):
     """A killed run leaves what lies in its folder at that moment. Each takes up what is left."""
-    folder, left = tmp_path / "o", tmp_path / "left"
-    flags = [*FLAGS, "--output_dir", folder, "--resume", 1]
     for moment in MOMENTS:
         with monkeypatch.context() as patch:
-            just_before(patch, *moment, lambda *args: shutil.copytree(folder, left))
-            stdout_of(call(*flags))
-        shutil.rmtree(folder)
-        left.rename(folder)
-    assert "resuming from" in stdout_of(call(*flags))
-    assert result_of(folder) == result_of(place / "whole")
-    assert not list(folder.rglob("*.tmp"))
+            just_before(patch, *moment, lambda *args: shutil.copytree("o", "left"))
+            stdout_of(call(*FLAGS, "--resume", 1))
+        shutil.rmtree("o")
+        os.rename("left", "o")
+    assert "resuming from" in stdout_of(call(*FLAGS, "--resume", 1))
+    assert result_of("o") == result_of("whole")
+    assert not list(Path("o").rglob("*.tmp"))
 
 
 HANG_UPS = [  # how SIGHUP is handled before, how often it comes, the exit code, checkpoints
@@ -257,7 +252,7 @@ HANG_UPS = [  # how SIGHUP is handled before, how often it comes, the exit code,
 
 
 @pytest.mark.parametrize("handler, times, code, steps", HANG_UPS)
-def test_a_terminal_goes_away(handler, times, code, steps, place, call, tmp_path, monkeypatch):
+def test_a_terminal_goes_away(handler, times, code, steps, call, monkeypatch):
     """From the fourth update on each line that is printed is an error."""
     signal.signal(signal.SIGHUP, handler)
     with open(os.devnull) as unwritable, monkeypatch.context() as patch:
@@ -268,10 +263,10 @@ def test_a_terminal_goes_away(handler, times, code, steps, place, call, tmp_path
                 signal.raise_signal(signal.SIGHUP)
 
         just_before(patch, gpt2, "train_step", 4, hang_up)
-        assert call(*FLAGS, "--output_dir", tmp_path)[0] == code
+        assert call(*FLAGS)[0] == code
     assert signal.signal(signal.SIGHUP, USUAL) == handler
-    assert steps_of(tmp_path) == steps
-    assert code or result_of(tmp_path) == result_of(place / "whole")
+    assert steps_of("o") == steps
+    assert code or result_of("o") == result_of("whole")
 
 
 CLOSED = [  # flags, what the shell does with the streams, the exit code
@@ -297,9 +292,10 @@ USED = "holds a run: go on with --resume 1, or choose another --output_dir"
 WEIGHTS = "holds weights, but no checkpoint to resume: train from them with --model"
 NO_RUN = "holds no run to resume: to begin one there, name its --model"
 NO_MODEL = "expected weights in a .safetensors file"
+FOLDER = "a[b]*?"
 STATES = {  # which files of which folder it has, and what each of COMMANDS says; None: all is well
     "missing": ("part", "^$", None, None, NO_RUN, "no such model"),
-    "other files": (".", "^said.txt", None, None, NO_RUN, NO_MODEL),
+    "other files": ("model", "README", None, None, NO_RUN, NO_MODEL),
     "a log": ("part", "main", USED, None, NO_RUN, NO_MODEL),
     "a part": ("part", "", USED, None, None, None),
     "checkpoints": ("part", "checkpoint", USED, None, None, None),
@@ -308,36 +304,36 @@ STATES = {  # which files of which folder it has, and what each of COMMANDS says
     "a model": ("model", "", USED, WEIGHTS, WEIGHTS, None),
 }
 COMMANDS = {
-    "train": [*FLAGS, "--output_dir", "FOLDER"],
-    "resume with --model": [*FLAGS, "--output_dir", "FOLDER", "--resume", "1"],
-    "resume": ["--output_dir", "FOLDER", "--resume", "1"],
-    "generate": "--model FOLDER --inference_only 1 --max_new_tokens 3".split(),
+    "train": [*FLAGS, "--output_dir", FOLDER],
+    "resume with --model": [*FLAGS, "--output_dir", FOLDER, "--resume", "1"],
+    "resume": ["--output_dir", FOLDER, "--resume", "1"],
+    "generate": f"--model {FOLDER} --inference_only 1 --max_new_tokens 3".split(),
 }
 
 
 def content_of(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != ".lock"]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("state", STATES)
-def test_every_command_on_every_folder(state, command, place, call, tmp_path):
+def test_every_command_on_every_folder(state, command, call):
     source, pattern, *outcomes = STATES[state]
     expected = outcomes[list(COMMANDS).index(command)]
-    folder = tmp_path / "a[b]*?"
-    files = content_of(place / source).items()
+    files = content_of(source).items()
     before = {name: data for name, data in files if re.search(pattern, name)}
     for name, data in before.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
+        path = Path(FOLDER, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
-    result = call(*(str(folder) if word == "FOLDER" else word for word in COMMANDS[command]))
+    result = call(*COMMANDS[command])
     assert expected in line_of(result) if expected else stdout_of(result)
     if expected or command == "generate":
-        assert content_of(folder) == before
+        assert content_of(FOLDER) == before
     else:
-        assert result_of(folder)[0] == result_of(place / "whole")[0]
+        assert result_of(FOLDER)[0] == result_of("whole")[0]
 
 
 def edit(name, change):
@@ -388,9 +384,8 @@ for name in MAY_NOT_CHANGE:
 
 
 @pytest.mark.parametrize("what", GOING_ON)
-def test_going_on(what, place, call, tmp_path, monkeypatch):
+def test_going_on(what, call, monkeypatch):
     """Either to the same end, or a line says why not."""
-    monkeypatch.chdir(shutil.copytree(place, tmp_path / "copy"))
     happens, code, said, *flags = GOING_ON[what]
     held = happens(monkeypatch)
     result = call("--output_dir", "part", "--resume", 1, *" ".join(flags).split())
@@ -399,7 +394,7 @@ def test_going_on(what, place, call, tmp_path, monkeypatch):
         assert said in line_of(result)
         return
     assert said in stdout_of(result) and ("note: " in result[1]) == (what in ("threads", "more"))
-    assert what == "more" or result_of(tmp_path / "copy/part") == result_of(place / "whole")
+    assert what == "more" or result_of("part") == result_of("whole")
 
 
 FULL = [  # what finds no room, from which time on, and what it is called
@@ -412,7 +407,7 @@ FULL = [  # what finds no room, from which time on, and what it is called
 
 @pytest.mark.parametrize("times", [1, 100])
 @pytest.mark.parametrize("part, since, what", FULL)
-def test_without_room_no_run_ends(place, call, tmp_path, monkeypatch, part, since, what, times):
+def test_without_room_no_run_ends(part, since, what, times, call, monkeypatch):
     """What can be written later is. What can't be is said once, and by the exit code."""
     calls = itertools.count()
 
@@ -426,12 +421,12 @@ def test_without_room_no_run_ends(place, call, tmp_path, monkeypatch, part, sinc
         return file
 
     monkeypatch.setattr(gpt2, "open", open_on_a_full_disk, raising=False)
-    code, stdout, error = result = call(*FLAGS, "--output_dir", tmp_path / "o")
+    code, stdout, error = result = call(*FLAGS)
     assert stdout.count(f"can't write {what}: [Errno 28] No space left on device; the run") == 1
-    assert told(stdout) == told(said_in(place))
+    assert told(stdout) == told(said_by_whole())
     if times == 1 and part != "o/model":  # which is written but once
         stdout_of(result)
-        assert result_of(tmp_path / "o") == result_of(place / "whole")
+        assert result_of("o") == result_of("whole")
     else:
         remedy = "begin again with another" if part == "checkpoint_" else "go on with --output_dir"
         assert code == 1 and f"lacks {what}: make room, then {remedy}" in error
@@ -470,18 +465,17 @@ def test_a_wrong_command_is_one_line(call, flags, words):
     assert words in line_of(call(*flags.split()), code=2 if "--help" in words else 1)
 
 
-def test_if_no_model_is_named_a_small_one_learns(call, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_if_no_model_is_named_a_small_one_learns(call, monkeypatch):
     os.mkdir("data")
     flags = "--num_iterations 1 --batch_size 1 --val_max_steps 1 --max_new_tokens 3".split()
     for folder, named in (("data/first", []), ("o", ["--output_dir", "o"])):
         stdout = stdout_of(call(*flags, *named))
         assert "--> so a small GPT will learn from scratch\n" in stdout and "step 1/1" in stdout
-        assert f"saved in {folder}\n" in stdout and steps_of(tmp_path / folder) == [1]
+        assert f"saved in {folder}\n" in stdout and steps_of(folder) == [1]
     assert "nothing is kept without" in stdout_of(call(*flags)) and not os.path.exists("main.jsonl")
     go_on = ("--output_dir", folder, "--resume", 1, "--num_iterations", 2)
     assert "step 2/2" in stdout_of(call(*go_on))
-    assert [e["step"] for e in log_of(tmp_path / folder) if "val_loss" in e] == [0, 1, 2]
+    assert [e["step"] for e in log_of(folder) if "val_loss" in e] == [0, 1, 2]
 
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])  # main() in a notebook
     monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
@@ -508,7 +502,7 @@ SPOILT = [("the loss", gpt2, "train_step", 6), ("the gradient norm", gpt2.GPT2, 
 
 
 @pytest.mark.parametrize("what, owner, name, number", SPOILT)
-def test_what_is_not_finite_changes_nothing(what, owner, name, number, call, tmp_path, monkeypatch):
+def test_what_is_not_finite_changes_nothing(what, owner, name, number, call, monkeypatch):
     seen = []
 
     def spoil(model, *args):
@@ -516,12 +510,12 @@ def test_what_is_not_finite_changes_nothing(what, owner, name, number, call, tmp
         seen.extend([model, model.flat[[0, 2, 3]].copy()])
 
     just_before(monkeypatch, owner, name, number, spoil)
-    code, _, error = call(*FLAGS, "--output_dir", tmp_path)
+    code, _, error = call(*FLAGS)
     assert code == 1 and f"{what} is nan: try a smaller --learning_rate" in error
     model, flat = seen
     np.testing.assert_array_equal(model.flat[[0, 2, 3]], flat)
-    assert steps_of(tmp_path) == ([6, 8] if "validation" in what else [2, 4])
-    assert not (tmp_path / "model.safetensors").exists()
+    assert steps_of("o") == ([6, 8] if "validation" in what else [2, 4])
+    assert not os.path.exists("o/model.safetensors")
 
 
 def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
@@ -541,16 +535,16 @@ def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [2, 8, 9, 10, 70])
-def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_path, monkeypatch):
+def test_a_text_is_evaluated_whole_with_any_batch_size(count, call, monkeypatch):
     monkeypatch.setattr(gpt2, "VAL_TOKENS", 16)  # of a run, not of an evaluation
     bytes_of = SimpleNamespace(lengths=[i % 5 for i in range(256)], encode=list)
     monkeypatch.setattr(gpt2, "tokenizer", lambda *args: bytes_of)
-    tokens = np.fromfile(place / "val.bin", "<u2")[512:][:count]
-    token_file(tmp_path / "text.bin", tokens)
+    tokens = np.fromfile("val.bin", "<u2")[512:][:count]
+    token_file(Path("text.bin"), tokens)
     truth = losses_by_hand(gpt2.GPT2.from_pretrained("model", 1, 8), tokens).mean()
-    flags = ["--input_val_bin", tmp_path / "text.bin", *"--num_iterations 0 --model model".split()]
+    flags = "--model model --input_val_bin text.bin --num_iterations 0 --sequence_length 8".split()
     for batch_size in (1, 2, 3, 64):
-        stdout = stdout_of(call(*flags, "--batch_size", batch_size, "--sequence_length", 8))
+        stdout = stdout_of(call(*flags, "--batch_size", batch_size))
         loss, bits = re.search(r"\nval loss (\S+) \((\S+) bits per byte\)", stdout).groups()
         assert float(loss) == pytest.approx(truth, abs=2e-6)
         nbytes = (tokens[1:] % 5).sum() / (count - 1)
@@ -558,14 +552,13 @@ def test_a_text_is_evaluated_whole_with_any_batch_size(count, place, call, tmp_p
         assert stdout.endswith(f"perplexity {math.exp(truth):.2f}\n")
 
 
-def test_how_much_a_validation_reads(call, tmp_path, monkeypatch):
+def test_how_much_a_validation_reads(call, monkeypatch):
     """As many tokens for any batch size; with --val_max_steps so many batches, if there are."""
     monkeypatch.setattr(gpt2, "VAL_TOKENS", 48)
     for steps, batch_size, tokens in ((0, 1, 48), (0, 2, 48), (2, 2, 32), (50, 3, 69)):
-        folder = tmp_path / f"{steps} {batch_size}"
-        more = ("--val_max_steps", steps, "--batch_size", batch_size, "--output_dir", folder)
-        stdout_of(call(*RUN.split(), "--num_iterations", 1, *more))
-        assert log_of(folder)[0]["val_tokens"] == tokens
+        flags = f"{RUN} --num_iterations 1 --val_max_steps {steps} --batch_size {batch_size}"
+        stdout_of(call(*flags.split(), "--output_dir", f"{tokens} {batch_size}"))
+        assert log_of(f"{tokens} {batch_size}")[0]["val_tokens"] == tokens
 
 
 SHOWN = [  # a prompt, the ids that are read, what the model writes then, and what is shown of it
@@ -585,7 +578,7 @@ def test_any_prompt_is_gone_on_with_and_harms_no_terminal(prompt, read, written,
     assert rest == [read, 20, 0.5, 3] and rng.random() == np.random.default_rng([7, 9]).random()
 
 
-def test_what_is_normal_is_said(call, tmp_path, monkeypatch):
+def test_what_is_normal_is_said(call, monkeypatch):
     flags = "--model bytes --num_iterations 2 --sample_every 1 --max_new_tokens 70"
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "sample_text", lambda *args: str(args[-2:]))
@@ -602,19 +595,18 @@ def test_what_is_normal_is_said(call, tmp_path, monkeypatch):
     steps = re.findall(r"(?m)^step (\d+)/40: .*\d ms(?:, \d:\d\d:\d\d left)?\)$", stdout)
     assert [int(step) for step in steps] == [1, *range(2, 41, 2)]
 
-    gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained(tmp_path)
-    stdout = stdout_of(call(*RUN.split(), "--model", tmp_path))
+    gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained("m")
+    stdout = stdout_of(call(*RUN.split(), "--model", "m"))
     assert stdout.count("no samples: the model's 300 tokens are of a vocabulary") == 1
     assert "--- sample" not in stdout and re.search(r"\nval loss \S+\n", stdout)
 
 
-def test_how_long_it_will_still_take(place, call, tmp_path, monkeypatch):
+def test_how_long_it_will_still_take(call, monkeypatch):
     """By the updates of this process: each takes 3 s of this clock, and so do the others. A line
     comes at the first, at the last, and when there was none for 10 s.
     """
-    shutil.copytree(place / "part", tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(gpt2.time, "perf_counter", itertools.count(0, 3).__next__)
-    stdout = stdout_of(call("--output_dir", tmp_path, "--resume", 1, "--log_every", 9))
+    stdout = stdout_of(call("--output_dir", "part", "--resume", 1, "--log_every", 9))
     left = re.findall(r"(?m)^step (\d)/8: .*, 3000 ms(?:, (.*) left)?\)$", stdout)
     assert left == [("5", "0:00:09"), ("7", "0:00:05"), ("8", "")]
     assert ", 24.0 s, 5 tok/s, " in stdout  # 4 updates of 32 tokens
