@@ -25,11 +25,11 @@ import train_gpt2 as gpt2
 
 CONFIG = gpt2.GPT2Config(max_seq_len=16, vocab_size=256, num_layers=2, num_heads=2, channels=16)
 RUN = """--model model --input_bin train_0.bin train_1.bin --input_val_bin val.bin --batch_size 2
-    --sequence_length 8 --num_iterations 8 """
+    --sequence_length 8 --num_iterations 8"""
 FLAGS = f"""{RUN} --learning_rate 3e-2 --warmup_iters 3 --learning_rate_decay_frac 0.1
     --weight_decay 0.1 --grad_clip 1 --shuffle 1 --seed 3 --total_batch_size 32 --prompt ab
     --top_k 5 --temperature 0.8 --val_loss_every 2 --sample_every 3 --max_new_tokens 6
-    --log_every 1 --checkpoint_every 2 --output_dir o""".split()
+    --log_every 1 --checkpoint_every 2 --output_dir o"""
 
 if os.name == "nt":
     pytest.skip("Windows has no such signals: use Linux or macOS", allow_module_level=True)
@@ -69,17 +69,17 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(sys, "stdout", io.StringIO())  # which has no fileno(), as in some editors
-        assert gpt2.main([*FLAGS, "--output_dir", "whole"]) == 0
+        assert gpt2.main([*FLAGS.split(), "--output_dir", "whole"]) == 0
         (place / "said.txt").write_text(sys.stdout.getvalue(), encoding="utf-8")
         just_before(patch, gpt2, "train_step", 6, offline)
-        assert gpt2.main([*FLAGS, "--output_dir", "part"]) == 1
+        assert gpt2.main([*FLAGS.split(), "--output_dir", "part"]) == 1
     return place
 
 
 @pytest.fixture
 def call(place, tmp_path, monkeypatch, capfd):
-    """call(*flags): main() in this process, in a copy of that folder, without a network: (exit code,
-    stdout, stderr). It must leave the handlers of signals as they were.
+    """call("--flag x", "--other", 1): main() in this process, in a copy of that folder, without a
+    network: (exit code, stdout, stderr). It must leave the handlers of signals as they were.
     """
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # there is no power cut, either
@@ -87,7 +87,7 @@ def call(place, tmp_path, monkeypatch, capfd):
 
     def call(*flags):
         capfd.readouterr()
-        code = gpt2.main([str(flag) for flag in flags])
+        code = gpt2.main(shlex.split(" ".join(map(str, flags))))
         return code, *capfd.readouterr()
 
     before = {number: signal.signal(number, USUAL) for number in STOPS}
@@ -153,7 +153,7 @@ def test_a_run_is_what_the_interface_computes(place, monkeypatch):
     model = gpt2.GPT2.from_pretrained("model", 2, 8)
     loader = gpt2.DataLoader(gpt2.open_shards(["train_0.bin", "train_1.bin"]), 2, 8, 3)
     tokens = np.fromfile("val.bin", "<u2")[512:]
-    args = gpt2.parse_args(FLAGS)
+    args = gpt2.parse_args(FLAGS.split())
     found, printed, validations, losses = iter(log_of("whole")), [], [], []
     for step in range(9):
         if step % 2 == 0:
@@ -208,7 +208,7 @@ PLACES = [  # the function and the number of its call at which the signal comes
 @pytest.mark.parametrize("owner, name, number, stop", PLACES)
 def test_stopped_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
     just_before(monkeypatch, owner, name, number, lambda *args: signal.raise_signal(stop))
-    code, stdout, error = call(*FLAGS, "--output_dir", "a run")
+    code, stdout, error = call(FLAGS, "--output_dir 'a run'")
     assert code == 128 + stop and error == "" and "finishing this update; once more" in stdout
     first = told(stdout)
     updates = [i for i, line in enumerate(first) if line.startswith("step")]
@@ -218,7 +218,7 @@ def test_stopped_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
     assert name != "batch_losses" or "val loss" not in "".join(first[seam:])
     assert not os.path.exists("a run/model.safetensors")
 
-    second = told(stdout_of(call(*shlex.split(go_on))))  # which repeats what followed it
+    second = told(stdout_of(call(go_on)))  # which repeats what followed it
     assert second[: len(first) - seam] == first[seam:]
     assert first[:seam] + second == told(said_by_whole())
     assert result_of("a run") == result_of("whole")
@@ -236,10 +236,10 @@ def test_three_kills(call, monkeypatch):
     for moment in MOMENTS:
         with monkeypatch.context() as patch:
             just_before(patch, *moment, lambda *args: shutil.copytree("o", "left"))
-            stdout_of(call(*FLAGS, "--resume", 1))
+            stdout_of(call(FLAGS, "--resume 1"))
         shutil.rmtree("o")
         os.rename("left", "o")
-    assert "resuming from" in stdout_of(call(*FLAGS, "--resume", 1))
+    assert "resuming from" in stdout_of(call(FLAGS, "--resume 1"))
     assert result_of("o") == result_of("whole")
     assert not list(Path("o").rglob("*.tmp"))
 
@@ -263,7 +263,7 @@ def test_a_terminal_goes_away(handler, times, code, steps, call, monkeypatch):
                 signal.raise_signal(signal.SIGHUP)
 
         just_before(patch, gpt2, "train_step", 4, hang_up)
-        assert call(*FLAGS)[0] == code
+        assert call(FLAGS)[0] == code
     assert signal.signal(signal.SIGHUP, USUAL) == handler
     assert steps_of("o") == steps
     assert code or result_of("o") == result_of("whole")
@@ -304,10 +304,10 @@ STATES = {  # which files of which folder it has, and what each of COMMANDS says
     "a model": ("model", "", USED, WEIGHTS, WEIGHTS, None),
 }
 COMMANDS = {
-    "train": [*FLAGS, "--output_dir", FOLDER],
-    "resume with --model": [*FLAGS, "--output_dir", FOLDER, "--resume", "1"],
-    "resume": ["--output_dir", FOLDER, "--resume", "1"],
-    "generate": f"--model {FOLDER} --inference_only 1 --max_new_tokens 3".split(),
+    "train": f"{FLAGS} --output_dir {FOLDER}",
+    "resume with --model": f"{FLAGS} --output_dir {FOLDER} --resume 1",
+    "resume": f"--output_dir {FOLDER} --resume 1",
+    "generate": f"--model {FOLDER} --inference_only 1 --max_new_tokens 3",
 }
 
 
@@ -321,14 +321,13 @@ def content_of(folder):
 def test_every_command_on_every_folder(state, command, call):
     source, pattern, *outcomes = STATES[state]
     expected = outcomes[list(COMMANDS).index(command)]
-    files = content_of(source).items()
-    before = {name: data for name, data in files if re.search(pattern, name)}
+    before = {name: data for name, data in content_of(source).items() if re.search(pattern, name)}
     for name, data in before.items():
         path = Path(FOLDER, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
 
-    result = call(*COMMANDS[command])
+    result = call(COMMANDS[command])
     assert expected in line_of(result) if expected else stdout_of(result)
     if expected or command == "generate":
         assert content_of(FOLDER) == before
@@ -339,10 +338,6 @@ def test_every_command_on_every_folder(state, command, call):
 def edit(name, change):
     path = Path(name)
     path.write_bytes(change(path.read_bytes()))
-
-
-def nothing(patch):
-    pass
 
 
 def flip(data, at=-2):
@@ -359,8 +354,8 @@ MAY_NOT_CHANGE = """model batch_size sequence_length total_batch_size learning_r
     val_max_steps""".split()
 MAY_CHANGE = """--input_bin train_?.bin --sample_every 1 --log_every 2 --checkpoint_every 3
     --prompt x --max_new_tokens 5 --top_k 4 --temperature 0.5"""
-GOING_ON = {  # what happens to a run's files, the exit code, what is said, more flags
-    "other flags": (nothing, 0, f"resuming from {NEW}", MAY_CHANGE),
+GOING_ON = {  # what happens before, the exit code, what is said, more flags
+    "other flags": (None, 0, f"resuming from {NEW}", MAY_CHANGE),
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
     "a bit": (lambda patch: edit(NEW, lambda data: flip(data, 20_000)), 0, TAKEN),
     "its last bit": (lambda patch: edit(NEW, lambda data: flip(data, -1)), 0, TAKEN),
@@ -374,22 +369,22 @@ GOING_ON = {  # what happens to a run's files, the exit code, what is said, more
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
     "val, later": (lambda patch: [gpt2.main(BLIND), edit("val.bin", flip)], 1, "has changed", ALL),
     "no val": (lambda patch: os.remove("val.bin"), 1, "val.bin: no such token file"),
-    "a shard": (nothing, 1, "the training data has changed", "--input_bin train_0.bin"),
+    "a shard": (None, 1, "the training data has changed", "--input_bin train_0.bin"),
     "moved": (lambda patch: os.rename("val.bin", "v.bin"), 0, "resuming", "--input_val_bin v.bin"),
-    "fewer": (nothing, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
-    "more": (nothing, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
+    "fewer": (None, 1, "has done 4 updates: use --num_", "--num_iterations 3"),
+    "more": (None, 0, "was 2.74e-02 and goes on with 2.82e-02", "--num_iterations 9"),
 }
 for name in MAY_NOT_CHANGE:
-    GOING_ON[name] = (nothing, 1, f"can't go on with --{name} ", f"--{name} 7")
+    GOING_ON[name] = (None, 1, f"can't go on with --{name} ", f"--{name} 7")
 
 
 @pytest.mark.parametrize("what", GOING_ON)
 def test_going_on(what, call, monkeypatch):
     """Either to the same end, or a line says why not."""
     happens, code, said, *flags = GOING_ON[what]
-    held = happens(monkeypatch)
-    result = call("--output_dir", "part", "--resume", 1, *" ".join(flags).split())
-    del held  # the lock
+    held = happens and happens(monkeypatch)  # a lock, for instance
+    result = call("--output_dir part --resume 1", *flags)
+    del held
     if code:
         assert said in line_of(result)
         return
@@ -421,7 +416,7 @@ def test_without_room_no_run_ends(part, since, what, times, call, monkeypatch):
         return file
 
     monkeypatch.setattr(gpt2, "open", open_on_a_full_disk, raising=False)
-    code, stdout, error = result = call(*FLAGS)
+    code, stdout, error = result = call(FLAGS)
     assert stdout.count(f"can't write {what}: [Errno 28] No space left on device; the run") == 1
     assert told(stdout) == told(said_by_whole())
     if times == 1 and part != "o/model":  # which is written but once
@@ -441,14 +436,14 @@ NONSENSE = """--batchsize 4, --num_iterations, --batch_size 1.5, --batch_size 0,
     --learning_rate nan, --temperature inf, --num_iterations 1000000000000000000,
     --checkpoint_every 2, --resume 1"""
 WRONG = [  # flags, and what the one line says
-    (RUN + "--sequence_length 17", "use --sequence_length 16 or less"),
-    (RUN + "--batch_size 99", "use a smaller --batch_size or --sequence_length"),
-    (RUN + "--total_batch_size 40", "the number of processes, 16: try 32"),
-    (RUN + "--model nonesuch", "'nonesuch': no such model"),
-    (RUN + "--input_val_bin=~/none.bin", os.path.expanduser("~/none.bin")),
-    (RUN + "--input_val_bin one.bin", "the validation data has no token after its first"),
-    (RUN + "--output_dir val.bin/o", "val.bin"),
-    (RUN + "--inference_only 1 --model d6", "--model d6 has learned nothing"),
+    (f"{RUN} --sequence_length 17", "use --sequence_length 16 or less"),
+    (f"{RUN} --batch_size 99", "use a smaller --batch_size or --sequence_length"),
+    (f"{RUN} --total_batch_size 40", "the number of processes, 16: try 32"),
+    (f"{RUN} --model nonesuch", "'nonesuch': no such model"),
+    (f"{RUN} --input_val_bin=~/none.bin", os.path.expanduser("~/none.bin")),
+    (f"{RUN} --input_val_bin one.bin", "the validation data has no token after its first"),
+    (f"{RUN} --output_dir val.bin/o", "val.bin"),
+    (f"{RUN} --inference_only 1 --model d6", "--model d6 has learned nothing"),
     ("--model model --input_bin train_0.bin", "--input_val_bin: name it, or --val_loss_every 0"),
     ("--model model --input_val_bin val.bin", "--input_bin: name it, or --num_iterations 0"),
     ("--model gpt2", "no network"),
@@ -457,25 +452,24 @@ WRONG = [  # flags, and what the one line says
     ("--num_iterations 0", "no network"),
     ("--model model --input_bin train_0.bin --num_iterations 0", "--input_val_bin: name it\n"),
 ]
-WRONG += [(RUN + flags, "(--help lists all flags)") for flags in NONSENSE.split(",")]
+WRONG += [(f"{RUN} {flags}", "(--help lists all flags)") for flags in NONSENSE.split(",")]
 
 
 @pytest.mark.parametrize("flags, words", WRONG)
 def test_a_wrong_command_is_one_line(call, flags, words):
-    assert words in line_of(call(*flags.split()), code=2 if "--help" in words else 1)
+    assert words in line_of(call(flags), code=2 if "--help" in words else 1)
 
 
 def test_if_no_model_is_named_a_small_one_learns(call, monkeypatch):
     os.mkdir("data")
-    flags = "--num_iterations 1 --batch_size 1 --val_max_steps 1 --max_new_tokens 3".split()
-    for folder, named in (("data/first", []), ("o", ["--output_dir", "o"])):
-        stdout = stdout_of(call(*flags, *named))
+    flags = "--num_iterations 1 --batch_size 1 --val_max_steps 1 --max_new_tokens 3"
+    for folder, named in (("data/first", ""), ("o", "--output_dir o")):
+        stdout = stdout_of(call(flags, named))
         assert "--> so a small GPT will learn from scratch\n" in stdout and "step 1/1" in stdout
         assert f"saved in {folder}\n" in stdout and steps_of(folder) == [1]
-    assert "nothing is kept without" in stdout_of(call(*flags)) and not os.path.exists("main.jsonl")
-    go_on = ("--output_dir", folder, "--resume", 1, "--num_iterations", 2)
-    assert "step 2/2" in stdout_of(call(*go_on))
-    assert [e["step"] for e in log_of(folder) if "val_loss" in e] == [0, 1, 2]
+    assert "nothing is kept without" in stdout_of(call(flags)) and not os.path.exists("main.jsonl")
+    assert "step 2/2" in stdout_of(call("--output_dir o --resume 1 --num_iterations 2"))
+    assert [e["step"] for e in log_of("o") if "val_loss" in e] == [0, 1, 2]
 
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])  # main() in a notebook
     monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
@@ -487,9 +481,9 @@ def test_what_has_no_prompt_needs_no_encoder(call, monkeypatch):
     tokens = gpt2.tokenizer(256)
     tokens.encode = offline
     monkeypatch.setattr(gpt2, "tokenizer", lambda *args: tokens)
-    flags = "--model model --inference_only 1 --max_new_tokens 3".split()
-    stdout_of(call(*flags))
-    assert "no network" in line_of(call(*flags, "--prompt", "a"))
+    flags = "--model model --inference_only 1 --max_new_tokens 3"
+    stdout_of(call(flags))
+    assert "no network" in line_of(call(flags, "--prompt a"))
 
 
 def test_main_in_a_thread(call):
@@ -510,7 +504,7 @@ def test_what_is_not_finite_changes_nothing(what, owner, name, number, call, mon
         seen.extend([model, model.flat[[0, 2, 3]].copy()])
 
     just_before(monkeypatch, owner, name, number, spoil)
-    code, _, error = call(*FLAGS)
+    code, _, error = call(FLAGS)
     assert code == 1 and f"{what} is nan: try a smaller --learning_rate" in error
     model, flat = seen
     np.testing.assert_array_equal(model.flat[[0, 2, 3]], flat)
@@ -524,10 +518,10 @@ def test_a_plan_beyond_the_machine_names_the_batch_that_fits(call, monkeypatch):
         monkeypatch.setattr(gpt2, "available_memory", lambda room=room: room)
         with monkeypatch.context() as patch:
             patch.setattr(gpt2.GPT2, "__init__", None)  # nothing is allocated
-            line = line_of(call(*RUN.split(), "--batch_size", asked))
-        assert line.endswith(f"try {f'--batch_size {fits}' if fits else 'a smaller --model'}\n")
+            line = line_of(call(RUN, "--batch_size", asked))
+        assert line.endswith(f"try --batch_size {fits}\n" if fits else "try a smaller --model\n")
         if fits:
-            stdout_of(call(*RUN.split(), "--batch_size", fits))
+            stdout_of(call(RUN, "--batch_size", fits))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -542,9 +536,9 @@ def test_a_text_is_evaluated_whole_with_any_batch_size(count, call, monkeypatch)
     tokens = np.fromfile("val.bin", "<u2")[512:][:count]
     token_file(Path("text.bin"), tokens)
     truth = losses_by_hand(gpt2.GPT2.from_pretrained("model", 1, 8), tokens).mean()
-    flags = "--model model --input_val_bin text.bin --num_iterations 0 --sequence_length 8".split()
+    flags = "--model model --input_val_bin text.bin --num_iterations 0 --sequence_length 8"
     for batch_size in (1, 2, 3, 64):
-        stdout = stdout_of(call(*flags, "--batch_size", batch_size))
+        stdout = stdout_of(call(flags, "--batch_size", batch_size))
         loss, bits = re.search(r"\nval loss (\S+) \((\S+) bits per byte\)", stdout).groups()
         assert float(loss) == pytest.approx(truth, abs=2e-6)
         nbytes = (tokens[1:] % 5).sum() / (count - 1)
@@ -557,8 +551,8 @@ def test_how_much_a_validation_reads(call, monkeypatch):
     monkeypatch.setattr(gpt2, "VAL_TOKENS", 48)
     for steps, batch_size, tokens in ((0, 1, 48), (0, 2, 48), (2, 2, 32), (50, 3, 69)):
         flags = f"{RUN} --num_iterations 1 --val_max_steps {steps} --batch_size {batch_size}"
-        stdout_of(call(*flags.split(), "--output_dir", f"{tokens} {batch_size}"))
-        assert log_of(f"{tokens} {batch_size}")[0]["val_tokens"] == tokens
+        stdout_of(call(flags, f"--output_dir {steps}_{batch_size}"))
+        assert log_of(f"{steps}_{batch_size}")[0]["val_tokens"] == tokens
 
 
 SHOWN = [  # a prompt, the ids that are read, what the model writes then, and what is shown of it
@@ -582,21 +576,20 @@ def test_what_is_normal_is_said(call, monkeypatch):
     flags = "--model bytes --num_iterations 2 --sample_every 1 --max_new_tokens 70"
     with monkeypatch.context() as patch:
         patch.setattr(gpt2, "sample_text", lambda *args: str(args[-2:]))
-        stdout = stdout_of(call(*RUN.split(), *flags.split()))
+        stdout = stdout_of(call(RUN, flags))
     assert re.findall(r"sample\n(.*)", stdout) == ["(64, 0)", "(64, 1)", "(70, 2)"]
     for words in (f"{gpt2.THREADS} threads", "is kept in no folder: name one", "2 updates of",
                   "peak only at update 100", "loss of ln(256) = 5.55", "nothing is kept without"):
         assert words in stdout
 
-    flags = "--num_iterations 40 --val_loss_every 0 --batch_size 8"
-    stdout = stdout_of(call(*RUN.split(), *flags.split()))
+    stdout = stdout_of(call(RUN, "--num_iterations 40 --val_loss_every 0 --batch_size 8"))
     assert "1 shards are shorter than a batch and are left out" in stdout
     assert "it may learn so small a text by heart" in stdout and "knows nothing" not in stdout
     steps = re.findall(r"(?m)^step (\d+)/40: .*\d ms(?:, \d:\d\d:\d\d left)?\)$", stdout)
     assert [int(step) for step in steps] == [1, *range(2, 41, 2)]
 
     gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained("m")
-    stdout = stdout_of(call(*RUN.split(), "--model", "m"))
+    stdout = stdout_of(call(RUN, "--model m"))
     assert stdout.count("no samples: the model's 300 tokens are of a vocabulary") == 1
     assert "--- sample" not in stdout and re.search(r"\nval loss \S+\n", stdout)
 
@@ -606,7 +599,7 @@ def test_how_long_it_will_still_take(call, monkeypatch):
     comes at the first, at the last, and when there was none for 10 s.
     """
     monkeypatch.setattr(gpt2.time, "perf_counter", itertools.count(0, 3).__next__)
-    stdout = stdout_of(call("--output_dir", "part", "--resume", 1, "--log_every", 9))
+    stdout = stdout_of(call("--output_dir part --resume 1 --log_every 9"))
     left = re.findall(r"(?m)^step (\d)/8: .*, 3000 ms(?:, (.*) left)?\)$", stdout)
     assert left == [("5", "0:00:09"), ("7", "0:00:05"), ("8", "")]
     assert ", 24.0 s, 5 tok/s, " in stdout  # 4 updates of 32 tokens
