@@ -13,7 +13,6 @@ import shlex
 import shutil
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,10 +135,6 @@ def result_of(folder):
     return tensors, state, log_of(folder), [Path(folder, name).read_bytes() for name in names]
 
 
-def said_by_whole():
-    return Path("said.txt").read_text(encoding="utf-8")
-
-
 def losses_by_hand(model, tokens):
     """The loss of each token, in passages of 8."""
     passages = [tokens[start : start + 9].tolist() for start in range(0, len(tokens) - 1, 8)]
@@ -149,7 +144,7 @@ def losses_by_hand(model, tokens):
 def test_a_run_is_what_the_interface_computes(place, monkeypatch):
     """Rebuilt from GPT2, DataLoader and train_step: what is printed, logged and left."""
     monkeypatch.chdir(place)
-    stdout = said_by_whole()
+    stdout = Path("said.txt").read_text("utf-8")
     model = gpt2.GPT2.from_pretrained("model", 2, 8)
     loader = gpt2.DataLoader(gpt2.open_shards(["train_0.bin", "train_1.bin"]), 2, 8, 3)
     tokens = np.fromfile("val.bin", "<u2")[512:]
@@ -196,7 +191,7 @@ PLACES = [  # the function and the number of its call at which the signal comes
     (gpt2, "train_step", 1, signal.SIGTERM),
     (gpt2, "train_step", 5, signal.SIGHUP),
     (gpt2, "log", 6, signal.SIGUSR1),
-    (gpt2, "write_safetensors", 3, signal.SIGUSR2),  # a checkpoint
+    (os, "replace", 4, signal.SIGUSR2),  # of the first checkpoint, which is written
     (gpt2, "save_huggingface", 2, signal.SIGXCPU),  # the best weights
     (gpt2.GPT2, "batch_losses", 12, signal.SIGTERM),
     (gpt2, "sample", 15, signal.SIGINT),
@@ -206,8 +201,14 @@ PLACES = [  # the function and the number of its call at which the signal comes
 
 
 @pytest.mark.parametrize("owner, name, number, stop", PLACES)
-def test_stopped_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
-    just_before(monkeypatch, owner, name, number, lambda *args: signal.raise_signal(stop))
+def test_stopped_or_killed_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
+    """Stopped by a signal, or killed, which leaves what lies in the folder at that moment."""
+
+    def happens(*args):
+        shutil.copytree("a run", "killed")
+        signal.raise_signal(stop)
+
+    just_before(monkeypatch, owner, name, number, happens)
     code, stdout, error = call(FLAGS, "--output_dir 'a run'")
     assert code == 128 + stop and error == "" and "finishing this update; once more" in stdout
     first = told(stdout)
@@ -220,28 +221,14 @@ def test_stopped_and_gone_on_with(owner, name, number, stop, call, monkeypatch):
 
     second = told(stdout_of(call(go_on)))  # which repeats what followed it
     assert second[: len(first) - seam] == first[seam:]
-    assert first[:seam] + second == told(said_by_whole())
+    assert first[:seam] + second == told(Path("said.txt").read_text("utf-8"))
     assert result_of("a run") == result_of("whole")
 
-
-MOMENTS = [
-    (os, "replace", 4),  # of its first checkpoint, which is written
-    (gpt2, "train_step", 5),
-    (os, "replace", 1),  # when it is taken up again
-]
-
-
-def test_three_kills(call, monkeypatch):
-    """A killed run leaves what lies in its folder at that moment. Each takes up what is left."""
-    for moment in MOMENTS:
-        with monkeypatch.context() as patch:
-            just_before(patch, *moment, lambda *args: shutil.copytree("o", "left"))
-            stdout_of(call(FLAGS, "--resume 1"))
-        shutil.rmtree("o")
-        os.rename("left", "o")
-    assert "resuming from" in stdout_of(call(FLAGS, "--resume 1"))
-    assert result_of("o") == result_of("whole")
-    assert not list(Path("o").rglob("*.tmp"))
+    checkpoints = steps_of("killed")
+    stdout = stdout_of(call(FLAGS, "--output_dir killed --resume 1"))
+    assert ("resuming from" in stdout) == (checkpoints != [])
+    assert result_of("killed") == result_of("whole")
+    assert not list(Path("killed").rglob("*.tmp"))
 
 
 HANG_UPS = [  # how SIGHUP is handled before, how often it comes, the exit code, checkpoints
@@ -344,7 +331,7 @@ def flip(data, at=-2):
     return data[:at] + bytes([data[at] ^ 1]) + data[at:][1:]
 
 
-OLD, NEW, LATER = (f"part/checkpoint_0000000{step}.safetensors" for step in (2, 4, 5))
+OLD, NEW = (f"part/checkpoint_0000000{step}.safetensors" for step in (2, 4))
 LOG = "part/main.jsonl"
 TAKEN = f"{NEW} is damaged: "
 BLIND = "--output_dir part --resume 1 --num_iterations 5 --val_loss_every 0".split()
@@ -359,7 +346,6 @@ GOING_ON = {  # what happens before, the exit code, what is said, more flags
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
     "a bit": (lambda patch: edit(NEW, lambda data: flip(data, 20_000)), 0, TAKEN),
     "its last bit": (lambda patch: edit(NEW, lambda data: flip(data, -1)), 0, TAKEN),
-    "a folder": (lambda patch: os.mkdir(LATER), 0, f"resuming from {NEW}"),
     "format": (lambda patch: patch.setattr(gpt2, "CHECKPOINT", "other"), 1, "of another version ("),
     "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
     "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
@@ -418,7 +404,7 @@ def test_without_room_no_run_ends(part, since, what, times, call, monkeypatch):
     monkeypatch.setattr(gpt2, "open", open_on_a_full_disk, raising=False)
     code, stdout, error = result = call(FLAGS)
     assert stdout.count(f"can't write {what}: [Errno 28] No space left on device; the run") == 1
-    assert told(stdout) == told(said_by_whole())
+    assert told(stdout) == told(Path("said.txt").read_text("utf-8"))
     if times == 1 and part != "o/model":  # which is written but once
         stdout_of(result)
         assert result_of("o") == result_of("whole")
@@ -484,11 +470,6 @@ def test_what_has_no_prompt_needs_no_encoder(call, monkeypatch):
     flags = "--model model --inference_only 1 --max_new_tokens 3"
     stdout_of(call(flags))
     assert "no network" in line_of(call(flags, "--prompt a"))
-
-
-def test_main_in_a_thread(call):
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(gpt2.main, RUN.split()).result() == 0
 
 
 SPOILT = [("the loss", gpt2, "train_step", 6), ("the gradient norm", gpt2.GPT2, "grad_norm", 6),
