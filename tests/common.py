@@ -74,7 +74,6 @@ def run_trainer(*flags, cwd, env=None, program=(TRAINER,), under=()):
 # --------------------------------------------------------------------------------------------------
 # Models. A story is a sequence of calls, told in words
 
-
 BATCHES = random_tokens(2, B=2, T=9)
 CALLS = {
     "forward1": lambda model: model.forward(*BATCHES[0], grad_scale=0.5),
