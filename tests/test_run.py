@@ -41,7 +41,7 @@ def offline(*args):
 
 
 def just_before(patch, owner, name, number, happens):
-    """Call happens() before the call of that number of a function of the trainer's."""
+    """Call happens() before the call of that number of a function."""
     original, calls = getattr(owner, name), itertools.count(1)
 
     def changed(*args, **more):
@@ -186,11 +186,11 @@ def test_a_run_is_what_the_interface_computes(place, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # Stopped, killed, and gone on with
 
-PLACES = [  # the function and the number of its call at which the signal comes
+PLACES = [  # the function, the number of its call at which the run ends, and the signal
     (gpt2.GPT2, "batch_losses", 2, signal.SIGINT),  # in the validation before the first update
     (gpt2, "train_step", 5, signal.SIGHUP),
     (gpt2, "log", 6, signal.SIGUSR1),
-    (gpt2.zlib, "crc32", 10, signal.SIGUSR2),  # of a part of the first checkpoint
+    (gpt2.zlib, "crc32", 10, signal.SIGUSR2),  # the first checkpoint is half written
     (gpt2, "save_huggingface", 2, signal.SIGXCPU),  # the best weights
     (gpt2.GPT2, "batch_losses", 10, signal.SIGTERM),
     (gpt2, "sample", 15, signal.SIGINT),
