@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 import subprocess
 import sys
 
@@ -36,42 +37,42 @@ def need_gpt2_vocabulary():
 
 
 # --------------------------------------------------------------------------------------------------
-# The trainer as a process
+# Token files, and the trainer as a process
+
+
+def token_file(path, tokens, vocab_size=0, crc32=0):
+    """A path, at which there is a file of tokens now."""
+    header = struct.pack("<5I", 20240520, 1, len(tokens), vocab_size, crc32)
+    path.write_bytes(header.ljust(1024, b"\0") + np.asarray(tokens, "<u2").tobytes())
+    return str(path)
+
 
 NOBODY = "http://127.0.0.1:9"  # no server listens there
-NO_NETWORK = dict.fromkeys(
-    ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_ENDPOINT"), NOBODY
-)
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HF_ENDPOINT"), NOBODY)
 NO_NETWORK |= {"NO_PROXY": "", "no_proxy": ""}
 
 
-def run_trainer(*flags, cwd, env=None, program=(TRAINER,), timeout=120):
+def run_trainer(*flags, cwd, env=None, program=(TRAINER,), under=()):
     """The trainer as a user runs it, without a network: (exit code, stdout, stderr).
 
     program   what Python runs, in place of the trainer: a path, or "-m", "extras.hellaswag"
+    under     the command that starts Python: mpiexec, for instance
     """
     done = subprocess.run(
-        [sys.executable, *map(str, (*program, *flags))],
+        [str(word) for word in (*under, sys.executable, *program, *flags)],
         cwd=cwd,
         env={**os.environ, **NO_NETWORK, "PYTHONPATH": os.path.dirname(TRAINER), **(env or {})},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         encoding="utf-8",
         errors="replace",
-        timeout=timeout,
+        timeout=120,
     )
     return done.returncode, done.stdout, done.stderr
 
 
-def failed_in_one_line(result):
-    """The one line with which a process ended, with exit code 1 and no traceback."""
-    code, _, error = result
-    assert code == 1 and error.startswith("error: ") and error.count("\n") == 1, result
-    return error
-
-
 # --------------------------------------------------------------------------------------------------
 # Models. A story is a sequence of calls, told in words
-
 
 BATCHES = random_tokens(2, B=2, T=9)
 CALLS = {
