@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -466,6 +467,12 @@ def test_if_no_model_is_named_a_small_one_learns(call, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])  # main() in a notebook
     monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
     assert gpt2.main() == 1  # which is no reason to train something else
+
+
+def test_a_run_in_another_thread(call):
+    """Only the main thread could note signals."""
+    with ThreadPoolExecutor() as threads:
+        stdout_of(threads.submit(call, RUN).result())
 
 
 def test_what_has_no_prompt_needs_no_encoder(call, monkeypatch):
