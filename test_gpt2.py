@@ -1481,7 +1481,7 @@ def whole_model(source):
     model = gpt2.GPT2.from_pretrained(source, 4, 64, recompute=0)
     V = model.config.vocab_size
     if V >= 50257 and os.path.exists(GOLDEN_TOKENS):
-        return model, *gpt2.DataLoader([gpt2.TokenFile(GOLDEN_TOKENS)], 4, 64).next_batch()
+        return model, *gpt2.DataLoader([gpt2.open_tokens(GOLDEN_TOKENS)], 4, 64).next_batch()
     return model, *random_tokens(B=4, T=64, V=V)
 
 

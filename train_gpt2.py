@@ -1547,7 +1547,8 @@ class GPT2(Model):
         context         a list of at least one token id
         continuations   at least one list of token ids; each by itself follows the context
 
-        Together they may have sequence_length + 1 tokens. The context is computed once.
+        Together they may have sequence_length + 1 tokens. The context is computed once. As after
+        generate(), a forward() that waited for its backward() is to be called again.
         """
         context = self.check_tokens(context, "context").tolist()
         texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
@@ -1574,9 +1575,11 @@ class GPT2(Model):
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
         expected = shape or (max(1, tokens.size),)
-        right = tokens.dtype.kind in "iu" and tokens.shape == expected
-        found = f"found {tokens.shape} of {tokens.dtype}"
-        require(right, f"{what}: expected integers of shape {expected}, {found}")
+        require(
+            tokens.dtype.kind in "iu" and tokens.shape == expected,
+            f"{what}: expected integers of shape {expected}, found {tokens.shape} of "
+            f"{tokens.dtype}",
+        )
         V = self.config.vocab_size
         low, high = tokens.min(), tokens.max()
         require(0 <= low and high < V, f"{what}: ids {low} to {high}, expected 0 to {V - 1}")
@@ -1900,7 +1903,8 @@ CHECKPOINT = "train_gpt2 2"  # the format; its version changes with the meaning 
 def list_checkpoints(folder):
     """The checkpoints in a folder, newest first."""
     names = glob.glob(f"checkpoint_{'[0-9]' * 8}.safetensors", root_dir=folder)
-    return [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    paths = [os.path.join(folder, name) for name in sorted(names, reverse=True)]
+    return list(filter(os.path.isfile, paths))
 
 
 def save_checkpoint(run):
@@ -1926,9 +1930,9 @@ def save_checkpoint(run):
     tensors = huggingface_views(model.params) | {"moments": model.moments}
     path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
     with kept(run, "a checkpoint"):
-        save_config(folder, model.config, model.vocabulary)
         write_safetensors(path, tensors, metadata, checksum=True)
         run.saved = run.step
+        save_config(folder, model.config, model.vocabulary)
     until_now = [other for other in list_checkpoints(folder) if other <= path]
     for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
         with contextlib.suppress(OSError):
@@ -1948,8 +1952,8 @@ def newest_checkpoint(folder):
             print_now(f"{path} is damaged: {error}: taking the one before it")
             continue
         found = metadata.get("checkpoint")
-        advice = f"resume it with what wrote it, or train from it with {quoted('--model', path)}"
-        require(found == CHECKPOINT, f"{path} is a {found!r}, expected {CHECKPOINT!r}: {advice}")
+        remedy = "resume it with the program that wrote it"
+        require(found == CHECKPOINT, f"{path} is a {found!r}, expected {CHECKPOINT!r}: {remedy}")
         return path, json.loads(metadata["state"])
     require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
     return "", None
@@ -2090,7 +2094,8 @@ def text_at_hand():
     names += sorted(glob.glob("extras/*.py", root_dir=folder))
     own = [os.path.join(folder, name) for name in names]
     tiny = in_data("tiny_shakespeare.txt")
-    paths = [tiny] if os.path.exists(tiny) else list(filter(os.path.exists, own))
+    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
+    paths = [tiny] if large else list(filter(os.path.exists, own))
 
     text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
     passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
@@ -2379,18 +2384,19 @@ def copy_tensors(views, tensors):
 
     InputError unless they are just what the views expect, and finite.
     """
+    odd = sorted(set(views) ^ set(tensors))
+    require(not odd, f"tensor {odd[:1]} is missing, or is not part of the model")
     for name, out in views.items():
-        array, dtype = tensors.pop(name, (np.empty(0), "none"))  # so that no file stays mapped
+        array, dtype = tensors.pop(name)  # so that no file stays mapped
         right = array.shape == out.shape and dtype in ("F32", "F16", "BF16")
         found = f"found {array.shape} of {dtype}, expected floats {out.shape}"
-        require(right, f"the weights can't be used: tensor {name!r}: {found}")
+        require(right, f"tensor {name!r}: {found}")
         if dtype == "BF16":  # the upper half of a float32
             np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array
         finite = np.isfinite([out.min(), out.max()]).all()
         require(finite, f"tensor {name!r} holds a value that is not finite")
-    require(not tensors, f"tensor {min(tensors, default='')!r} is not part of the model")
 
 
 def save_huggingface(folder, config, params, vocabulary=None):
@@ -2918,8 +2924,8 @@ def find(args, checkpoint=""):
         require(training, "--input_bin is not named: name it, or --num_iterations 0")
         found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
-        message = "--input_val_bin is not named: name it (a run with --val_loss_every 0 needs none)"
-        require(validation, message)
+        remedy = "name it, or --val_loss_every 0" if args.num_iterations > 0 else "name it"
+        require(validation, f"--input_val_bin is not named: {remedy}")
         found.data["validation"] = validation
     if name in FRESH and name != "bytes":
         shard = (training or validation)[0]
@@ -2949,7 +2955,7 @@ def find_data(args, V):
             _, *texts = text_at_hand()
             prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
         else:
-            provide("tiny_shakespeare")
+            paths = provide("tiny_shakespeare")
     return [open_shards([path]) for path in paths]
 
 
@@ -2976,7 +2982,10 @@ def find_or_fall_back(argv, args, checkpoint):
     the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
     """
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    plans = {"d2": "a small GPT will learn from scratch", "bytes": "it will learn bytes"}
+    plans = {
+        "d2": "a small GPT will learn from scratch",
+        "bytes": "it will learn bytes",
+    }
     if named or args.inference_only or args.num_iterations == 0:
         plans = {}  # also because a new model has learned nothing
     for small, plan in plans.items():
@@ -2986,7 +2995,7 @@ def find_or_fall_back(argv, args, checkpoint):
             print_now(f"{error.args[0]}\n--> so {plan}")
             first = in_data("first")
             folder = args.output_dir or ("" if os.path.exists(first) else first)
-            args = parse_args([*argv, "--model", small, "--output_dir", folder])
+            args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
     return args, find(args, checkpoint)
 
 
@@ -2994,6 +3003,8 @@ def resumed_args(argv, state):
     """The flags of a run that goes on. InputError if one has changed that may not."""
     before, step = state["settings"], state["step"]
     args = parse_args(argv, before)
+    for name in ("total_batch_size", "sequence_length"):  # of which 0 stands for another number
+        setattr(args, name, getattr(args, name) or before[name])
     for name, value in vars(args).items():
         message = f"the run can't go on with --{name} {value!r} (it was {before[name]!r})"
         same = name in MAY_CHANGE or value == before[name]
@@ -3071,7 +3082,9 @@ def open_run(argv, make=GPT2, first=True):
     make    the class of the model
     first   False: another process writes to the folder
     """
-    args = parse_args(argv)
+    args, lock = parse_args(argv), None
+    if first and os.path.isdir(args.output_dir):  # before its checkpoints are read
+        lock = lock_folder(args.output_dir, args.resume)
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
         args = resumed_args(argv, state)
@@ -3080,9 +3093,12 @@ def open_run(argv, make=GPT2, first=True):
         require(args.model, f"{found}: name a --model to begin one")
         print_now(f"{found}, so a new one begins")
     args, found = find_or_fall_back(argv, args, checkpoint)
-    args.sequence_length = args.sequence_length or found.config.max_seq_len
+    T, most = args.sequence_length, found.config.max_seq_len
+    require(T <= most, f"--sequence_length {T}: the model's context is {most}")
+    args.sequence_length = T or most
     folder = args.output_dir if first else ""
-    lock = lock_folder(folder, args.resume) if folder else None
+    if folder and not lock:
+        lock = lock_folder(folder, args.resume)
 
     data = dict(state["data"]) if state else {}
     for what, shards in found.data.items():

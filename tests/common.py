@@ -71,6 +71,13 @@ def run_trainer(*flags, cwd, env=None, program=(TRAINER,), under=()):
     return done.returncode, done.stdout, done.stderr
 
 
+def failed_in_one_line(result):
+    """The one line with which a program ended, with exit code 1 and no traceback."""
+    code, _, error = result
+    assert code == 1 and error.startswith("error: ") and error.count("\n") == 1, result
+    return error
+
+
 # --------------------------------------------------------------------------------------------------
 # Models. A story is a sequence of calls, told in words
 

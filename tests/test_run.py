@@ -298,8 +298,8 @@ STATES = {  # which files of which folder it has, and what each of COMMANDS says
     "a part": ("part", "", USED, None, None, None),
     "checkpoints": ("part", "checkpoint", USED, None, None, None),
     "a whole run": ("whole", "", USED, None, None, None),
-    "the best": ("whole", "best|main", USED, WEIGHTS, NO_RUN, NO_MODEL),
-    "a model": ("model", "", USED, WEIGHTS, NO_RUN, None),
+    "the best": ("whole", "best|main", USED, WEIGHTS, WEIGHTS, NO_MODEL),
+    "a model": ("model", "", USED, WEIGHTS, WEIGHTS, None),
 }
 COMMANDS = {
     "train": f"{FLAGS} --output_dir {FOLDER}",
@@ -349,8 +349,9 @@ ALL = "--num_iterations 8 --val_loss_every 2"
 MAY_NOT_CHANGE = """model batch_size sequence_length total_batch_size learning_rate warmup_iters
     learning_rate_decay_frac weight_decay grad_clip shuffle overfit_single_batch recompute seed
     val_max_steps""".split()
-MAY_CHANGE = """--input_bin train_?.bin --sample_every 1 --log_every 2 --checkpoint_every 3
-    --prompt x --max_new_tokens 5 --top_k 4 --temperature 0.5"""
+MAY_CHANGE = """--total_batch_size 0 --sequence_length 0 --input_bin train_?.bin
+    --sample_every 1 --log_every 2 --checkpoint_every 3 --prompt x --max_new_tokens 5
+    --top_k 4 --temperature 0.5"""
 GOING_ON = {  # what happens before, the exit code, what is said, more flags
     "other flags": (None, 0, f"resuming from {NEW}", MAY_CHANGE),
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
@@ -359,7 +360,9 @@ GOING_ON = {  # what happens before, the exit code, what is said, more flags
     "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
     "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
     "half line": (lambda patch: edit("part/main.jsonl", lambda log: log + log[:9]), 0, "resuming"),
+    "a folder": (lambda patch: os.mkdir(NEW.replace("4", "9")), 0, f"resuming from {NEW}"),
     "lock": (lambda patch: gpt2.lock_folder("part", 1), 1, "another run is writing"),
+    "new": (lambda patch: gpt2.lock_folder("n", 1), 1, "another run is", "--output_dir n"),
     "train": (lambda patch: edit("train_1.bin", flip), 1, "the training data has changed"),
     "val": (lambda patch: edit("val.bin", flip), 1, "the validation data has changed"),
     "val, later": (lambda patch: [gpt2.main(BLIND), edit("val.bin", flip)], 1, "has changed", ALL),
