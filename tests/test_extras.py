@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from common import NOBODY, run_trainer
+from common import NOBODY, failed_in_one_line, run_trainer
 
 import train_gpt2 as gpt2
 from extras import exit_code_of, hellaswag, llmc, look_inside, porting_kit
@@ -49,13 +49,6 @@ def call(tmp_path, monkeypatch, capsys):
         return (code, *capsys.readouterr())
 
     return run
-
-
-def assert_refused(result, *parts):
-    """The program has said one line, which has these parts, and printed nothing."""
-    code, stdout, stderr = result
-    assert code == 1 and stdout == "" and stderr.count("\n") == 1, result
-    assert stderr.startswith("error: ") and [part for part in parts if part not in stderr] == []
 
 
 def test_how_a_program_ends(capsys):
@@ -98,7 +91,7 @@ def test_what_can_not_be_is_one_line(program, flags, expected, call):
     for name, V, T in (("own", 300, 64), ("bytes", 256, 11)):
         random_model(1, 8, np.float32, V=V, max_seq_len=T).save_pretrained(name)
     shutil.copy("own/model.safetensors", "K")
-    assert_refused(call(program.main, *flags.split()), expected)
+    assert expected in failed_in_one_line(call(program.main, *flags.split()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,7 +133,7 @@ def test_a_model_in_every_version(version, V, call):
         assert Path("new.bin").read_bytes() == model_file(model, version)
     assert call(llmc.main, "--model", "m.bin") == (0, "m\n", "")
     assert_same_bits(gpt2.GPT2.from_pretrained("m", 2, 8).params, truth)
-    assert_refused(call(llmc.main, "--model", "m.bin"), "m/model.safetensors is there already")
+    assert "is there already" in failed_in_one_line(call(llmc.main, "--model", "m.bin"))
 
 
 def with_number(at, value, code="i"):
@@ -165,7 +158,7 @@ LAST_BIAS = -2 * SIZES["C"] - 1  # the last number of fcprojb, counted from the 
 )
 def test_a_malformed_model_is_one_line(change, expected, call):
     Path("m.bin").write_bytes(change(model_file(random_model(2, 8, np.float32, **SIZES))))
-    assert_refused(call(llmc.main, "--model", "m.bin"), "m.bin: ", expected)
+    assert expected in failed_in_one_line(call(llmc.main, "--model", "m.bin"))
     assert sorted(os.listdir()) == ["data", "m.bin"]
 
 
@@ -246,10 +239,10 @@ def test_a_score_from_the_command_line(call, monkeypatch):
     assert score() == (130, stopped, "stopped: run it again\n")
     assert score("--limit", 1) == (0, "hellaswag 0/1 acc_norm 0.0000 acc 1.0000\n", "")
     path.write_text(json.dumps(ITEM | {"endings": ["c", "a" * 10, "f", "g"]}))
-    assert_refused(score(), "an ending has 11 tokens, and the model reads 10")
+    assert "has 11 tokens, and the model reads 10" in failed_in_one_line(score())
     path.unlink()
     monkeypatch.setenv("HTTPS_PROXY", NOBODY)
-    assert_refused(score(), "can't fetch HellaSwag", path.name)
+    assert "can't fetch HellaSwag" in failed_in_one_line(score())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -459,19 +452,14 @@ def test_a_fault_is_found_where_it_is_made(found, compared, monkeypatch):
     assert lines[2] == f"{function} of train_gpt2.py computes it"
 
 
-def put(x, place, value):
-    x[place] = value
-    return x
-
-
 @pytest.mark.parametrize(
     "name, change, expected",
     [
         ("case/gelu_forward/after/out", lambda x: 2 * x, "gelu_forward of train_gpt2.py computes"),
         ("qkv", lambda x: x[0], "it is F64 (5, 7, 36), expected F32 or F64, and (2, 5, 7, 36)"),
-        ("ln2", lambda x: put(x, (0, 1, 2, 3), np.nan), "most wrong is ln2[0, 1, 2, 3]: nan, "),
-        ("ln2", lambda x: put(x, (1, 1, 2, 3), np.inf), "the first to differ is ln2 of layer 1"),
-        ("targets", lambda x: put(x, (4, 6), -1), "targets[4, 6]: -1, expected "),
+        ("ln2", lambda x: np.where(x == x[0, 1, 2, 3], np.nan, x), "wrong is ln2[0, 1, 2, 3]: nan"),
+        ("ln2", lambda x: np.where(x == x[1, 1, 2, 3], np.inf, x), "differ is ln2 of layer 1"),
+        ("targets", lambda x: np.maximum(x, 2), "most wrong is targets["),
         ("inputs", lambda x: x + 1, "it is given"),
         ("lnf", lambda x: x * (1 + 2e-10), "2.0e-10, expected at most 1e-10"),
         ("lnf", lambda x: (x * (1 + 2e-5)).astype("<f4"), "2.0e-05, expected at most 1e-05"),
@@ -499,6 +487,6 @@ def test_a_picture_of_runs(tmp_path):
     both = tmp_path / "both.svg"
     assert plot(*runs, "--output", both) == (0, f"{both}\n", "")
     assert "_one, training" in both.read_text() and "$" in both.read_text()
-    for text, what in (("", "is empty"), ('{"step": 1}\n[]\n', "line 2"), ('{"x": 1}\n', "line 1")):
+    for text, what in (("", " is empty"), ('{"step": 1}\n[]\n', ", line 2"), ("{}\n", ", line 1")):
         (runs[0] / "main.jsonl").write_text(text)
-        assert_refused(plot(runs[0]), "main.jsonl", what)
+        assert f"main.jsonl{what}" in failed_in_one_line(plot(runs[0]))

@@ -109,7 +109,6 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "no wte": (renamed("wte", "w"), "expected matrices wte.weight"),
     "one layer more": (one_more("h.2.ln_1.weight"), "'h.2.ln_1.weight': found (0,) of F32"),
     "another classifier": (one_more("lm_head.weight"), "lm_head.weight differs"),
-    "not finite": (lambda h, b: packed(h, b"\0\0\xc0\x7f" + b[4:]), "value that is not finite"),
 }
 
 
@@ -134,7 +133,6 @@ CONFIGS = [  # what config.json says, and what the refusal says, if it is one
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
     ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx = True"),
-    ({"n_head": 5}, "24 channels can't be shared by 5 heads"),
     (b"[]", "expected a JSON object, found []"),
     (b"\xff", "expected JSON"),
 ]
@@ -194,21 +192,18 @@ def test_every_type_is_copied_bit_by_bit(dtype):
 # --------------------------------------------------------------------------------------------------
 # What is written
 
-Pieces = type("Pieces", (list,), {"shape": (3, 4)})  # a tensor that comes piece by piece
-
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """From arrays or from pieces, and with a checksum that no change of a bit escapes."""
+    """And with a checksum that no change of a bit escapes."""
     path = tmp_path / "x.safetensors"
-    array = np.arange(12, dtype=np.float32).reshape(4, 3)
-    for tensor in (array.T, Pieces([array.T[:2], array.T[2:]])):
-        gpt2.write_safetensors(path, {"a": tensor, "b": np.ones(1)}, {"k": "v"}, checksum=True)
-        found, metadata = gpt2.read_safetensors(path, checksum=True)
-        assert found["a"].array.tolist() == array.T.tolist() and metadata == {"k": "v"}
-        assert found["b"].array.tolist() == [1] and [*found] == ["a", "b", "crc32"]
+    array = np.arange(12, dtype=np.float32).reshape(4, 3).T
+    gpt2.write_safetensors(path, {"a": array, "b": np.ones(1)}, {"k": "v"}, checksum=True)
+    found, metadata = gpt2.read_safetensors(path, checksum=True)
+    assert found["a"].array.tolist() == array.tolist() and metadata == {"k": "v"}
+    assert found["b"].array.tolist() == [1] and [*found] == ["a", "b", "crc32"]
     data = path.read_bytes()
     with pytest.raises(ValueError):
-        gpt2.write_safetensors(path, {"a": Pieces([array, "not a number"])}, {})
+        gpt2.write_safetensors(path, {"a": array, "b": np.array(["no number"])}, {})
     assert os.listdir(tmp_path) == ["x.safetensors"] and path.read_bytes() == data
     for at in range(len(data)):
         path.write_bytes(data[:at] + bytes([data[at] ^ 8]) + data[at + 1 :])
