@@ -133,6 +133,7 @@ CONFIGS = [  # what config.json says, and what the refusal says, if it is one
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon = 1e-06"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings = False"),
     ({"scale_attn_by_inverse_layer_idx": True}, "layer_idx = True"),
+    ({"n_head": 5}, "24 channels can't be shared by 5 heads"),
     (b"[]", "expected a JSON object, found []"),
     (b"\xff", "expected JSON"),
 ]
@@ -337,16 +338,14 @@ def test_tokens_and_text(vocabulary, V, first):
         assert tokens.decode(end) == b"\n" and tokens.lengths[end] == 0
 
 
-def test_gpt2s_own_vocabulary_is_known_by_its_merges(tmp_path):
-    """In their order."""
+def test_gpt2s_own_vocabulary_is_known_by_the_order_of_its_merges(tmp_path):
     need_gpt2_vocabulary()
     words = [*map(gpt2.tokenizer(50257).decode, range(50256)), b"<|endoftext|>"]
     files = prepro.huggingface_files(50257, None)
     assert files["merges.txt"].decode().split("\n")[1:-1] == prepro.merges_of(words[:-1])
     other = [*words[:-3], words[-2], words[-3], words[-1]]
-    for found, expected in ((words, None), (other, other)):
-        (tmp_path / "vocab.json").write_bytes(vocab_json(found))
-        assert gpt2.saved_vocabulary(str(tmp_path), 50257) == expected
+    (tmp_path / "vocab.json").write_bytes(vocab_json(other))
+    assert gpt2.saved_vocabulary(str(tmp_path), 50257) == other
 
 
 def test_tokens_of_an_unknown_vocabulary_have_no_text(tmp_path):
@@ -403,35 +402,24 @@ def assert_same_model(ours, theirs):
     np.testing.assert_allclose(logits, theirs(torch.tensor(ids)).logits.detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, size", [("F32", "1GB"), ("F16", "20KB"), ("BF16", "1GB")])
-def test_what_transformers_saves_is_the_same_model(dtype, size, tmp_path):
-    """In one file and in parts."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 61, "n_positions": 11, "n_embd": 24, "n_layer": 2, "n_head": 3}
-    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
-    theirs = transformers.GPT2LMHeadModel(config).eval().to(TORCH[dtype])
-    theirs.save_pretrained(tmp_path, max_shard_size=size)
-    assert len(list(tmp_path.glob("model-*"))) == (2 if size == "20KB" else 0)
-    assert loaded(tmp_path).config == CONFIG
-    assert_same_model(loaded(tmp_path), theirs)
+BOTH_WAYS = [  # our vocabulary, its size, the id of its end; what transformers saves it as
+    (OWN, SIZE, SIZE - 1, "F16", "20KB"), (None, 256, None, "BF16", "1GB"),
+    (None, 50257, 50256, "F32", "1GB"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "vocabulary, V, end", [(OWN, SIZE, SIZE - 1), (None, 256, None), (None, 50257, 50256)]
-)
-def test_what_we_save_opens_in_transformers(vocabulary, V, end, tmp_path):
-    """Its ids are ours, too, and its pipeline stops at the end of the context."""
+@pytest.mark.parametrize("vocabulary, V, end, dtype, size", BOTH_WAYS)
+def test_what_is_saved_here_opens_there_and_back(vocabulary, V, end, dtype, size, tmp_path):
+    """Its ids are ours, its pipeline stops in time. It saves weights in one file or in parts."""
     transformers = pytest.importorskip("transformers")
     if V == 50257:
         need_gpt2_vocabulary()
     ours = random_model(V)
     ours.vocabulary = vocabulary
     ours.save_pretrained(tmp_path)
-    assert loaded(tmp_path / "model.safetensors").vocabulary == vocabulary
     theirs, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert [what for what, found in info.items() if found] == []
     assert_same_model(ours, theirs)
-
     told = json.loads((tmp_path / "generation_config.json").read_text())
     assert told == {"bos_token_id": end, "eos_token_id": end, "max_length": 11}
     said = transformers.pipeline("text-generation", str(tmp_path))("the", do_sample=False)
@@ -439,9 +427,14 @@ def test_what_we_save_opens_in_transformers(vocabulary, V, end, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT.replace("<|endoftext|>", "")
     assert tokenizer.encode(text) == gpt2.tokenizer(V, vocabulary).encode(text)
-    if vocabulary:  # transformers saves only tokenizer.json
-        tokenizer.save_pretrained(tmp_path / "theirs")
-        assert gpt2.saved_vocabulary(str(tmp_path / "theirs"), V) == vocabulary
+
+    folder = tmp_path / "theirs"
+    tokenizer.save_pretrained(folder)
+    theirs.to(TORCH[dtype]).save_pretrained(folder, max_shard_size=size)
+    assert any(folder.glob("model-*")) == (size == "20KB")
+    for model in (loaded(folder), loaded(tmp_path / "model.safetensors")):
+        assert model.config == ours.config and model.vocabulary == vocabulary
+    assert_same_model(loaded(folder), theirs)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -293,6 +293,7 @@ MISTAKES = {  # the flags: (the exit code, the bytes of text.txt, what the messa
     "--inp x": (2, BAD, "unrecognized arguments: --inp x"),
     "--val_fraction nan": (2, BAD, "--val_fraction nan is not between 0 and 1"),
     "--vocab_size 257": (2, BAD, "--vocab_size 257 is not between 258 and 50256"),
+    "--vocab_size 50257": (2, BAD, "--vocab_size 50257 is not between 258 and 50256"),
 }
 
 
