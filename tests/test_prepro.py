@@ -259,14 +259,11 @@ def gpt2(empty_folder):
 
 LINES = "to be: naïve, 東京\r\n" * 9
 REST = "京\n" + "to be: naïve, 東京\n" * 8
-MARKED = b"to<|endoftext|>be!"
 TEXTS = {  # (the bytes of a.txt, flags, what validates, what trains)
     name: (LINES.encode(name), f"--encoding {name}", "to be: naïve, 東", REST)
     for name in "utf-8 utf-8-sig utf-16 utf-16-be utf-32 gb18030".split()
 } | {
     "two": (b"to be\n", "--input a.txt b.txt --val_fraction 0.6", "to be\n\nor no", "t to be\n"),
-    "cut before a mark": (MARKED, "--endoftext 1 --val_fraction 0.4", "to", "be!"),
-    "cut after a mark": (MARKED, "--endoftext 1 --val_fraction 0.5", "to", "be!"),
 }
 
 
