@@ -409,7 +409,7 @@ BOTH_WAYS = [  # our vocabulary, its size, the id of its end; what transformers 
 
 
 @pytest.mark.parametrize("vocabulary, V, end, dtype, size", BOTH_WAYS)
-def test_what_is_saved_here_opens_there_and_back(vocabulary, V, end, dtype, size, tmp_path):
+def test_transformers_and_we_open_what_the_other_saves(vocabulary, V, end, dtype, size, tmp_path):
     """Its ids are ours, its pipeline stops in time. It saves weights in one file or in parts."""
     transformers = pytest.importorskip("transformers")
     if V == 50257:
