@@ -194,7 +194,8 @@ def test_every_type_is_copied_bit_by_bit(dtype):
 # What is written
 
 
-def test_a_file_holds_what_was_written_and_a_checksum_sees_each_change(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """And with a checksum that no change of a bit escapes."""
     path = tmp_path / "x.safetensors"
     array = np.arange(12, dtype=np.float32).reshape(4, 3).T
     gpt2.write_safetensors(path, {"a": array, "b": np.ones(1)}, {"k": "v"}, checksum=True)
@@ -202,6 +203,9 @@ def test_a_file_holds_what_was_written_and_a_checksum_sees_each_change(tmp_path)
     assert found["a"].array.tolist() == array.tolist() and metadata == {"k": "v"}
     assert found["b"].array.tolist() == [1] and [*found] == ["a", "b", "crc32"]
     data = path.read_bytes()
+    with pytest.raises(ValueError):
+        gpt2.write_safetensors(path, {"a": array, "b": np.array(["no number"])}, {})
+    assert os.listdir(tmp_path) == ["x.safetensors"] and path.read_bytes() == data
     for at in range(len(data)):
         path.write_bytes(data[:at] + bytes([data[at] ^ 8]) + data[at + 1 :])
         assert "no whole" in refusal(gpt2.read_safetensors, path, True)
