@@ -106,6 +106,7 @@ CUT = {"cuts": [1_200_000, 1_100_000]}
 SERVERS = {  # how it behaves: (its attributes, SHA-256 known, file.part before, starts, the error)
     "a redirect with the hash": (LINKED, None, b"", [0], ""),
     "a redirect with another hash": (WRONG, None, b"", [0], "another file"),
+    "a redirect without headers": ({}, None, b"", [0], ""),
     "cut connections": (CUT, RIGHT, b"", [0, 18 << 16, 34 << 16], ""),
     "cut for good": ({"cuts": [1_200_000, 0]}, RIGHT, b"", [0, 18 << 16], "no network"),
     "a part of an earlier run": ({}, RIGHT, BODY[:999], [999], ""),
@@ -168,40 +169,41 @@ def test_progress_is_counted_every_five_seconds(monkeypatch, capsys):
     assert capsys.readouterr().err == "fetching: 2 of 9,000\nfetching: 4 of 9,000\n"
 
 
-OURS = prepro.REVISIONS["gpt2"]
-OWNER = "openai-community--"
-CACHES = {  # (how its place is told, the place, the owner, the revision, where a link points)
-    "a link": ({}, ".cache/huggingface/hub", OWNER, OURS, "blob"),
-    "a file": ({"XDG_CACHE_HOME": "[c]"}, "[c]/huggingface/hub", OWNER, OURS, ""),
-    "of an old name": ({"HF_HOME": "[c]", "XDG_CACHE_HOME": "no"}, "[c]/hub", "", OURS, ""),
-    "in a place": ({"HF_HUB_CACHE": "~/c", "HF_HOME": "no"}, "c", OWNER, OURS, ""),
-    "not another": ({"HF_HUB_CACHE": "c"}, "c", OWNER, "another", ""),
-    "not a link to nothing": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, "nothing"),
-    "not a damaged file": ({"HF_HUB_CACHE": "c"}, "c", OWNER, OURS, ""),
+CACHES = {  # where it is: how that is told
+    ".cache/huggingface/hub": {},
+    "[c]/huggingface/hub": {"XDG_CACHE_HOME": "[c]"},
+    "[c]/hub": {"HF_HOME": "[c]", "XDG_CACHE_HOME": "no"},
+    "c": {"HF_HUB_CACHE": "~/c", "HF_HOME": "no"},
 }
 
 
-@pytest.mark.parametrize("case", CACHES)
-def test_weights_in_hugging_faces_cache(hub, monkeypatch, capsys, case):
-    environment, cache, owner, revision, link = CACHES[case]
-    os.environ.update(environment, HF_ENDPOINT=hub.url + "/")
-    path = f"{cache}/models--{owner}gpt2/snapshots/{revision}/model.safetensors"
-    put(path, b"w" if case == "not a damaged file" else b"weights")
+@pytest.mark.parametrize("place", CACHES)
+def test_weights_in_hugging_faces_cache(hub, monkeypatch, capsys, place):
+    """A link points to them. Others, damaged ones and what a link has lost are not used."""
+    os.environ.update(CACHES[place], HF_ENDPOINT=hub.url + "/")
     sha256 = hashlib.sha256(b"weights").hexdigest()
     monkeypatch.setitem(prepro.SHA256, "gpt2", sha256)
-    if link and os.name != "nt":
-        put(f"{cache}/models--{owner}gpt2/blobs/blob", b"weights")
-        os.remove(path)
-        os.symlink(f"../../blobs/{link}", path)
-    if case.startswith("not "):
-        url = f"{hub.url}/openai-community/gpt2/resolve/{OURS}/model.safetensors"
-        refused(lambda: prepro.provide("gpt2"), "another file", f"not {sha256:.12}", url)
-    else:
-        found = prepro.provide("gpt2")
-        assert os.path.samefile(found, path) and found.endswith("model.safetensors")
-        assert capsys.readouterr().err == f"gpt2: using {found}\n"
+    ours, folder = prepro.REVISIONS["gpt2"], f"{place}/models--openai-community--gpt2"
+    path, other = (f"{folder}/snapshots/{name}/model.safetensors" for name in (ours, "other"))
+    put(path, b"weights")
+    put(other, b"weights")
+    if os.name != "nt":
+        os.renames(path, f"{folder}/blobs/blob")
+        os.makedirs(os.path.dirname(path))
+        os.symlink("../../blobs/blob", path)
+    found = prepro.provide("gpt2")
+    assert os.path.samefile(found, path) and capsys.readouterr().err == f"gpt2: using {found}\n"
+
     put("data/gpt2.safetensors", b"mine")
     assert prepro.provide("gpt2") == "data/gpt2.safetensors", "data/ comes first"
+    os.remove("data/gpt2.safetensors")
+
+    url = f"{hub.url}/openai-community/gpt2/resolve/{ours}/model.safetensors"
+    provide = lambda: prepro.provide("gpt2")
+    put(path, b"w")
+    refused(provide, "another file", f"not {sha256:.12}", url)
+    os.remove(os.path.realpath(path))
+    refused(provide, "another file", f"not {sha256:.12}", url)
 
 
 FOLDERS = {  # where tiktoken's files lie: the environment
