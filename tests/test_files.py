@@ -351,7 +351,7 @@ def test_gpt2s_own_vocabulary_is_known_by_the_order_of_its_merges(tmp_path):
 def test_tokens_of_an_unknown_vocabulary_have_no_text(tmp_path):
     """Nobody takes them for bytes or GPT-2's."""
     assert gpt2.saved_vocabulary(str(tmp_path), SIZE) is None
-    for found, V in ((b"{", SIZE), (b"{}", 50257), (vocab_json(OWN), 50257)):
+    for found, V in ((b"{", SIZE), (b"[]", SIZE), (b"{}", 50257), (vocab_json(OWN), 50257)):
         (tmp_path / "vocab.json").write_bytes(found)
         assert gpt2.saved_vocabulary(str(tmp_path), V) == []
     for V, vocabulary in ((65, None), (50256, None), (50305, None), (50257, [])):
