@@ -21,7 +21,6 @@ figures/make_figures.py makes the table and the chart of the README.
 import argparse
 import contextlib
 import ctypes
-import glob
 import inspect
 import itertools
 import json
@@ -34,6 +33,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import numpy as np
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROWS = {  # name: (B, T, V, L, NH, C)
@@ -63,8 +64,6 @@ GROUPS = {
 def model_and_batches(row, folder=TOP, processes=1, **settings):
     """A model of the trainer in that folder, and 8 batches; B is that of all processes."""
     sys.path.insert(0, folder)
-    import numpy as np
-
     import train_gpt2 as gpt2
 
     B, T, V, L, NH, C = row
@@ -128,7 +127,6 @@ PASS_BYTES = 1 << 29  # of each of the arrays of a pass over memory: far beyond 
 
 def limits():
     """What this machine can do: a large product of NumPy's, and a pass over memory."""
-    import numpy as np
     import torch
 
     a, b, out = np.ones((3, SIDE, SIDE), np.float32)
@@ -164,30 +162,23 @@ def in_a_process(function, threads, **arguments):
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     environment = os.environ | dict.fromkeys(names, str(max(1, threads // processes)))
     command = ["mpiexec", "-n", str(processes)] if processes > 1 else []
-    command += [sys.executable, os.path.abspath(__file__), "--child", function]
-    command.append(json.dumps(arguments))
+    command += [sys.executable, __file__, "--child", function, json.dumps(arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def spread(ratios):
-    """The median of some ratios, the least and the greatest."""
-    return [statistics.median(ratios), min(ratios), max(ratios)]
-
-
 TWO = ", two processes"
 COMPARISON = """
-| model | B, T, V, L, NH, C | who | ms per step | forward / backward / update | tokens/s | \
-peak MB | speed | memory | of the limit |
-|---|---|---|---|---|---|---|---|---|---|"""
+| model | who | ms per step | forward / backward / update | peak MB | speed | memory | of limit |
+|---|---|---|---|---|---|---|---|"""
 
 
 def compare(name, options, machine_limits):
     """Measure a row of ROWS, and print a line for each candidate: a list of dicts."""
     row = ROWS[name]
-    B, T, V, L, NH, C = row
+    B, T, V, L, _, C = row
     weights = L * 12 * C * C + V * C
     flops = 6 * B * T * (weights + L * C * T)  # of attention's scores, the half not masked counts
     limit = flops / machine_limits["flops"] + 7 * 4 * weights / machine_limits["bandwidth"]
@@ -206,8 +197,7 @@ def compare(name, options, machine_limits):
         candidates[f"PyTorch {mode}"] = {"make": "pytorch", "compiled": mode == "compiled"}
 
     # For each round the passes of the median step, and the peak.
-    passes = {label: [] for label in candidates}
-    peaks = {label: [] for label in candidates}
+    passes, peaks = ({label: [] for label in candidates} for _ in range(2))
     for i in range(options.rounds):
         for label in candidates if i % 2 == 0 else reversed(candidates):
             run = {"row": row, "steps": steps} | candidates[label]
@@ -216,15 +206,16 @@ def compare(name, options, machine_limits):
             peaks[label].append(found["peak"])
 
     base = [label for label in candidates if label.startswith("PyTorch")] or list(candidates)[:1]
-    totals = {label: list(map(sum, of_label)) for label, of_label in passes.items()}
-    least = [min(column) for column in zip(*(totals[label] for label in base), strict=True)]
-    leanest = [min(column) for column in zip(*(peaks[label] for label in base), strict=True)]
+    totals = {label: np.sum(passes[label], axis=1) for label in candidates}
+    least = np.min([totals[label] for label in base], axis=0)
+    leanest = np.min([peaks[label] for label in base], axis=0)
+    spread = (0.5, 0, 1)  # the median of some ratios, the least and the greatest
 
     rows = []
     for label in candidates:
         middle = sorted(passes[label], key=sum)[options.rounds // 2]
-        speed = spread([a / b for a, b in zip(least, totals[label], strict=True)])
-        memory = spread([a / b for a, b in zip(peaks[label], leanest, strict=True)])
+        speed = np.quantile(least / totals[label], spread).tolist()
+        memory = np.quantile(peaks[label] / leanest, spread).tolist()
         peak = statistics.median(peaks[label])
         rows.append({
             "row": row, "model": "d12" if name.startswith("d12") else name, "B": B, "T": T,
@@ -233,13 +224,9 @@ def compare(name, options, machine_limits):
             "of_limit": limit / sum(middle),
         })  # fmt: skip
         parts = " / ".join(f"{part * 1e3:.0f}" for part in middle)
-        ratio = "{:.2f} ({:.2f} to {:.2f})"
-        print(
-            f"| {name} | {', '.join(map(str, row))} | {label} | {sum(middle) * 1e3:.1f} | "
-            f"{parts} | {B * T / sum(middle):.0f} | {peak:.0f} | {ratio.format(*speed)} | "
-            f"{ratio.format(*memory)} | {limit / sum(middle):.0%} |",
-            flush=True,
-        )
+        ratios = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*of) for of in (speed, memory))
+        numbers = f"{sum(middle) * 1e3:.1f} | {parts} | {peak:.0f} | {ratios}"
+        print(f"| {name} | {label} | {numbers} | {limit / sum(middle):.0%} |", flush=True)
     return rows
 
 
@@ -345,7 +332,6 @@ def simulate(name):
 
 def machine():
     """What all this is measured on: a dict."""
-    import numpy as np
     import torch
 
     processor = platform.processor() or platform.machine()
@@ -354,11 +340,10 @@ def machine():
 
     blas = np.show_config("dicts")["Build Dependencies"]["blas"]
     kernels = ""
-    for path in glob.glob(os.path.dirname(np.__file__) + "/../numpy.libs/*openblas*"):
-        with contextlib.suppress(OSError, AttributeError):
-            corename = ctypes.CDLL(path).scipy_openblas_get_corename64_
-            corename.restype = ctypes.c_char_p
-            kernels = f", kernels for {corename().decode()}"
+    with contextlib.suppress(AttributeError):  # of the BLAS in NumPy's wheels
+        corename = ctypes.CDLL(np._core._multiarray_umath.__file__).scipy_openblas_get_corename64_
+        corename.restype = ctypes.c_char_p
+        kernels = f", kernels for {corename().decode()}"
 
     commit = ["git", "-C", TOP, "rev-parse", "--short", "HEAD"]
     return {
@@ -415,18 +400,18 @@ def main():
     sys.path.append(TOP)
     import train_gpt2 as gpt2
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", default="", help=f"small, sizes, or some of {','.join(ROWS)}")
-    parser.add_argument("--cores", action="store_true", help="simulate more cores")
-    parser.add_argument("--against", nargs="*", default=[], metavar="COMMIT")
-    parser.add_argument("--two_processes", action="store_true", help="of half the threads each")
-    parser.add_argument("--recompute", type=int, nargs="+", default=[1], help="(default: 1)")
-    parser.add_argument("--torch", nargs="*", default=["eager", "compiled"], help="its modes")
-    parser.add_argument("--rounds", type=int, default=5, help="of taking turns")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of a turn, or two steps")
-    parser.add_argument("--threads", type=int, default=gpt2.THREADS, help="for everybody")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("--rows", default="", help=f"small, sizes, or some of {','.join(ROWS)}")
+    add("--cores", action="store_true", help="simulate more cores")
+    add("--against", nargs="*", default=[], metavar="COMMIT")
+    add("--two_processes", action="store_true", help="of half the threads each")
+    add("--recompute", type=int, nargs="+", default=[1], help="(default: 1)")
+    add("--torch", nargs="*", default=["eager", "compiled"], help="its modes")
+    add("--rounds", type=int, default=5, help="of taking turns")
+    add("--seconds", type=float, default=4.0, help="of a turn, or two steps")
+    add("--threads", type=int, default=gpt2.THREADS, help="for everybody")
     options = parser.parse_args()
     names = GROUPS.get(options.rows, options.rows).split(",")
     if options.cores:

@@ -70,22 +70,6 @@ def test_the_sheet_has_every_function_with_its_signature_and_without_a_body(ask)
     assert re.findall(r"^def (\w+)", SHEET, re.MULTILINE) == list(exercises.TRUTH)
 
 
-def test_the_wiring_has_every_tensor_of_the_tables():
-    sizes = exercises.cases("gelu_forward")[0][1]
-    B, T, C = sizes["B"], sizes["T"], sizes["C"]
-    config = gpt2.GPT2Config(num_heads=sizes["N"], channels=C)
-    params, acts = gpt2.Model.layer_params(config), gpt2.Model.layer_acts(config, B, T)
-    work = gpt2.Model.work_shapes(config, B, T)
-    tables = {"p": params, "a": acts}
-    del work["dlnf"]
-    for name in exercises.WIRING:
-        found = exercises.ARGUMENTS[name]
-        shapes = {x: tuple(sizes[letter] for letter in found[x][1:]) for x in found}
-        expected = {f"{x}.{y}": s for x, table in tables.items() for y, s in table.items()}
-        assert shapes == expected | {"residual": (B, T, C)}
-        tables |= {"g": params, "w": work}
-
-
 def test_without_a_file_it_writes_the_sheet_and_says_how_to_begin(ask):
     code, out, err = ask()
     assert (code, err) == (0, "") and Path("mine.py").read_text(encoding="utf-8") == SHEET
@@ -144,8 +128,7 @@ MISTAKES = [
     ("residual_forward", {ADD: "return inp1 + inp2"}, "out", "what a function returns is not read"),
     ("residual_forward", {ADD: "1 / 0"}, "ZeroDivisionError in line 7: division by zero (B=2, T=2"),
     ("residual_forward", {"out=out": "out=inp2"}, "it writes into inp2, which is only read (B=2"),
-    ("gelu_forward", {"inp, inp, out": "inp, inp + 0 * out, out"},
-     "out is wrong (B=2, T=5, C=12, what is to be overwritten is NaN before)", PLAIN),
+    ("gelu_forward", {"inp, inp, out": "inp, inp + 0 * out, out"}, "out is wrong (B=2, T=5", PLAIN),
     ("gelu_backward", {"slope += 1  #": "0  #"}, "dinp", "dout * 0.5 * (1 + tanh(u)) is missing"),
     ("gelu_backward", {"3 * GELU_CUBE": "GELU_CUBE"}, "dinp"),
     ("gelu_backward", {"slope = x": "dinp[...] = 0; slope = x"}, "dinp is wrong (B=2, T=5,", PLAIN),
@@ -155,10 +138,8 @@ MISTAKES = [
     ("encoder_backward", {"dwpe[T:] = 0": "0"}, "dwpe", "still holds what stood there before"),
     ("layernorm_backward", {"dinp += dnorm": "dinp[...] = dnorm"}, "dinp", OVERWRITES),
     ("layernorm_backward", {"dnorm -= av": "dnorm += av"}, "dinp", f"{AVERAGE} has the wrong sign"),
-    ("layernorm_backward", {"dnorm) / C": "dnorm)"}, "dinp",
-     f"the term {AVERAGE} is C times the right one (a sum, not an average?)"),
-    ("layernorm_backward", {"dnorm, norm)": "dout, norm)"}, "dinp",
-     f"{WITH_NORM} is missing, and there is -rstd * norm * average(dout * norm) in its place"),
+    ("layernorm_backward", {"dnorm) / C": "dnorm)"}, "dinp", f"{AVERAGE} is C times the right one"),
+    ("layernorm_backward", {"dnorm, norm)": "dout, norm)"}, "dinp", f"{WITH_NORM} is missing, and"),
     (f"{SOFTMAX}_forward", {"logits -= ": ""}, "logits is wrong (B=2, T=5, V=11, all nu", PLAIN),
     (f"{SOFTMAX}_backward", {"-= 1": "-= 0"}, "probs", "the term -dloss at the target is missing"),
     ("adamw", {"1 - decay": "1 - learning_rate * decay"}, "p", "-decay * p is learning_rate times"),
@@ -168,16 +149,13 @@ MISTAKES = [
     ("attention_backward", {"datt -= dout": "0 * dout"}, "dq", "what dpreatt = att * datt would"),
     ("attention_backward", {"dq, dk, dv =": "dk, dq, dv ="}, "dq", "yours is the right dk"),
     # The wiring.
-    (FORWARD, {"ln2_rstd, a.residual2": "ln2_rstd, residual"}, "a.ln2_mean",
-     "your layernorm_forward gets inp=residual, the trainer's gets inp=a.residual2"),
+    (FORWARD, {"ln2_rstd, a.residual2": "ln2_rstd, residual"}, "a.ln2_mean", "gets inp=residual, "),
     (FORWARD, {RESIDUAL: "a.residual2 = residual + a.attproj"}, "a.residual2", WRITES),
     (FORWARD, {LN2: "", "    gelu_forward": LN2 + "    gelu_forward"}, "a.fch",
      "the last to write a.ln2 before your matmul_forward is no layer, not layernorm_forward"),
     (BACKWARD, {GELU: ""}, "w.dfch", "it is written by matmul_backward, in the trainer by mat"),
-    (BACKWARD, {"p.fcw, add": "p.fcw, False"}, "g.fcw",
-     "your matmul_backward gets add=False, the trainer's gets add=True"),
-    (BACKWARD, {"w.dln2, a.residual2": "w.dln2, residual + a.attproj"}, "g.ln2w",
-     "your layernorm_backward gets inp=another array, the trainer's gets inp=a.residual2"),
+    (BACKWARD, {"p.fcw, add": "p.fcw, False"}, "g.fcw", "your matmul_backward gets add=False, "),
+    (BACKWARD, {"dln2, a.residual2": "dln2, residual + a.attproj"}, "g.ln2w", "inp=another array"),
     (BACKWARD, {"g.ln2w, g.ln2b": "g.ln1w, g.ln1b"}, "g.ln2w", "it is not written"),
 ]  # fmt: skip
 

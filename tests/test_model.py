@@ -137,7 +137,6 @@ TOO_HIGH, TOO_LOW = GOOD + 53 - GOOD.max(), GOOD - GOOD.min() - 1  # one of its 
         (lambda model: random_model(1, 9, L=True), "num_layers is True"),
         (lambda model: random_model(1, 9, V=0), "vocab_size is 0"),
         (lambda model: random_model(2, 9, training=False).forward(GOOD, GOOD), "training=False"),
-        (lambda model: gpt2.GPT2.from_pretrained("outt"), "outt"),
         (lambda model: model.params.update({"wte": GOOD}), r"^\['wte'\] is a part of the blob"),
         (lambda model: model.grads.__setitem__("wte", GOOD), r"write \['wte'\]\[...\] = value"),
         (lambda model: model.params.__setitem__("no_such", GOOD), "^'no_such' is none of wte"),
@@ -209,18 +208,12 @@ def test_kept_keys_change_nothing_of_what_is_written(layout, T, length, settings
     assert by_chance == {tuple(expected)} if greedy else len(by_chance) == 2
 
 
-@pytest.mark.parametrize(
-    "layout, positions",
-    [
-        ("recompute 1", [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]),
-        ("recompute 2", [3, 4, 5, 6, 7, 8, 4, 5, 6, 7, 8, 4]),  # nothing is kept
-    ],
-)
-def test_each_written_token_costs_one_position(layout, positions, monkeypatch):
+def test_each_written_token_costs_one_position(monkeypatch):
     """With T = 8 and a prompt of 3. When there are 9 tokens, the newer 4 begin again."""
     seen = []
     watch(monkeypatch, gpt2, "gelu_forward", before=lambda out, inp: seen.append(inp.shape[1]))
-    list(sharp_model(1, 8, **LAYOUTS[layout]).generate([1, 2, 3], 12, rng=0))
+    list(sharp_model(1, 8, recompute=1).generate([1, 2, 3], 12, rng=0))
+    positions = [3, 1, 1, 1, 1, 1, 4, 1, 1, 1, 1, 4]
     assert seen == np.repeat(positions, 3).tolist()  # in three layers
 
 
@@ -358,12 +351,10 @@ FILES = f"anon 9\ninactive_file {3 * MIB}\nactive_file {2 * MIB}\n"
         (CORES, None, SIBLINGS, 7),
         (CORES, None, {CPUS + "1/cpu_capacity": "400"}, 7),  # the others would wait for it
         (CORES, "0::/", {"cpu.max": "max 100"}, 8),
-        (CORES, "0::/", {"cpu.max": "50 100"}, 1),
         (CORES, "0::/", {"cpu.max": "250 100"}, 3),
         (CORES, "0::/", {"cpu.max": "9900 100"}, 8),
         (CORES, "0::/docker/12ab", {"cpu.max": "200 100"}, 2),  # a path of the host, not mounted
         (CORES, "0::/a/b:c", {"a/cpu.max": "200 100", "a/b:c/cpu.max": "400 100"}, 2),
-        (CORES, "0::/a", {"b/cpu.max": "100 100"}, 8),  # another group's
         (CORES, "4:cpu:/a", V1_CPU, 3),
         (MEMORY, None, {}, 32),
         (MEMORY, "0::/", {"memory.max": "max", "memory.current": 9}, 32),
