@@ -137,22 +137,19 @@ def download(url, path, what, sha256=None):
     if os.path.exists(path):
         return path
     requests = package("requests")
-    part = Path(f"{path}.part")
-    while True:
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            with whole(path, resumed=True) as file:
-                fetch(url, file, what, sha256)
-            return path
-        except (requests.RequestException, ValueError) as error:
-            cause = error if isinstance(error, ValueError) else f"no network ({reason(error)})"
-        if not part.exists() or part.stat().st_size <= have:
-            break
-        time.sleep(1)  # the connection broke: another one goes on
-
     remedy = "try again (a proxy may need its certificate in REQUESTS_CA_BUNDLE, or pip install "
     remedy += f'"requests[socks]"), train by bytes, or fetch {url} and put it at {path}'
-    raise FetchError(f"can't fetch {what}: {cause}", remedy)
+    with whole(path, resumed=True) as file:
+        while True:
+            have = file.seek(0, os.SEEK_END)
+            try:
+                fetch(url, file, what, sha256)
+                return path
+            except (requests.RequestException, ValueError) as error:
+                cause = error if isinstance(error, ValueError) else f"no network ({reason(error)})"
+            if file.seek(0, os.SEEK_END) <= have:
+                raise FetchError(f"can't fetch {what}: {cause}", remedy)
+            time.sleep(1)  # the connection broke: another one goes on
 
 
 def fetch(url, file, what, sha256):

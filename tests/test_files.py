@@ -20,7 +20,7 @@ import prepro_tinyshakespeare as prepro
 import test_gpt2
 import train_gpt2 as gpt2
 from test_gpt2 import assert_same_bits
-from train_gpt2 import GPT2, GPT2Config, InputError, Stored, TokenFile
+from train_gpt2 import GPT2, GPT2Config, InputError, Stored, open_tokens
 
 CONFIG = GPT2Config(max_seq_len=11, vocab_size=61, num_layers=2, num_heads=3, channels=24)
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -103,11 +103,11 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "an unknown type": (entry(dtype="F8_E4M3"), NOT_WHOLE),
     "integers": (entry(dtype="I32"), "'h.1.attn.c_attn.weight': found (24, 72) of I32"),
     "transposed": (entry(shape=[72, 24]), "'h.1.attn.c_attn.weight': found (72, 24)"),
-    "one missing": (renamed("ln_f.bias", "m"), "'ln_f.bias': found (0,) of none"),
+    "one missing": (renamed("ln_f.bias", "m"), "['ln_f.bias'] is missing"),
     "twice": (one_more("ln_f.bias"), "'ln_f.bias' is there twice"),
-    "one more": (one_more("two\nlines"), r"['two\nlines'] is not part"),
+    "one more": (one_more("two\nlines"), r"['two\nlines'] is missing, or is not part"),
     "no wte": (renamed("wte", "w"), "expected matrices wte.weight"),
-    "one layer more": (one_more("h.2.ln_1.weight"), "'h.2.ln_1.weight': found (0,) of F32"),
+    "one layer more": (one_more("h.2.ln_1.weight"), "['h.2.attn.c_attn.bias'] is missing"),
     "another classifier": (one_more("lm_head.weight"), "lm_head.weight differs"),
 }
 
@@ -211,14 +211,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         assert "no whole" in refusal(gpt2.read_safetensors, path, True)
 
 
-def test_a_model_is_written_without_a_copy_and_with_a_card(tmp_path):
+def test_a_model_is_written_without_a_copy(tmp_path):
     model = random_model(V=125_000)  # 12 MB
     assert peak_of(lambda: model.save_pretrained(tmp_path)) < 1.2e6
-    card = tmp_path / "README.md"
-    assert "of 3,014,760 parameters" in card.read_text()
-    card.write_text("My model, my words.")
-    model.save_pretrained(tmp_path)
-    assert card.read_text() == "My model, my words."
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,13 +237,12 @@ def test_names_of_models(tmp_path, monkeypatch):
         os.remove(f"gpt2/{name}.safetensors")
 
 
-def test_only_what_can_t_be_fetched_is_a_fetch_error(monkeypatch):
-    for error in (prepro.FetchError("no network", "plug it in"), prepro.InputError("no")):
+def test_only_what_can_t_be_fetched_is_a_connection_error(monkeypatch):
+    unfetched, wrong = prepro.FetchError("no network", "plug it in"), prepro.InputError("no")
+    for error, expected in ((unfetched, ConnectionError), (wrong, InputError)):
         monkeypatch.setattr(prepro, "provide", Mock(side_effect=error))
-        with pytest.raises(InputError, match=str(error)) as caught:
+        with pytest.raises(expected, match="^no network: plug it in$|^no$"):
             gpt2.provide("gpt2")
-        assert type(caught.value).__name__ == type(error).__name__
-        assert getattr(caught.value, "cause", None) == getattr(error, "cause", None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -266,29 +260,29 @@ SOUND = [(i * i) % 61 for i in range(50)]
 
 def test_a_malformed_token_file_is_refused(tmp_path):
     path = tmp_path / "t.bin"
-    assert TokenFile(token_file(path, SOUND))[:].tolist() == SOUND
+    assert open_tokens(token_file(path, SOUND))[:].tolist() == SOUND
     data = path.read_bytes()
     with_number = lambda i, n: data[: 4 * i] + struct.pack("<I", n) + data[4 * i + 4 :]
     others = with_number(0, 20240326), with_number(1, 2), with_number(2, 0)[:1024]
     for malformed in (b"", data[:-1], data + b"\0", *others):
         path.write_bytes(malformed)
-        assert f"{path}: no whole token file: " in refusal(TokenFile, str(path))
+        assert f"{path}: no whole token file: " in refusal(open_tokens, str(path))
 
 
 def test_a_token_file_stays_what_it_was(tmp_path):
     """... when another takes its name."""
     path = token_file(tmp_path / "t.bin", SOUND, vocab_size=300, crc32=2**32 - 1)
-    file = TokenFile(path)
+    file = open_tokens(path)
     assert (len(file), file.vocab_size, file.vocabulary_crc) == (50, 300, 2**32 - 1)
     os.replace(token_file(tmp_path / "other.bin", [7] * 50), path)
     assert file[3:17].tolist() == SOUND[3:17] and file[3:17].dtype == np.uint16
-    assert file.path == path and TokenFile(path)[:].tolist() == [7] * 50
+    assert file.path == path and open_tokens(path)[:].tolist() == [7] * 50
 
 
 def test_shards_by_name_by_pattern_and_by_list(tmp_path):
     b, a, odd = [token_file(tmp_path / f"{name}.bin", [1] * 9) for name in ("b", "a", "c[1]")]
     found = lambda paths: [shard.path for shard in gpt2.open_shards(paths)]
-    assert found(str(tmp_path / "*.bin")) == [a, b, odd] and found(odd) == [odd]
+    assert found([str(tmp_path / "*.bin")]) == [a, b, odd] and found([odd]) == [odd]
     assert found([odd, b, a, str(tmp_path / "[ab].bin")]) == [a, b, odd]
     assert "d*.bin: no such token file" in refusal(found, [a, str(tmp_path / "d*.bin")])
 
@@ -378,13 +372,13 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
     data, other = (prepro.vocabulary_file(tokens[:-1]) for tokens in (OWN, OTHER))
     beside.write_bytes(data)
     for name in ("my.bin", "my_val.bin", "my_train_001.bin", "my_train.bin"):
-        shards = [TokenFile(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))]
-        assert gpt2.vocabulary_of(shards) == OWN
+        shard = open_tokens(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))
+        assert gpt2.vocabulary_of(shard) == OWN
     beside.write_bytes(other)
-    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, shards)
+    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, shard)
     beside.unlink()
-    assert "my.tiktoken is missing" in refusal(gpt2.vocabulary_of, shards)
-    assert gpt2.vocabulary_of([TokenFile(token_file(tmp_path / "my.bin", SOUND, SIZE))]) is None
+    assert "my.tiktoken is missing" in refusal(gpt2.vocabulary_of, shard)
+    assert gpt2.vocabulary_of(open_tokens(token_file(tmp_path / "my.bin", SOUND, SIZE))) is None
 
 
 # --------------------------------------------------------------------------------------------------
