@@ -489,13 +489,7 @@ def long_table(found):
         f"The limit is all matrix products at {flops:.0f} GFLOP/s, the best rate that NumPy's "
         f"matmul showed in this run, and then AdamW's seven passes over the parameters at "
         f"{bandwidth:.0f} GB/s.",
-        "",
-        "| attention, one layer | ms, forward and backward | times what its products take |",
-        "|---|---|---|",
     ]
-    for row in found["attention"]:
-        shape = f"{row['B']}, {row['T']}"
-        lines.append(f"| {shape} | {row['seconds'] * 1e3:.1f} | {row['of_products']:.2f} |")
     if "generation" in found:
         lines += ["", "| generation, 256 tokens | tokens/s | of the bandwidth | peak MB |"]
         lines += ["|---|---|---|---|"]

@@ -109,18 +109,6 @@ def pytorch(row, compiled):
     return [forward, lambda: loss[0].backward(), update]
 
 
-def attention(B, T):
-    """That of one layer of GPT-2 124M, forward and backward."""
-    model, _ = model_and_batches((B, T, 1, 1, 12, 768))
-    import train_gpt2 as gpt2
-
-    a, w = model.acts_of(0, B, T), model.acts
-    return [
-        lambda: gpt2.attention_forward(a.atty, a.att_lse, a.qkv, 12),
-        lambda: gpt2.attention_backward(w["dqkv"], w["datty"], a.atty, a.att_lse, a.qkv, 12),
-    ]
-
-
 SIDE = 2048  # of the matrices of a large product
 PASS_BYTES = 1 << 29  # of each of the arrays of a pass over memory: far beyond any cache
 
@@ -368,21 +356,6 @@ def measure_limits(threads):
     return {"flops": 2 * SIDE**3 / product, "bandwidth": 3 * PASS_BYTES / memory}
 
 
-def measure_attention(threads, flops):
-    """Attention's time, and that over the time of its products at the best rate: a list of dicts.
-
-    There are two products forward and five backward, each over the half that is not masked.
-    """
-    rows = []
-    for B, T in ((4, 64), (1, 1024), (4, 1024)):
-        run = {"make": "attention", "steps": 12, "B": B, "T": T}
-        steps = in_a_process("timed_steps", threads, **run)["steps"]
-        seconds = statistics.median(map(sum, steps))
-        products = 7 * B * T * T * 768 / flops
-        rows.append({"B": B, "T": T, "seconds": seconds, "of_products": seconds / products})
-    return rows
-
-
 def folder_of(commit):
     """A new folder with the files of a commit."""
     folder = tempfile.mkdtemp()
@@ -436,7 +409,6 @@ def main():
             found.append(quickest)
     elif options.rows == "":
         found["training"] = list(itertools.chain(*compared))
-        found["attention"] = measure_attention(options.threads, found["limits"]["flops"])
         kernels = found["machine"]["blas"].rpartition("kernels for ")[2]
         words = f"{found['machine']['processor']} {kernels} {options.threads} threads".lower()
         path = "benchmarks/" + re.sub(r"[^a-z0-9]+", "-", words).strip("-") + ".json"
