@@ -1598,7 +1598,7 @@ class Run:
     model: GPT2
     loader: object  # a DataLoader; None if nothing is to be trained
     validation: list  # shards
-    data: dict  # what they are: see check_shards
+    data: dict  # what they are: see facts_of
     tokenizer: object  # None if the vocabulary can't be had
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
@@ -2838,16 +2838,17 @@ def parse_args(argv, settings=None):
         sys.exit(2)
 
     def flag(name, default, meaning, **more):
-        more |= {"help": f"{meaning} (default: {default!r})", "metavar": "X"}
-        parser.add_argument(f"--{name}", type=type(default), default=default, **more)
+        more = {"type": type(default), "help": f"{meaning} (default: {default!r})"} | more
+        parser.add_argument(f"--{name}", default=default, metavar="X", **more)
 
-    parser.error = error
+    parser.error, path = error, os.path.expanduser
     flag("model", "", "gpt2[-medium, -large, -xl]; a folder or .safetensors; or fresh weights: "
          "d6, d12, d24, d36, d48 with GPT-2's tokens, d2 with those of the data, bytes. "
-         "If empty, gpt2, or d2 where that can't be fetched")  # fmt: skip
-    flag("input_bin", "", "training tokens: paths or a pattern; if empty, Shakespeare", nargs="+")
-    flag("input_val_bin", "", "validation tokens, likewise", nargs="+")
-    flag("output_dir", "", "where weights, log and checkpoints go; nowhere if empty")
+         "If empty, gpt2, or d2 where that can't be fetched", type=path)  # fmt: skip
+    flag("input_bin", [], "training tokens: paths or a pattern; if none, Shakespeare",
+         type=path, nargs="+")  # fmt: skip
+    flag("input_val_bin", [], "validation tokens, likewise", type=path, nargs="+")
+    flag("output_dir", "", "where weights, log and checkpoints go; nowhere if empty", type=path)
     flag("resume", 0, "1: go on from the newest whole checkpoint in --output_dir")
     flag("num_iterations", 40, "updates; 0: only validate, all of the text")
     flag("batch_size", 4, "B, sequences per batch")
@@ -2883,11 +2884,7 @@ def parse_args(argv, settings=None):
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if name.startswith("input_"):
-            setattr(args, name, [os.path.expanduser(path) for path in value if path])
-        elif name in ("model", "output_dir"):
-            setattr(args, name, os.path.expanduser(value))
-        elif not isinstance(value, str) and not 0 <= value <= 10**12:
+        if isinstance(value, (int, float)) and not 0 <= value <= 10**12:
             parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
     writes = args.num_iterations > 0 and not args.inference_only
     if not args.output_dir and (args.checkpoint_every or args.resume):
@@ -2906,7 +2903,8 @@ def find(args, checkpoint=""):
     tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
     """
     found = SimpleNamespace(tensors=None, vocabulary=None, data={})
-    open_shards(args.input_bin + args.input_val_bin)  # a wrong path is told before a fetch
+    training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
+    validation = open_shards(args.input_val_bin)
     name = checkpoint or args.model or "gpt2"
     if name in FRESH:
         refuse_two_meanings(name)
@@ -2919,14 +2917,14 @@ def find(args, checkpoint=""):
     if args.inference_only:
         return found
 
-    training, validation = find_data(args, found.config.vocab_size)
+    if not training and not validation:
+        training, validation = usual_data(found.config.vocab_size)
     if args.num_iterations > 0:
-        require(training, "--input_bin is not named: name it, or --num_iterations 0")
         found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
-        remedy = "name it, or --val_loss_every 0" if args.num_iterations > 0 else "name it"
-        require(validation, f"--input_val_bin is not named: {remedy}")
         found.data["validation"] = validation
+    remedy = "name both, or --num_iterations 0 to train nothing, or --val_loss_every 0"
+    require(all(found.data.values()), f"--input_bin or --input_val_bin is not named: {remedy}")
     if name in FRESH and name != "bytes":
         shard = (training or validation)[0]
         found.config = replace(found.config, vocab_size=shard.vocab_size or 50257)
@@ -2934,13 +2932,10 @@ def find(args, checkpoint=""):
     return found
 
 
-def find_data(args, V):
-    """[training, validation]: the shards that the command names, or those of a model's tokens.
-
-    V is the size of its vocabulary; if it is 0, one is learned from the text at hand.
+def usual_data(V):
+    """[training, validation]: the shards of a text, in the V tokens of a model; if V is 0, in those
+    of a vocabulary that is learned from it.
     """
-    if args.input_bin or args.input_val_bin:
-        return [open_shards(args.input_bin), open_shards(args.input_val_bin)]
     if V == 256:
         name, *texts = text_at_hand()
         print_now(f"the text is that of {name}, byte by byte")
@@ -2948,55 +2943,52 @@ def find_data(args, V):
 
     prefix = in_data("tiny_shakespeare" if is_gpt2s(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
-    if not all(map(os.path.exists, paths)):
+    missing = not all(map(os.path.exists, paths))
+    if missing and is_gpt2s(V):
+        paths = provide("tiny_shakespeare")
+    elif missing:
         message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
-        require(V == 0 or is_gpt2s(V), message)
-        if V == 0:
-            _, *texts = text_at_hand()
-            prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
-        else:
-            paths = provide("tiny_shakespeare")
+        require(V == 0, message)
+        _, *texts = text_at_hand()
+        prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
     return [open_shards([path]) for path in paths]
 
 
-def check_shards(shards, found):
-    """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
+def facts_of(shard, found):
+    """[number of tokens, CRC-32] of a shard. InputError if it can't serve the model."""
     V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER, the model's"
-    facts = []
-    for shard in shards:
-        tokens = shard[:]
-        if isinstance(shard, np.memmap):
-            highest = tokens.max()
-            require(
-                belongs(shard, V, found.vocabulary) and highest < V,
-                f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not "
-                f"those of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
-            )
-        facts.append([len(tokens), zlib.crc32(tokens)])
-    return facts
+    if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
+        how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER"
+        highest = shard.max()
+        require(
+            belongs(shard, V, found.vocabulary) and highest < V,
+            f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not those "
+            f"of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
+        )
+    return [len(shard), zlib.crc32(shard)]
 
 
-def find_or_fall_back(argv, args, checkpoint):
-    """(args, found): what find gives; if GPT-2 can't be fetched and nothing was asked for by name,
-    the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
+def args_or_fall_back(argv):
+    """The value of every flag. If GPT-2 or its text can't be fetched, and nothing was asked for by
+    name, they are those of a small model. It learns bytes if it can't learn a vocabulary.
     """
+    args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    plans = {
-        "d2": "a small GPT will learn from scratch",
-        "bytes": "it will learn bytes",
-    }
-    if named or args.inference_only or args.num_iterations == 0:
-        plans = {}  # also because a new model has learned nothing
-    for small, plan in plans.items():
+    if named or args.inference_only or args.num_iterations == 0:  # a new model has learned nothing
+        return args
+    for small, plan in (
+        ("d2", "a small GPT will learn from scratch"),
+        ("bytes", "it will learn bytes"),
+    ):
         try:
-            return args, find(args)
+            find(args)  # fetches what is missing
+            break
         except ConnectionError as error:
             print_now(f"{error.args[0]}\n--> so {plan}")
-            first = in_data("first")
-            folder = args.output_dir or ("" if os.path.exists(first) else first)
-            args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
-    return args, find(args, checkpoint)
+        first = in_data("first")
+        folder = args.output_dir or ("" if os.path.exists(first) else first)
+        args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
+    return args
 
 
 def resumed_args(argv, state):
@@ -3026,11 +3018,8 @@ def make_loader(args, shards, processes):
     """
     B, T = args.batch_size, args.sequence_length
     long = [shard for shard in shards if len(shard) > B * T]
-    require(
-        long,
-        f"a batch needs {B * T + 1} tokens (B*T + 1), which no file of the training data has: use "
-        "a smaller --batch_size or --sequence_length",
-    )
+    remedy = "use a smaller --batch_size or --sequence_length"
+    require(long, f"no file of the training data has {B * T + 1} tokens, B*T + 1: {remedy}")
     if len(long) < len(shards):
         print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
     if args.overfit_single_batch:
@@ -3082,9 +3071,9 @@ def open_run(argv, make=GPT2, first=True):
     make    the class of the model
     first   False: another process writes to the folder
     """
-    args, lock = parse_args(argv), None
-    if first and os.path.isdir(args.output_dir):  # before its checkpoints are read
-        lock = lock_folder(args.output_dir, args.resume)
+    args = args_or_fall_back(argv)
+    folder = args.output_dir if first else ""
+    lock = lock_folder(folder, args.resume) if folder else None
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
         args = resumed_args(argv, state)
@@ -3092,17 +3081,12 @@ def open_run(argv, make=GPT2, first=True):
         found = f"{args.output_dir} holds NO RUN TO RESUME"
         require(args.model, f"{found}: name a --model to begin one")
         print_now(f"{found}, so a new one begins")
-    args, found = find_or_fall_back(argv, args, checkpoint)
-    T, most = args.sequence_length, found.config.max_seq_len
-    require(T <= most, f"--sequence_length {T}: the model's context is {most}")
-    args.sequence_length = T or most
-    folder = args.output_dir if first else ""
-    if folder and not lock:
-        lock = lock_folder(folder, args.resume)
+    found = find(args, checkpoint)
+    args.sequence_length = args.sequence_length or found.config.max_seq_len
 
     data = dict(state["data"]) if state else {}
     for what, shards in found.data.items():
-        facts = check_shards(shards, found)
+        facts = [facts_of(shard, found) for shard in shards]
         print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
         same = data.setdefault(what, facts) == facts
         require(same, f"the {what} data has changed: put it back, or start another run")
