@@ -1598,7 +1598,7 @@ class Run:
     model: GPT2
     loader: object  # a DataLoader; None if nothing is to be trained
     validation: list  # shards
-    data: dict  # what they are: see facts_of
+    data: dict  # the length and the CRC-32 of each shard: see open_run
     tokenizer: object  # None if the vocabulary can't be had
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
@@ -2810,16 +2810,6 @@ MAY_CHANGE = {
     "max_new_tokens", "top_k", "temperature",
 }  # fmt: skip
 
-EXAMPLES = """\
-examples:
-    python train_gpt2.py                                       fine-tunes GPT-2 on Shakespeare
-    python train_gpt2.py --model d6 --output_dir data/d6       trains a small model, and keeps it
-    python train_gpt2.py --model data/d6 --inference_only 1    lets it write
-    python train_gpt2.py --model data/d6 --num_iterations 0    evaluates it
-
-OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
-"""
-
 
 def parse_args(argv, settings=None):
     """The value of every flag. Leaves with one line and exit code 2 if one makes no sense.
@@ -2828,7 +2818,7 @@ def parse_args(argv, settings=None):
     """
     parser = argparse.ArgumentParser(
         usage="python train_gpt2.py [--FLAG VALUE ...]",
-        epilog=EXAMPLES,
+        epilog=inspect.getdoc(main),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -2841,7 +2831,8 @@ def parse_args(argv, settings=None):
         more = {"type": type(default), "help": f"{meaning} (default: {default!r})"} | more
         parser.add_argument(f"--{name}", default=default, metavar="X", **more)
 
-    parser.error, path = error, os.path.expanduser
+    parser.error = error
+    path = os.path.expanduser
     flag("model", "", "gpt2[-medium, -large, -xl]; a folder or .safetensors; or fresh weights: "
          "d6, d12, d24, d36, d48 with GPT-2's tokens, d2 with those of the data, bytes. "
          "If empty, gpt2, or d2 where that can't be fetched", type=path)  # fmt: skip
@@ -2879,20 +2870,18 @@ def parse_args(argv, settings=None):
         column = {"bytes": 1, "d2": 2}.get(args.model, 0)
         parser.set_defaults(**{name: values[column] for name, values in FROM_SCRATCH.items()})
     if args.inference_only:
-        parser.set_defaults(batch_size=1, sequence_length=0)
+        parser.set_defaults(batch_size=1, sequence_length=0, num_iterations=0)
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if isinstance(value, (int, float)) and not 0 <= value <= 10**12:
-            parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
-    writes = args.num_iterations > 0 and not args.inference_only
+        least = 1 if name == "batch_size" else 0
+        if isinstance(value, (int, float)) and not least <= value <= 10**12:
+            parser.error(f"--{name} {value}: expected a number from {least} to 10^12")
     if not args.output_dir and (args.checkpoint_every or args.resume):
         parser.error("--checkpoint_every and --resume need --output_dir")
-    if args.output_dir and not writes:
+    if args.output_dir and args.num_iterations == 0:
         parser.error("nothing is trained, so nothing is written to --output_dir: leave it out")
-    if args.batch_size == 0:
-        parser.error("--batch_size is at least 1")
     return args
 
 
@@ -2901,6 +2890,7 @@ def find(args, checkpoint=""):
 
     checkpoint   the path of the one that the run is resumed from, in place of the model's name.
     tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
+    InputError if its tokens are not the model's.
     """
     found = SimpleNamespace(tensors=None, vocabulary=None, data={})
     training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
@@ -2929,6 +2919,17 @@ def find(args, checkpoint=""):
         shard = (training or validation)[0]
         found.config = replace(found.config, vocab_size=shard.vocab_size or 50257)
         found.vocabulary = vocabulary_of(shard)
+
+    V = found.config.vocab_size
+    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER"
+    for shard in itertools.chain(*found.data.values()):
+        if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
+            highest = shard.max()
+            require(
+                belongs(shard, V, found.vocabulary) and highest < V,
+                f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not "
+                f"the model's, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
+            )
     return found
 
 
@@ -2947,25 +2948,9 @@ def usual_data(V):
     if missing and is_gpt2s(V):
         paths = provide("tiny_shakespeare")
     elif missing:
-        message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
-        require(V == 0, message)
         _, *texts = text_at_hand()
         prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
     return [open_shards([path]) for path in paths]
-
-
-def facts_of(shard, found):
-    """[number of tokens, CRC-32] of a shard. InputError if it can't serve the model."""
-    V = found.config.vocab_size
-    if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
-        how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER"
-        highest = shard.max()
-        require(
-            belongs(shard, V, found.vocabulary) and highest < V,
-            f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not those "
-            f"of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
-        )
-    return [len(shard), zlib.crc32(shard)]
 
 
 def args_or_fall_back(argv):
@@ -2974,17 +2959,14 @@ def args_or_fall_back(argv):
     """
     args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    if named or args.inference_only or args.num_iterations == 0:  # a new model has learned nothing
+    if named or args.num_iterations == 0:  # what a new model could write is noise
         return args
-    for small, plan in (
-        ("d2", "a small GPT will learn from scratch"),
-        ("bytes", "it will learn bytes"),
-    ):
+    for small in ("d2", "bytes"):
         try:
             find(args)  # fetches what is missing
             break
         except ConnectionError as error:
-            print_now(f"{error.args[0]}\n--> so {plan}")
+            print_now(f"{error.args[0]}\n--> so a small GPT will learn from scratch")
         first = in_data("first")
         folder = args.output_dir or ("" if os.path.exists(first) else first)
         args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
@@ -3017,6 +2999,12 @@ def make_loader(args, shards, processes):
     args.total_batch_size, if it is 0, becomes the tokens of one batch of all processes.
     """
     B, T = args.batch_size, args.sequence_length
+    batch = B * T * processes
+    total = args.total_batch_size = args.total_batch_size or batch
+    remedy = f"try {max(1, total // batch) * batch}"
+    message = f"--total_batch_size {total} is not a multiple of B*T of all processes, {batch}"
+    require(total % batch == 0, f"{message}: {remedy}")
+
     long = [shard for shard in shards if len(shard) > B * T]
     remedy = "use a smaller --batch_size or --sequence_length"
     require(long, f"no file of the training data has {B * T + 1} tokens, B*T + 1: {remedy}")
@@ -3024,18 +3012,10 @@ def make_loader(args, shards, processes):
         print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
     if args.overfit_single_batch:
         long = [long[0][: B * T + 1]]
-
-    batch = B * T * processes
-    total = args.total_batch_size = args.total_batch_size or batch
-    require(
-        total % batch == 0,
-        f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
-        f"{batch}: try {max(1, total // batch) * batch}",
-    )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
-def build(args, found, make=GPT2):
+def build(args, found, make):
     """Print the memory plan, and make the model. MemoryError if the machine has too little."""
     config, B, T = found.config, args.batch_size, args.sequence_length
     training = "training" in found.data
@@ -3051,11 +3031,10 @@ def build(args, found, make=GPT2):
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
     print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
     if need > free:
-        per_sequence = (activations(2 * B) - activations(B)) / B
-        fitting = int(B - (need - free) / per_sequence)
+        per_sequence = activations(B + 1) - activations(B)
+        fitting = B - math.ceil((need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
-        found = f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
-        raise MemoryError(f"{found}: try {remedy}")
+        raise MemoryError(f"{need / 1e6:.0f} MB are needed, {free / 1e6:.0f} free: try {remedy}")
     seed = None if found.tensors else args.seed
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
@@ -3086,7 +3065,7 @@ def open_run(argv, make=GPT2, first=True):
 
     data = dict(state["data"]) if state else {}
     for what, shards in found.data.items():
-        facts = [facts_of(shard, found) for shard in shards]
+        facts = [[len(shard), zlib.crc32(shard)] for shard in shards]
         print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
         same = data.setdefault(what, facts) == facts
         require(same, f"the {what} data has changed: put it back, or start another run")
@@ -3148,14 +3127,20 @@ def noted(signals):
 
 
 def main(argv=()):
-    """Run the command line. Returns the exit code.
+    """Run a command line, for example one of these, and return the exit code.
 
-    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
+    python train_gpt2.py                                       fine-tunes GPT-2 on Shakespeare
+    python train_gpt2.py --model d6 --output_dir data/d6       trains a small model, and keeps it
+    python train_gpt2.py --model data/d6 --inference_only 1    lets it write
+    python train_gpt2.py --model data/d6 --num_iterations 0    evaluates it
+
+    The code is 1 for what a one-line error explains, 2 for the flags, 128 + n after signal n.
+    OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
     """
     try:
-        processes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
-        alone = processes == ["1", "1"]
-        require(alone, "several processes are: mpiexec -n N python -m extras.processes FLAGS")
+        sizes = {os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
+        command = "mpiexec -n N python -m extras.processes FLAGS"
+        require(sizes == {"1"}, f"several processes are started by {command}")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
         run = open_run(argv)
         args = run.args

@@ -435,7 +435,7 @@ NONSENSE = """--batchsize 4, --num_iterations, --batch_size 1.5, --batch_size 0,
 WRONG = [  # flags, and what the one line says
     (f"{RUN} --sequence_length 17", "the model's context"),
     (f"{RUN} --batch_size 99", "use a smaller --batch_size or --sequence_length"),
-    (f"{RUN} --total_batch_size 40", "the number of processes, 16: try 32"),
+    (f"{RUN} --total_batch_size 40", "not a multiple of B*T of all processes, 16: try 32"),
     (f"{RUN} --input_val_bin=~/none.bin", os.path.expanduser("~/none.bin")),
     (f"{RUN} --input_val_bin one.bin", "the validation data has no token after its first"),
     (f"{RUN} --output_dir val.bin/o", "val.bin"),
