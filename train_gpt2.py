@@ -2892,23 +2892,24 @@ def find(args, checkpoint=""):
     tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
     InputError if its tokens are not the model's.
     """
-    found = SimpleNamespace(tensors=None, vocabulary=None, data={})
     training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
     validation = open_shards(args.input_val_bin)
     name = checkpoint or args.model or "gpt2"
+    tensors = vocabulary = None
     if name in FRESH:
         refuse_two_meanings(name)
         require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
-        found.config = GPT2Config(*FRESH[name])
+        config = GPT2Config(*FRESH[name])
     else:
         path = find_weights(name)
-        found.config, found.tensors = open_weights(path)
-        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
+        config, tensors = open_weights(path)
+        vocabulary = saved_vocabulary(path, config.vocab_size)
+    found = SimpleNamespace(config=config, tensors=tensors, vocabulary=vocabulary, data={})
     if args.inference_only:
         return found
 
     if not training and not validation:
-        training, validation = usual_data(found.config.vocab_size)
+        training, validation = usual_data(config.vocab_size)
     if args.num_iterations > 0:
         found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
@@ -2917,7 +2918,7 @@ def find(args, checkpoint=""):
     require(all(found.data.values()), f"--input_bin or --input_val_bin is not named: {remedy}")
     if name in FRESH and name != "bytes":
         shard = (training or validation)[0]
-        found.config = replace(found.config, vocab_size=shard.vocab_size or 50257)
+        found.config = replace(config, vocab_size=shard.vocab_size or 50257)
         found.vocabulary = vocabulary_of(shard)
 
     V = found.config.vocab_size
@@ -3063,7 +3064,7 @@ def open_run(argv, make=GPT2, first=True):
     found = find(args, checkpoint)
     args.sequence_length = args.sequence_length or found.config.max_seq_len
 
-    data = dict(state["data"]) if state else {}
+    data = state["data"] if state else {}
     for what, shards in found.data.items():
         facts = [[len(shard), zlib.crc32(shard)] for shard in shards]
         print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
