@@ -2875,9 +2875,8 @@ def parse_args(argv, settings=None):
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        least = 1 if name == "batch_size" else 0
-        if isinstance(value, (int, float)) and not least <= value <= 10**12:
-            parser.error(f"--{name} {value}: expected a number from {least} to 10^12")
+        if isinstance(value, (int, float)) and not 0 <= value <= 10**12:
+            parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
     if not args.output_dir and (args.checkpoint_every or args.resume):
         parser.error("--checkpoint_every and --resume need --output_dir")
     if args.output_dir and args.num_iterations == 0:
@@ -2896,9 +2895,8 @@ def find(args, checkpoint=""):
     validation = open_shards(args.input_val_bin)
     name = checkpoint or args.model or "gpt2"
     tensors = vocabulary = None
-    if name in FRESH:
+    if name in FRESH and not args.inference_only:
         refuse_two_meanings(name)
-        require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
         config = GPT2Config(*FRESH[name])
     else:
         path = find_weights(name)
@@ -3035,7 +3033,8 @@ def build(args, found, make):
         per_sequence = activations(B + 1) - activations(B)
         fitting = B - math.ceil((need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
-        raise MemoryError(f"{need / 1e6:.0f} MB are needed, {free / 1e6:.0f} free: try {remedy}")
+        found = f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
+        raise MemoryError(f"{found}: try {remedy}")
     seed = None if found.tensors else args.seed
     model = make(config, B, T, seed, args.recompute, training)
     if found.tensors:
@@ -3070,9 +3069,9 @@ def open_run(argv, make=GPT2, first=True):
         print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
         same = data.setdefault(what, facts) == facts
         require(same, f"the {what} data has changed: put it back, or start another run")
+    model = build(args, found, make)
     shards = found.data.get("training")
     loader = make_loader(args, shards, make.PROCESSES) if shards else None
-    model = build(args, found, make)
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
         if args.prompt:
