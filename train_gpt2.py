@@ -3107,10 +3107,8 @@ def noted(signals):
     def note(number, frame):
         signal.signal(number, before[number])
         signals.append(number)
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            # print() may be what the signal has interrupted, so it can't be used here
-            message = b"\nfinishing this update; once more, and it stops at once\n"
-            os.write(sys.stdout.fileno(), message)
+        with contextlib.suppress(RuntimeError):  # it has interrupted a line that is being printed
+            print_now("\nfinishing this update; once more, and it stops at once")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         number = getattr(signal, name, None)
