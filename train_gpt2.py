@@ -2953,23 +2953,24 @@ def usual_data(V):
 
 
 def args_or_fall_back(argv):
-    """The value of every flag. If GPT-2 or its text can't be fetched, and nothing was asked for by
-    name, they are those of a small model. It learns bytes if it can't learn a vocabulary.
+    """(args, found): the value of every flag and, if nothing is asked for by name, what find gives.
+
+    If GPT-2 or its text can't be fetched then, a small model takes its place. It learns bytes if it
+    can't learn a vocabulary.
     """
     args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
     if named or args.num_iterations == 0:  # what a new model could write is noise
-        return args
+        return args, None
     for small in ("d2", "bytes"):
         try:
-            find(args)  # fetches what is missing
-            break
+            return args, find(args)
         except ConnectionError as error:
             print_now(f"{error.args[0]}\n--> so a small GPT will learn from scratch")
         first = in_data("first")
         folder = args.output_dir or ("" if os.path.exists(first) else first)
         args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
-    return args
+    return args, find(args)
 
 
 def resumed_args(argv, state):
@@ -3050,17 +3051,17 @@ def open_run(argv, make=GPT2, first=True):
     make    the class of the model
     first   False: another process writes to the folder
     """
-    args = args_or_fall_back(argv)
+    args, found = args_or_fall_back(argv)
     folder = args.output_dir if first else ""
     lock = lock_folder(folder, args.resume) if folder else None
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
         args = resumed_args(argv, state)
     elif args.resume:
-        found = f"{args.output_dir} holds NO RUN TO RESUME"
-        require(args.model, f"{found}: name a --model to begin one")
-        print_now(f"{found}, so a new one begins")
-    found = find(args, checkpoint)
+        empty = f"{args.output_dir} holds NO RUN TO RESUME"
+        require(args.model, f"{empty}: name a --model to begin one")
+        print_now(f"{empty}, so a new one begins")
+    found = found or find(args, checkpoint)
     args.sequence_length = args.sequence_length or found.config.max_seq_len
 
     data = state["data"] if state else {}
