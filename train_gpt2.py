@@ -2920,7 +2920,7 @@ def find(args, checkpoint=""):
         found.vocabulary = vocabulary_of(shard)
 
     V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER"
+    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL_FOLDER"
     for shard in itertools.chain(*found.data.values()):
         if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
             highest = shard.max()
