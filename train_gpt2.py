@@ -1598,7 +1598,7 @@ class Run:
     model: GPT2
     loader: object  # a DataLoader; None if nothing is to be trained
     validation: list  # shards
-    data: dict  # what they are: see check_shards
+    data: dict  # the length and the CRC-32 of each shard: see open_run
     tokenizer: object  # None if the vocabulary can't be had
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
@@ -2810,16 +2810,6 @@ MAY_CHANGE = {
     "max_new_tokens", "top_k", "temperature",
 }  # fmt: skip
 
-EXAMPLES = """\
-examples:
-    python train_gpt2.py                                       fine-tunes GPT-2 on Shakespeare
-    python train_gpt2.py --model d6 --output_dir data/d6       trains a small model, and keeps it
-    python train_gpt2.py --model data/d6 --inference_only 1    lets it write
-    python train_gpt2.py --model data/d6 --num_iterations 0    evaluates it
-
-OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
-"""
-
 
 def parse_args(argv, settings=None):
     """The value of every flag. Leaves with one line and exit code 2 if one makes no sense.
@@ -2828,7 +2818,7 @@ def parse_args(argv, settings=None):
     """
     parser = argparse.ArgumentParser(
         usage="python train_gpt2.py [--FLAG VALUE ...]",
-        epilog=EXAMPLES,
+        epilog=inspect.getdoc(main),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -2838,16 +2828,18 @@ def parse_args(argv, settings=None):
         sys.exit(2)
 
     def flag(name, default, meaning, **more):
-        more |= {"help": f"{meaning} (default: {default!r})", "metavar": "X"}
-        parser.add_argument(f"--{name}", type=type(default), default=default, **more)
+        more = {"type": type(default), "help": f"{meaning} (default: {default!r})"} | more
+        parser.add_argument(f"--{name}", default=default, metavar="X", **more)
 
     parser.error = error
+    path = os.path.expanduser
     flag("model", "", "gpt2[-medium, -large, -xl]; a folder or .safetensors; or fresh weights: "
          "d6, d12, d24, d36, d48 with GPT-2's tokens, d2 with those of the data, bytes. "
-         "If empty, gpt2, or d2 where that can't be fetched")  # fmt: skip
-    flag("input_bin", "", "training tokens: paths or a pattern; if empty, Shakespeare", nargs="+")
-    flag("input_val_bin", "", "validation tokens, likewise", nargs="+")
-    flag("output_dir", "", "where weights, log and checkpoints go; nowhere if empty")
+         "If empty, gpt2, or d2 where that can't be fetched", type=path)  # fmt: skip
+    flag("input_bin", [], "training tokens: paths or a pattern; if none, Shakespeare",
+         type=path, nargs="+")  # fmt: skip
+    flag("input_val_bin", [], "validation tokens, likewise", type=path, nargs="+")
+    flag("output_dir", "", "where weights, log and checkpoints go; nowhere if empty", type=path)
     flag("resume", 0, "1: go on from the newest whole checkpoint in --output_dir")
     flag("num_iterations", 40, "updates; 0: only validate, all of the text")
     flag("batch_size", 4, "B, sequences per batch")
@@ -2878,24 +2870,17 @@ def parse_args(argv, settings=None):
         column = {"bytes": 1, "d2": 2}.get(args.model, 0)
         parser.set_defaults(**{name: values[column] for name, values in FROM_SCRATCH.items()})
     if args.inference_only:
-        parser.set_defaults(batch_size=1, sequence_length=0)
+        parser.set_defaults(batch_size=1, sequence_length=0, num_iterations=0)
     parser.set_defaults(**settings or {})
     args = parser.parse_args(argv)
 
     for name, value in vars(args).items():
-        if name.startswith("input_"):
-            setattr(args, name, [os.path.expanduser(path) for path in value if path])
-        elif name in ("model", "output_dir"):
-            setattr(args, name, os.path.expanduser(value))
-        elif not isinstance(value, str) and not 0 <= value <= 10**12:
+        if isinstance(value, (int, float)) and not 0 <= value <= 10**12:
             parser.error(f"--{name} {value}: expected a number from 0 to 10^12")
-    writes = args.num_iterations > 0 and not args.inference_only
     if not args.output_dir and (args.checkpoint_every or args.resume):
         parser.error("--checkpoint_every and --resume need --output_dir")
-    if args.output_dir and not writes:
+    if args.output_dir and args.num_iterations == 0:
         parser.error("nothing is trained, so nothing is written to --output_dir: leave it out")
-    if args.batch_size == 0:
-        parser.error("--batch_size is at least 1")
     return args
 
 
@@ -2904,43 +2889,53 @@ def find(args, checkpoint=""):
 
     checkpoint   the path of the one that the run is resumed from, in place of the model's name.
     tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
+    InputError if its tokens are not the model's.
     """
-    found = SimpleNamespace(tensors=None, vocabulary=None, data={})
-    open_shards(args.input_bin + args.input_val_bin)  # a wrong path is told before a fetch
+    training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
+    validation = open_shards(args.input_val_bin)
     name = checkpoint or args.model or "gpt2"
-    if name in FRESH:
+    tensors = vocabulary = None
+    if name in FRESH and not args.inference_only:
         refuse_two_meanings(name)
-        require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
-        found.config = GPT2Config(*FRESH[name])
+        config = GPT2Config(*FRESH[name])
     else:
         path = find_weights(name)
-        found.config, found.tensors = open_weights(path)
-        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
+        config, tensors = open_weights(path)
+        vocabulary = saved_vocabulary(path, config.vocab_size)
+    found = SimpleNamespace(config=config, tensors=tensors, vocabulary=vocabulary, data={})
     if args.inference_only:
         return found
 
-    training, validation = find_data(args, found.config.vocab_size)
+    if not training and not validation:
+        training, validation = usual_data(config.vocab_size)
     if args.num_iterations > 0:
-        require(training, "--input_bin is not named: name it, or --num_iterations 0")
         found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
-        remedy = "name it, or --val_loss_every 0" if args.num_iterations > 0 else "name it"
-        require(validation, f"--input_val_bin is not named: {remedy}")
         found.data["validation"] = validation
+    remedy = "name both, or --num_iterations 0 to train nothing, or --val_loss_every 0"
+    require(all(found.data.values()), f"--input_bin or --input_val_bin is not named: {remedy}")
     if name in FRESH and name != "bytes":
         shard = (training or validation)[0]
-        found.config = replace(found.config, vocab_size=shard.vocab_size or 50257)
+        found.config = replace(config, vocab_size=shard.vocab_size or 50257)
         found.vocabulary = vocabulary_of(shard)
+
+    V = found.config.vocab_size
+    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL_FOLDER"
+    for shard in itertools.chain(*found.data.values()):
+        if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
+            highest = shard.max()
+            require(
+                belongs(shard, V, found.vocabulary) and highest < V,
+                f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not "
+                f"the model's, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
+            )
     return found
 
 
-def find_data(args, V):
-    """[training, validation]: the shards that the command names, or those of a model's tokens.
-
-    V is the size of its vocabulary; if it is 0, one is learned from the text at hand.
+def usual_data(V):
+    """[training, validation]: the shards of a text, in the V tokens of a model; if V is 0, in those
+    of a vocabulary that is learned from it.
     """
-    if args.input_bin or args.input_val_bin:
-        return [open_shards(args.input_bin), open_shards(args.input_val_bin)]
     if V == 256:
         name, *texts = text_at_hand()
         print_now(f"the text is that of {name}, byte by byte")
@@ -2948,55 +2943,34 @@ def find_data(args, V):
 
     prefix = in_data("tiny_shakespeare" if is_gpt2s(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
-    if not all(map(os.path.exists, paths)):
-        message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
-        require(V == 0 or is_gpt2s(V), message)
-        if V == 0:
-            _, *texts = text_at_hand()
-            prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
-        else:
-            paths = provide("tiny_shakespeare")
+    missing = not all(map(os.path.exists, paths))
+    if missing and is_gpt2s(V):
+        paths = provide("tiny_shakespeare")
+    elif missing:
+        _, *texts = text_at_hand()
+        prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
     return [open_shards([path]) for path in paths]
 
 
-def check_shards(shards, found):
-    """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
-    V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER, the model's"
-    facts = []
-    for shard in shards:
-        tokens = shard[:]
-        if isinstance(shard, np.memmap):
-            highest = tokens.max()
-            require(
-                belongs(shard, V, found.vocabulary) and highest < V,
-                f"{shard.path}: its tokens, of {shard.vocab_size} and up to {highest}, are not "
-                f"those of the model, of {V}: write its text anew with {PREPRO} --input TEXT{how}",
-            )
-        facts.append([len(tokens), zlib.crc32(tokens)])
-    return facts
+def args_or_fall_back(argv):
+    """(args, found): the value of every flag and, if nothing is asked for by name, what find gives.
 
-
-def find_or_fall_back(argv, args, checkpoint):
-    """(args, found): what find gives; if GPT-2 can't be fetched and nothing was asked for by name,
-    the flags of a small model and what that needs. It learns bytes if it can't learn a vocabulary.
+    If GPT-2 or its text can't be fetched then, a small model takes its place. It learns bytes if it
+    can't learn a vocabulary.
     """
+    args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    plans = {
-        "d2": "a small GPT will learn from scratch",
-        "bytes": "it will learn bytes",
-    }
-    if named or args.inference_only or args.num_iterations == 0:
-        plans = {}  # also because a new model has learned nothing
-    for small, plan in plans.items():
+    if named or args.num_iterations == 0:  # what a new model could write is noise
+        return args, None
+    for small in ("d2", "bytes"):
         try:
             return args, find(args)
         except ConnectionError as error:
-            print_now(f"{error.args[0]}\n--> so {plan}")
-            first = in_data("first")
-            folder = args.output_dir or ("" if os.path.exists(first) else first)
-            args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
-    return args, find(args, checkpoint)
+            print_now(f"{error.args[0]}\n--> so a small GPT will learn from scratch")
+        first = in_data("first")
+        folder = args.output_dir or ("" if os.path.exists(first) else first)
+        args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
+    return args, find(args)
 
 
 def resumed_args(argv, state):
@@ -3025,28 +2999,23 @@ def make_loader(args, shards, processes):
     args.total_batch_size, if it is 0, becomes the tokens of one batch of all processes.
     """
     B, T = args.batch_size, args.sequence_length
+    batch = B * T * processes
+    total = args.total_batch_size = args.total_batch_size or batch
+    remedy = f"try {max(1, total // batch) * batch}"
+    message = f"--total_batch_size {total} is not a multiple of B*T of all processes, {batch}"
+    require(total % batch == 0, f"{message}: {remedy}")
+
     long = [shard for shard in shards if len(shard) > B * T]
-    require(
-        long,
-        f"a batch needs {B * T + 1} tokens (B*T + 1), which no file of the training data has: use "
-        "a smaller --batch_size or --sequence_length",
-    )
+    remedy = "use a smaller --batch_size or --sequence_length"
+    require(long, f"no file of the training data has {B * T + 1} tokens, B*T + 1: {remedy}")
     if len(long) < len(shards):
         print_now(f"{len(shards) - len(long)} shards are shorter than a batch and are left out")
     if args.overfit_single_batch:
         long = [long[0][: B * T + 1]]
-
-    batch = B * T * processes
-    total = args.total_batch_size = args.total_batch_size or batch
-    require(
-        total % batch == 0,
-        f"--total_batch_size {total} is not a multiple of B*T, times the number of processes, "
-        f"{batch}: try {max(1, total // batch) * batch}",
-    )
     return DataLoader(long, B, T, args.seed if args.shuffle else None)
 
 
-def build(args, found, make=GPT2):
+def build(args, found, make):
     """Print the memory plan, and make the model. MemoryError if the machine has too little."""
     config, B, T = found.config, args.batch_size, args.sequence_length
     training = "training" in found.data
@@ -3062,8 +3031,8 @@ def build(args, found, make=GPT2):
     parts = ", ".join(f"{name} {nbytes / 1e6:.0f}" for name, nbytes in plan.items())
     print_now(f"memory: {parts}, in all {need / 1e6:.0f} MB")
     if need > free:
-        per_sequence = (activations(2 * B) - activations(B)) / B
-        fitting = int(B - (need - free) / per_sequence)
+        per_sequence = activations(B + 1) - activations(B)
+        fitting = B - math.ceil((need - free) / per_sequence)
         remedy = f"--batch_size {fitting}" if fitting > 0 else "a smaller --model"
         found = f"B={B}, T={T} needs {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free"
         raise MemoryError(f"{found}: try {remedy}")
@@ -3082,33 +3051,28 @@ def open_run(argv, make=GPT2, first=True):
     make    the class of the model
     first   False: another process writes to the folder
     """
-    args, lock = parse_args(argv), None
-    if first and os.path.isdir(args.output_dir):  # before its checkpoints are read
-        lock = lock_folder(args.output_dir, args.resume)
+    args, found = args_or_fall_back(argv)
+    folder = args.output_dir if first else ""
+    lock = lock_folder(folder, args.resume) if folder else None
     checkpoint, state = newest_checkpoint(args.output_dir) if args.resume else ("", None)
     if state:
         args = resumed_args(argv, state)
     elif args.resume:
-        found = f"{args.output_dir} holds NO RUN TO RESUME"
-        require(args.model, f"{found}: name a --model to begin one")
-        print_now(f"{found}, so a new one begins")
-    args, found = find_or_fall_back(argv, args, checkpoint)
-    T, most = args.sequence_length, found.config.max_seq_len
-    require(T <= most, f"--sequence_length {T}: the model's context is {most}")
-    args.sequence_length = T or most
-    folder = args.output_dir if first else ""
-    if folder and not lock:
-        lock = lock_folder(folder, args.resume)
+        empty = f"{args.output_dir} holds NO RUN TO RESUME"
+        require(args.model, f"{empty}: name a --model to begin one")
+        print_now(f"{empty}, so a new one begins")
+    found = found or find(args, checkpoint)
+    args.sequence_length = args.sequence_length or found.config.max_seq_len
 
-    data = dict(state["data"]) if state else {}
+    data = state["data"] if state else {}
     for what, shards in found.data.items():
-        facts = check_shards(shards, found)
+        facts = [[len(shard), zlib.crc32(shard)] for shard in shards]
         print_now(f"{what} data: {sum(n for n, _ in facts):,} tokens")
         same = data.setdefault(what, facts) == facts
         require(same, f"the {what} data has changed: put it back, or start another run")
+    model = build(args, found, make)
     shards = found.data.get("training")
     loader = make_loader(args, shards, make.PROCESSES) if shards else None
-    model = build(args, found, make)
     try:
         tokens = tokenizer(model.config.vocab_size, model.vocabulary)
         if args.prompt:
@@ -3144,10 +3108,8 @@ def noted(signals):
     def note(number, frame):
         signal.signal(number, before[number])
         signals.append(number)
-        with contextlib.suppress(OSError, AttributeError, ValueError):
-            # print() may be what the signal has interrupted, so it can't be used here
-            message = b"\nfinishing this update; once more, and it stops at once\n"
-            os.write(sys.stdout.fileno(), message)
+        with contextlib.suppress(RuntimeError):  # it has interrupted a line that is being printed
+            print_now("\nfinishing this update; once more, and it stops at once")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
         number = getattr(signal, name, None)
@@ -3164,14 +3126,20 @@ def noted(signals):
 
 
 def main(argv=()):
-    """Run the command line. Returns the exit code.
+    """Run a command line, for example one of these, and return the exit code.
 
-    0; 1 for what a one-line error explains; 2 for the flags; 128 + its number after a signal.
+    python train_gpt2.py                                       fine-tunes GPT-2 on Shakespeare
+    python train_gpt2.py --model d6 --output_dir data/d6       trains a small model, and keeps it
+    python train_gpt2.py --model data/d6 --inference_only 1    lets it write
+    python train_gpt2.py --model data/d6 --num_iterations 0    evaluates it
+
+    The code is 1 for what a one-line error explains, 2 for the flags, 128 + n after signal n.
+    OPENBLAS_NUM_THREADS in the environment is the number of threads, by default that of the cores.
     """
     try:
-        processes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
-        alone = processes == ["1", "1"]
-        require(alone, "several processes are: mpiexec -n N python -m extras.processes FLAGS")
+        sizes = {os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
+        command = "mpiexec -n N python -m extras.processes FLAGS"
+        require(sizes == {"1"}, f"several processes are started by {command}")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
         run = open_run(argv)
         args = run.args

@@ -170,7 +170,7 @@ ON_ONE = "if rank == 1:\n    "
 FAULTS = {  # flags, lines that run first, what is said, exit code
     "flag": ("--colour red", "", "error: unrecognized arguments: --colour red", 2),
     "no run": ("--num_iterations 0 --checkpoint_every 0 --output_dir=", "", "one process eval", 1),
-    "total": ("--total_batch_size 96", "", "the number of processes, 64: try 64", 1),
+    "total": ("--total_batch_size 96", "", "B*T of all processes, 64: try 64", 1),
     "folder": ("--output_dir model", "", "model holds a run: go on with", 1),
     "nan": ("--learning_rate 1e12", "", "error: update 2: the loss is nan: try", 1),
     "memory": ("", f"{ON_ONE}gpt2.available_memory = lambda: 1000", "MB, 0 MB are free: try", 1),

@@ -429,17 +429,18 @@ def test_without_room_no_run_ends(part, since, what, times, call, monkeypatch):
 # --------------------------------------------------------------------------------------------------
 # Flags, numbers that are not finite, memory
 
-NONSENSE = """--batchsize 4, --num_iterations, --batch_size 1.5, --batch_size 0, --seed -1, 4,
+NONSENSE = """--batchsize 4, --num_iterations, --batch_size 1.5, --seed -1, 4,
     --learning_rate nan, --temperature inf, --num_iterations 1000000000000000000,
     --checkpoint_every 2, --resume 1"""
 WRONG = [  # flags, and what the one line says
     (f"{RUN} --sequence_length 17", "the model's context"),
+    (f"{RUN} --batch_size 0", "batch size 0: expected at least 1"),
     (f"{RUN} --batch_size 99", "use a smaller --batch_size or --sequence_length"),
-    (f"{RUN} --total_batch_size 40", "the number of processes, 16: try 32"),
+    (f"{RUN} --total_batch_size 40", "not a multiple of B*T of all processes, 16: try 32"),
     (f"{RUN} --input_val_bin=~/none.bin", os.path.expanduser("~/none.bin")),
     (f"{RUN} --input_val_bin one.bin", "the validation data has no token after its first"),
     (f"{RUN} --output_dir val.bin/o", "val.bin"),
-    (f"{RUN} --inference_only 1 --model d6", "--model d6 has learned nothing"),
+    (f"{RUN} --inference_only 1 --model d6", "(fresh, for training)"),
     ("--model model --input_bin train_0.bin", "--val_loss_every 0"),
     ("--model model --input_val_bin val.bin", "--num_iterations 0"),
     ("--model gpt2", "no network"),
