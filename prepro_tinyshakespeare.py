@@ -381,7 +381,7 @@ def vocabulary_file(vocabulary):
 
 
 def read_vocabulary(path):
-    """The bytes of each token, a list by id, from a .tiktoken file or a saved model's folder."""
+    """The vocabulary, as of token_files, in a .tiktoken file or a saved model's folder."""
     try:
         if os.path.isdir(path):
             other = Path(path, "tokenizer.json")
@@ -396,7 +396,8 @@ def read_vocabulary(path):
         require(complete and len(ids) < 65536, "expected the ids from 0 on, up to 65535")
         vocabulary = sorted(ids, key=ids.get)
         merges_of(vocabulary)  # or an InputError
-        return vocabulary
+        crc32 = zlib.crc32(vocabulary_file(vocabulary))
+        return {BYTES_CRC: "bytes", GPT2_CRC: "gpt2"}.get(crc32, vocabulary)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no vocabulary: {error}") from None
 
@@ -432,21 +433,18 @@ def merges_of(vocabulary):
     return lines
 
 
-def huggingface_files(vocab_size, vocabulary):
-    """Hugging Face's two files of a vocabulary, {name: bytes}, or {} if it is not at hand.
-
-    vocabulary: bytes by id, with <|endoftext|> as the last; None is that of bytes, or GPT-2's
-    """
-    if vocab_size == 256:
-        vocabulary = [*BYTES, END_OF_TEXT.encode()]  # transformers needs one, and no text has it
-    if vocabulary:
-        ids = {spelled(token): i for i, token in enumerate(vocabulary)}
-        lines = ["#version: 0.2", *merges_of(vocabulary[:-1]), ""]
-        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
-    if vocabulary is None and 50257 <= vocab_size <= 50304:
+def huggingface_files(vocabulary):
+    """Hugging Face's two files of a vocabulary, {name: bytes}, or {} if it is not at hand."""
+    if vocabulary == "gpt2":
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
         with contextlib.suppress(OSError):
             return {to: Path(folder, name).read_bytes() for to, name in GPT2_FILES.items()}
+    elif vocabulary:
+        tokens = BYTES if vocabulary == "bytes" else vocabulary
+        names = [*map(spelled, tokens), END_OF_TEXT]  # which transformers needs, also for bytes
+        ids = {name: i for i, name in enumerate(names)}
+        lines = ["#version: 0.2", *merges_of(tokens), ""]
+        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
     return {}
 
 
@@ -504,8 +502,6 @@ def own_files(args):
     vocabulary = "bytes" if args.bytes else "gpt2"
     if args.vocabulary:
         vocabulary = read_vocabulary(args.vocabulary)
-        crc32 = zlib.crc32(vocabulary_file(vocabulary))
-        vocabulary = {BYTES_CRC: "bytes", GPT2_CRC: "gpt2"}.get(crc32, vocabulary)
     if args.vocab_size:
         vocabulary = learn_vocabulary(training.replace("\0", "\n"), args.vocab_size)
         if len(vocabulary) + 1 < args.vocab_size:

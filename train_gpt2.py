@@ -1373,7 +1373,7 @@ class GPT2(Model):
         require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
 
         self.interrupted = None
-        self.vocabulary = None  # a list of bytes by id; None: bytes, GPT-2's or none: see tokenizer
+        self.vocabulary = usual_vocabulary(config.vocab_size)
         super().__init__(config, batch_size, T, seed, recompute, training, dtype)
 
     @staticmethod
@@ -1412,16 +1412,15 @@ class GPT2(Model):
         source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; or a
         .safetensors file. Errors: InputError, OSError.
         """
-        path = find_weights(os.fspath(source))
-        config, tensors = open_weights(path)
+        config, tensors, vocabulary = open_weights(find_weights(os.fspath(source)))
         model = cls(config, batch_size, sequence_length, None, recompute, training)
         copy_tensors(huggingface_views(model.params), tensors)
-        model.vocabulary = saved_vocabulary(path, config.vocab_size)
+        model.vocabulary = vocabulary
         return model
 
     def save_pretrained(self, folder):
         """Write weights, config and, if it is known, the vocabulary, as Hugging Face reads them."""
-        save_huggingface(folder, self.config, self.params, vocabulary=self.vocabulary)
+        save_huggingface(folder, self.config, self.params, self.vocabulary)
 
     # One training step
 
@@ -1750,7 +1749,7 @@ def evaluate(run, number):
 def validate(run):
     """Evaluate, log, and keep the weights if they are the best so far."""
     args, T = run.args, run.args.sequence_length
-    most = 1280 if is_gpt2s(run.model.config.vocab_size) else VAL_TOKENS
+    most = 1280 if run.model.vocabulary == "gpt2" else VAL_TOKENS
     found = evaluate(run, args.val_max_steps * args.batch_size or max(5, most // T))
     if not found:
         return
@@ -2106,82 +2105,72 @@ def text_at_hand():
     return name, *(np.frombuffer(text, np.uint8) for text in texts)
 
 
-# A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that
-# merge two earlier ones, and at last <|endoftext|>. Where there is no list but None, 256 tokens are
-# the bytes and 50257 GPT-2's. [] is one that can't be read here.
-
-END_OF_TEXT = b"<|endoftext|>"
+# A vocabulary, of a model or of a token file, is "bytes", "gpt2", or one's own, a list of bytes by
+# id, which <|endoftext|> follows as the last id. None is one that is not known.
 
 
-def tokenizer(vocab_size, vocabulary=None):
+def usual_vocabulary(vocab_size):
+    """The vocabulary that has so many tokens. GPT-2's may be padded to a multiple of 128."""
+    if vocab_size == 256:
+        return "bytes"
+    return "gpt2" if 50257 <= vocab_size <= 50304 else None
+
+
+def tokenizer(vocabulary):
     """How a model reads and writes: encode(text) gives ids, decode(id) bytes, `first` is the id
     that begins a new text, lengths[id] the number of bytes that an id stands for in a text.
     InputError if the vocabulary is not known, ConnectionError if GPT-2's can't be fetched.
     """
-    if vocabulary:
-        tokens, first = vocabulary, vocabulary.index(b"\n")
-        encode = lambda text: prepro("encoding_of", vocabulary[:-1]).encode_ordinary(text)
-    elif vocab_size == 256:
+    remedy = "put its vocab.json beside the weights, or use model.generate"
+    require(vocabulary, f"the vocabulary of the model is not known: {remedy}")
+    if vocabulary == "bytes":
         tokens, first = [bytes([i]) for i in range(256)], ord("\n")
         encode = lambda text: list(text.encode(errors="surrogateescape"))
-    else:
-        message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
-        known = vocabulary is None and is_gpt2s(vocab_size)
-        require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
+    elif vocabulary == "gpt2":
         gpt2 = prepro("get_encoding")
-        tokens = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
-        tokens += [b"<%d>" % i for i in range(50257, vocab_size)]  # no text has them
         first, encode = gpt2.eot_token, gpt2.encode_ordinary
+        tokens = [*map(gpt2.decode_single_token_bytes, range(first)), b""]
+        tokens += [b"<%d>" % i for i in range(50257, 50304)]  # no text has them
+    else:
+        tokens, first = [*vocabulary, b""], vocabulary.index(b"\n")
+        encode = lambda text: prepro("encoding_of", vocabulary).encode_ordinary(text)
 
-    lengths = [0 if token == END_OF_TEXT else len(token) for token in tokens]
-    shown = [b"\n" if token == END_OF_TEXT else token for token in tokens]
-    return SimpleNamespace(encode=encode, decode=shown.__getitem__, first=first, lengths=lengths)
-
-
-def is_gpt2s(vocab_size):
-    """Whether a vocabulary is GPT-2's 50257 tokens, perhaps padded to a multiple of 128."""
-    return 50257 <= vocab_size <= 50304
+    decode = lambda i: tokens[i] or b"\n"  # <|endoftext|>, which no text has, is shown so
+    lengths = list(map(len, tokens))
+    return SimpleNamespace(encode=encode, decode=decode, first=first, lengths=lengths)
 
 
 def vocabulary_of(shard):
-    """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
+    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin."""
     if shard.vocabulary_crc == 0:
-        return None
+        return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
     require(os.path.exists(path), f"{path} is missing, the vocabulary of {shard.path}")
-    vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
-    same = belongs(shard, len(vocabulary), vocabulary)
+    vocabulary = prepro("read_vocabulary", path)
+    same = belongs(shard, shard.vocab_size, vocabulary)
     require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
     return vocabulary
 
 
-def saved_vocabulary(path, vocab_size):
-    """The vocabulary that lies beside weights, as Hugging Face keeps it."""
-    if vocab_size == 256:
-        return None
+def saved_vocabulary(folder, vocab_size):
+    """That which lies beside weights, as Hugging Face keeps it, or else the usual one."""
+    usual = usual_vocabulary(vocab_size)
     try:
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
+        found = prepro("read_vocabulary", folder)
     except (ConnectionError, FileNotFoundError):  # this file stands alone, or there is none
-        return None
+        return usual
     except InputError:
-        return []
-    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == 2990262213:  # GPT-2's
         return None
-    return vocabulary if len(vocabulary) == vocab_size else []
+    return found if found == usual or len(found) + 1 == vocab_size else None
 
 
 def belongs(shard, vocab_size, vocabulary):
     """Whether the tokens of a file are those of a model. llm.c's files, which do not say, pass."""
-    V = shard.vocab_size
-    same_size = V == vocab_size or V == 50257 and is_gpt2s(vocab_size)
-    same_list = shard.vocabulary_crc == vocabulary_crc(vocabulary) and vocabulary != []
-    return V == 0 or same_size and same_list
-
-
-def vocabulary_crc(vocabulary):
-    """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
-    return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
+    model = vocabulary or vocab_size
+    if isinstance(vocabulary, list):
+        model = zlib.crc32(prepro("vocabulary_file", vocabulary))
+    size = shard.vocab_size
+    return (shard.vocabulary_crc or usual_vocabulary(size) or size) in (0, model)
 
 
 ARRAY_TYPES = {
@@ -2326,7 +2315,7 @@ def weights_in(folder):
 
 
 def open_weights(path):
-    """(GPT2Config, {Hugging Face's name: Stored}) of a folder or a file.
+    """(GPT2Config, {Hugging Face's name: Stored}, vocabulary) of a folder or a file.
 
     InputError if a config.json beside it tells of something else than a GPT-2. The
     classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
@@ -2345,7 +2334,7 @@ def open_weights(path):
         raise InputError(f"{path}: expected matrices wte.weight and wpe.weight") from None
     L = sum(name.endswith(".ln_1.weight") for name in tensors)
 
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     beside = os.path.join(folder, "config.json")
     told = read_json(beside) if os.path.exists(beside) else {}
     usual = C // 64 if (L, C) in OPENAI.values() else None
@@ -2358,7 +2347,7 @@ def open_weights(path):
         found = told.get(key)
         right = found in (None, expected) or (found, expected) == ("gelu_pytorch_tanh", "gelu_new")
         require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
-    return config, tensors
+    return config, tensors, saved_vocabulary(folder, V)
 
 
 def read_parts(path):
@@ -2399,7 +2388,7 @@ def copy_tensors(views, tensors):
         require(finite, f"tensor {name!r} holds a value that is not finite")
 
 
-def save_huggingface(folder, config, params, vocabulary=None):
+def save_huggingface(folder, config, params, vocabulary):
     """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it."""
     save_config(folder, config, vocabulary)
     tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
@@ -2409,10 +2398,9 @@ def save_huggingface(folder, config, params, vocabulary=None):
 
 def save_config(folder, config, vocabulary):
     """config.json, generation_config.json and, if it is at hand, the vocabulary."""
-    V = config.vocab_size
-    end = V - 1 if vocabulary else None
-    if vocabulary is None and is_gpt2s(V):
-        end = 50256
+    end = 50256 if vocabulary == "gpt2" else None
+    if isinstance(vocabulary, list):
+        end = len(vocabulary)
     ends = {"bos_token_id": end, "eos_token_id": end}
     about = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     generation = {"max_length": min(config.max_seq_len, 256)}  # pipeline would go on beyond it
@@ -2421,7 +2409,7 @@ def save_config(folder, config, vocabulary):
         "generation_config.json": json.dumps(ends | generation, indent=2).encode(),
     }
     with contextlib.suppress(ConnectionError):  # this file stands alone
-        files |= prepro("huggingface_files", V, vocabulary)
+        files |= prepro("huggingface_files", vocabulary)
     os.makedirs(folder, exist_ok=True)
     for name, data in files.items():
         with atomic_write(os.path.join(folder, name)) as file:
@@ -2912,10 +2900,9 @@ def find(args, checkpoint=""):
         refuse_two_meanings(name)
         require(not args.inference_only, f"--model {name} has learned nothing: name one that has")
         found.config = GPT2Config(*FRESH[name])
+        found.vocabulary = usual_vocabulary(found.config.vocab_size)
     else:
-        path = find_weights(name)
-        found.config, found.tensors = open_weights(path)
-        found.vocabulary = saved_vocabulary(path, found.config.vocab_size)
+        found.config, found.tensors, found.vocabulary = open_weights(find_weights(name))
     if args.inference_only:
         return found
 
@@ -2946,11 +2933,11 @@ def find_data(args, V):
         print_now(f"the text is that of {name}, byte by byte")
         return [[text] for text in texts]
 
-    prefix = in_data("tiny_shakespeare" if is_gpt2s(V) else "first")
+    prefix = in_data("tiny_shakespeare" if usual_vocabulary(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
     if not all(map(os.path.exists, paths)):
         message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
-        require(V == 0 or is_gpt2s(V), message)
+        require(V == 0 or usual_vocabulary(V), message)
         if V == 0:
             _, *texts = text_at_hand()
             prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
@@ -2962,7 +2949,8 @@ def find_data(args, V):
 def check_shards(shards, found):
     """[number of tokens, CRC-32] of each shard. InputError if one can't serve the model."""
     V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary FOLDER, the model's"
+    usual = {"gpt2": "", "bytes": " --bytes 1"}
+    how = usual.get(usual_vocabulary(V), " --vocabulary FOLDER, the model's")
     facts = []
     for shard in shards:
         tokens = shard[:]
@@ -3110,7 +3098,7 @@ def open_run(argv, make=GPT2, first=True):
     loader = make_loader(args, shards, make.PROCESSES) if shards else None
     model = build(args, found, make)
     try:
-        tokens = tokenizer(model.config.vocab_size, model.vocabulary)
+        tokens = tokenizer(model.vocabulary)
         if args.prompt:
             tokens.encode(args.prompt)
     except (InputError, ConnectionError) as error:

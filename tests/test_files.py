@@ -1,5 +1,6 @@
 """Weights, tokens and vocabularies: each file is read as it says, written whole, or refused."""
 
+import itertools
 import json
 import math
 import os
@@ -308,68 +309,74 @@ def test_the_text_at_hand(tmp_path, monkeypatch):
 
 TEXT = "low lower, the lowest aaaa\n\n naïve 语言模型 🙂\r\n <|endoftext|>\n"
 MERGES = [b"es", b"est", b"lo", b"low", b"th", b"the", b"aa", "语".encode()[:2], "语".encode()]
-OWN = [*(bytes([i]) for i in range(256)), *MERGES, b" the", b"<|endoftext|>"]
-OTHER = [*OWN[:-2], b"at", OWN[-1]]  # of the same size
-SIZE = len(OWN)
+OWN = [*(bytes([i]) for i in range(256)), *MERGES, b" the"]
+OTHER = [*OWN[:-1], b"at"]  # of the same size
+SIZE = len(OWN) + 1  # with <|endoftext|>
 
 
 def vocab_json(vocabulary):
-    return json.dumps({prepro.spelled(token): i for i, token in enumerate(vocabulary)}).encode()
+    names = [*map(prepro.spelled, vocabulary), "<|endoftext|>"]
+    return json.dumps({name: i for i, name in enumerate(names)}).encode()
 
 
 @pytest.mark.parametrize(
-    "vocabulary, V, first", [(OWN, SIZE, 10), (None, 256, 10), (None, 50304, 50256)]
+    "vocabulary, V, first", [(OWN, SIZE, 10), ("bytes", 256, 10), ("gpt2", 50304, 50256)]
 )
 def test_tokens_and_text(vocabulary, V, first):
-    if V == 50304:
+    if vocabulary == "gpt2":
         need_gpt2_vocabulary()
-    tokens = gpt2.tokenizer(V, vocabulary)
+    tokens = gpt2.tokenizer(vocabulary)
     ids = tokens.encode(TEXT)
     assert b"".join(map(tokens.decode, ids)) == TEXT.encode() and tokens.first == first
     assert sum(tokens.lengths[i] for i in ids) == len(TEXT.encode()) and len(tokens.lengths) == V
     if V != 256:
-        end = 50256 if vocabulary is None else SIZE - 1
+        end = 50256 if vocabulary == "gpt2" else SIZE - 1
         assert tokens.decode(end) == b"\n" and tokens.lengths[end] == 0
+        assert V == SIZE or tokens.decode(50303) == b"<50303>"
 
 
 def test_gpt2s_own_vocabulary_is_known_by_the_order_of_its_merges(tmp_path):
     need_gpt2_vocabulary()
-    words = [*map(gpt2.tokenizer(50257).decode, range(50256)), b"<|endoftext|>"]
-    files = prepro.huggingface_files(50257, None)
-    assert files["merges.txt"].decode().split("\n")[1:-1] == prepro.merges_of(words[:-1])
-    other = [*words[:-3], words[-2], words[-3], words[-1]]
-    (tmp_path / "vocab.json").write_bytes(vocab_json(other))
-    assert gpt2.saved_vocabulary(str(tmp_path), 50257) == other
+    words = [*map(gpt2.tokenizer("gpt2").decode, range(50256))]
+    files = prepro.huggingface_files("gpt2")
+    assert files["merges.txt"].decode().split("\n")[1:-1] == prepro.merges_of(words)
+    other = [*words[:-2], words[-1], words[-2]]
+    for found, expected in ((words, "gpt2"), (other, other)):
+        (tmp_path / "vocab.json").write_bytes(vocab_json(found))
+        assert gpt2.saved_vocabulary(str(tmp_path), 50257) == expected
 
 
 def test_tokens_of_an_unknown_vocabulary_have_no_text(tmp_path):
     """Nobody takes them for bytes or GPT-2's."""
-    assert gpt2.saved_vocabulary(str(tmp_path), SIZE) is None
-    for found, V in ((b"{", SIZE), (b"[]", SIZE), (b"{}", 50257), (vocab_json(OWN), 50257)):
+    usual = {256: "bytes", 50257: "gpt2", 50304: "gpt2", 50256: None, 50305: None, SIZE: None}
+    for V, expected in usual.items():
+        assert gpt2.saved_vocabulary(str(tmp_path), V) == expected
+    texts = b"{", b"[]", b"{}", vocab_json(OWN)
+    for found, V in itertools.product(texts, (256, SIZE + 1, 50257)):
         (tmp_path / "vocab.json").write_bytes(found)
-        assert gpt2.saved_vocabulary(str(tmp_path), V) == []
-    for V, vocabulary in ((65, None), (50256, None), (50305, None), (50257, [])):
-        assert "a vocabulary that is not known" in refusal(gpt2.tokenizer, V, vocabulary)
+        assert gpt2.saved_vocabulary(str(tmp_path), V) is None
+    assert "the vocabulary of the model is not known" in refusal(gpt2.tokenizer, None)
 
 
 BELONGS = [  # size and vocabulary in a token file, those of a model, and whether they fit
-    (0, None, SIZE, OWN, True), (61, None, 61, None, True), (50257, None, 50304, None, True),
-    (SIZE, OWN, SIZE, OWN, True),
-    (256, None, 50257, None, False), (50304, None, 50257, None, False),
-    (50257, None, 50257, [], False), (SIZE, OWN, SIZE, OTHER, False),
-    (SIZE, OWN, SIZE, None, False), (SIZE, None, SIZE, OWN, False),
+    (0, "", SIZE, OWN, True), (61, "", 61, None, True), (50257, "", 50304, "gpt2", True),
+    (SIZE, OWN, SIZE, OWN, True), (256, "", 256, "bytes", True), (0, "", 61, None, True),
+    (256, "", 50257, "gpt2", False), (61, "", 65, None, False), (256, "", 256, None, False),
+    (50257, "", 50257, None, False), (SIZE, OWN, SIZE, OTHER, False),
+    (SIZE, OWN, SIZE, None, False), (SIZE, "", SIZE, OWN, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("V, theirs, size, vocabulary, fit", BELONGS)
 def test_which_tokens_are_a_models(V, theirs, size, vocabulary, fit):
-    shard = SimpleNamespace(vocab_size=V, vocabulary_crc=gpt2.vocabulary_crc(theirs))
+    crc32 = zlib.crc32(prepro.vocabulary_file(theirs))
+    shard = SimpleNamespace(vocab_size=V, vocabulary_crc=crc32)
     assert gpt2.belongs(shard, size, vocabulary) == fit
 
 
 def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
     beside = tmp_path / "my.tiktoken"
-    data, other = (prepro.vocabulary_file(tokens[:-1]) for tokens in (OWN, OTHER))
+    data, other = map(prepro.vocabulary_file, (OWN, OTHER))
     beside.write_bytes(data)
     for name in ("my.bin", "my_val.bin", "my_train_001.bin", "my_train.bin"):
         shard = open_tokens(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))
@@ -386,8 +393,8 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
 
 
 BOTH_WAYS = [  # our vocabulary, its size, the id of its end; what transformers saves it as
-    (OWN, SIZE, SIZE - 1, "F16", "20KB"), (None, 256, None, "BF16", "1GB"),
-    (None, 50257, 50256, "F32", "1GB"),
+    (OWN, SIZE, SIZE - 1, "F16", "20KB"), ("bytes", 256, None, "BF16", "1GB"),
+    ("gpt2", 50257, 50256, "F32", "1GB"),
 ]  # fmt: skip
 
 
@@ -414,7 +421,7 @@ def test_transformers_and_we_open_what_the_other_saves(vocabulary, V, end, dtype
     assert said[0]["generated_text"].startswith("the")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT.replace("<|endoftext|>", "")
-    assert tokenizer.encode(text) == gpt2.tokenizer(V, vocabulary).encode(text)
+    assert tokenizer.encode(text) == gpt2.tokenizer(vocabulary).encode(text)
 
     folder = tmp_path / "theirs"
     tokenizer.save_pretrained(folder)
@@ -459,7 +466,7 @@ def test_damage_by_chance(number, tmp_path):
         header, _ = unpacked(weights.read_bytes())
         told = header["__metadata__"].get("n_head") or 3  # which is in config.json
         assert model.config.num_heads == int(told)
-        assert np.isfinite(model.flat[0]).all() and model.vocabulary in ([], OWN)
+        assert np.isfinite(model.flat[0]).all() and model.vocabulary in (None, OWN)
 
     check()
     accepted = []

@@ -222,7 +222,7 @@ def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, folder):
         put(f"junk/{os.path.basename(path)}", b"{}")
     os.environ.update(FOLDERS[folder])
     assert prepro.get_encoding().encode_ordinary("hello world") == [31373, 995]
-    assert list(prepro.huggingface_files(50304, None)) == ["vocab.json", "merges.txt"]
+    assert list(prepro.huggingface_files("gpt2")) == ["vocab.json", "merges.txt"]
     tiktoken.registry.ENCODINGS.clear()
     put(f"{folder}/{os.path.basename(path)}", b"{}")
     refused(prepro.get_encoding, f"vocabulary to {folder}: Connection refused")
