@@ -118,12 +118,6 @@ def get_encoding():
         raise FetchError(cause, "try again, or train by bytes: --bytes 1") from None
 
 
-def learned_files(prefix, training, validation, vocab_size):
-    """Learn a vocabulary from the first of two UTF-8 texts, and write what token_files gives."""
-    texts = [text.decode(errors="replace") for text in (training, validation)]
-    write_files(token_files(prefix, *texts, learn_vocabulary(texts[0], vocab_size)))
-
-
 def package(name):
     """Import a package that is needed only now. FetchError if it is missing."""
     try:
@@ -267,37 +261,40 @@ def read_text(path, encoding):
 
 
 def token_files(prefix, training, validation, vocabulary):
-    """{path: bytes} of PREFIX_train.bin, PREFIX_val.bin and, if it is learned, PREFIX.tiktoken.
+    """{path: bytes} of PREFIX.tiktoken, if the vocabulary is one's own, PREFIX_train.bin and
+    PREFIX_val.bin.
 
-    vocabulary: "bytes", "gpt2", or a list of bytes by id. For GPT-2, as in llm.c, a text begins
-    anew after each blank line. In a learned one <|endoftext|> stands between texts only.
+    vocabulary: "bytes", "gpt2", one's own, a list of bytes by id, or how many tokens are to be
+    learned from the text for training. For GPT-2, as in llm.c, a text begins anew after each blank
+    line. In one's own <|endoftext|> stands between texts only.
 
         "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
 
     A token file is llm.c's: 256 int32, which are 20240520, version 1, the number of tokens, that of
     the vocabulary, the CRC-32 of PREFIX.tiktoken and zeros, and then the tokens, uint16.
     """
-    texts, files, learned = [training, validation], {}, {}
-    vocab_size = 256
-    if vocabulary != "bytes":
-        encoding = get_encoding() if vocabulary == "gpt2" else encoding_of(vocabulary)
-        vocab_size = encoding.n_vocab
+    files, texts, vocab_size = {}, [training, validation], 256
+    if isinstance(vocabulary, int):
+        vocabulary = learn_vocabulary(training.replace("\0", "\n"), vocabulary)
     if vocabulary == "gpt2":  # the text for validation begins one, and that for training goes on
         texts = [text.replace("\n\n", "\n\n\0") for text in (training, "\0" + validation)]
+        encoding = get_encoding()
     elif vocabulary != "bytes":
-        learned = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
-    crc32 = zlib.crc32(b"".join(learned.values()))
+        files = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
+        encoding = encoding_of(vocabulary)
+    crc32 = zlib.crc32(b"".join(files.values()))
 
     for name, text in zip(("train", "val"), texts, strict=True):
         if vocabulary == "bytes":
             tokens = np.frombuffer(text.replace("\0", "\n").encode(), np.uint8).astype("<u2")
         else:
+            vocab_size = encoding.n_vocab
             parts = map(encoding.encode_ordinary, text.split("\0"))
             ids = itertools.chain.from_iterable([*part, encoding.eot_token] for part in parts)
             tokens = np.fromiter(ids, "<u2")[:-1]
         header = np.array([20240520, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
         files[f"{prefix}_{name}.bin"] = header.tobytes() + tokens.tobytes()
-    return files | learned
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,6 +355,7 @@ def learn_vocabulary(text, vocab_size):
         while heap and heap[0][0] != -frequency[heap[0][1]]:
             heapq.heappop(heap)
         if not heap or heap[0][0] == 0:
+            say(f"the text has pairs for a --vocab_size of {new + 1} only")
             break
 
         pair = heap[0][1]
@@ -499,15 +497,11 @@ def own_files(args):
     found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
 
-    vocabulary = "bytes" if args.bytes else "gpt2"
+    vocabulary = "bytes" if args.bytes else args.vocab_size or "gpt2"
     if args.vocabulary:
         vocabulary = read_vocabulary(args.vocabulary)
-    if args.vocab_size:
-        vocabulary = learn_vocabulary(training.replace("\0", "\n"), args.vocab_size)
-        if len(vocabulary) + 1 < args.vocab_size:
-            say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
-    kind = vocabulary if vocabulary in ("bytes", "gpt2") else args.vocab_size or "own"
-    kind = "" if args.input or kind == "gpt2" else f"_{kind}"
+    kind = "_own" if isinstance(vocabulary, list) else f"_{vocabulary}"
+    kind = "" if args.input or vocabulary == "gpt2" else kind
     prefix = args.output_prefix or in_data(Path(paths[0]).stem + kind)
     return token_files(prefix, training, validation, vocabulary)
 
@@ -522,7 +516,7 @@ def main(argv=None):
         require(args.replace or not old, f"{found}: add --replace 1, or another --output_prefix")
         write_files(files)
 
-        train_path, val_path, *own = files
+        *own, train_path, val_path = files
         model = "bytes" if args.bytes else "d2" if own else "gpt2"
         if args.vocabulary and os.path.isdir(args.vocabulary):
             model = args.vocabulary

@@ -1304,7 +1304,7 @@ import zlib
 from collections import namedtuple
 from dataclasses import asdict, field, replace
 from datetime import timedelta
-from pathlib import PurePath
+from pathlib import Path
 
 if sys.version_info < (3, 10):
     sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
@@ -2042,11 +2042,10 @@ def atomic_write(path):
 
 def read_json(path):
     """The JSON object in a file: a dict."""
-    with open(path, "rb") as file:
-        try:
-            value = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: expected JSON: {error}") from None
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON: {error}") from None
     require(isinstance(value, dict), f"{path}: expected a JSON object, found {value!r:.40}")
     return value
 
@@ -2083,7 +2082,7 @@ def open_shards(paths):
 
 
 def text_at_hand():
-    """(name, training, validation): a text that needs no network, as two uint8 arrays.
+    """(name, training, validation): a text that needs no network, as two str.
 
     It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
     its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
@@ -2093,16 +2092,14 @@ def text_at_hand():
     names += sorted(glob.glob("extras/*.py", root_dir=folder))
     own = [os.path.join(folder, name) for name in names]
     tiny = in_data("tiny_shakespeare.txt")
-    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
-    paths = [tiny] if large else list(filter(os.path.exists, own))
+    paths = [tiny] if os.path.exists(tiny) else list(filter(os.path.exists, own))
 
-    text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
-    passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
-    validation = b"".join(passages[5::10])
+    text = b"".join(Path(path).read_bytes() for path in paths).replace(b"\r\n", b"\n")
+    passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text)
+    validation = passages[5::10]
     del passages[5::10]
-    texts = b"".join(passages), validation
     name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more files" if paths[1:] else "")
-    return name, *(np.frombuffer(text, np.uint8) for text in texts)
+    return name, *(b"".join(part).decode(errors="replace") for part in (passages, validation))
 
 
 # A vocabulary, of a model or of a token file, is "bytes", "gpt2", or one's own, a list of bytes by
@@ -2145,7 +2142,6 @@ def vocabulary_of(shard):
     if shard.vocabulary_crc == 0:
         return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
-    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shard.path}")
     vocabulary = prepro("read_vocabulary", path)
     same = belongs(shard, shard.vocab_size, vocabulary)
     require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
@@ -2440,7 +2436,7 @@ def control_groups(root="/"):
     folders = []
     for line in text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        folder = PurePath(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
+        folder = Path(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
         folders += [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
     return folders
 
@@ -2931,7 +2927,7 @@ def find_data(args, V):
     if V == 256:
         name, *texts = text_at_hand()
         print_now(f"the text is that of {name}, byte by byte")
-        return [[text] for text in texts]
+        return [[np.frombuffer(text.encode(), np.uint8)] for text in texts]
 
     prefix = in_data("tiny_shakespeare" if usual_vocabulary(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
@@ -2940,7 +2936,7 @@ def find_data(args, V):
         require(V == 0 or usual_vocabulary(V), message)
         if V == 0:
             _, *texts = text_at_hand()
-            prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
+            prepro("write_files", prepro("token_files", prefix, *texts, 1024))
         else:
             paths = provide("tiny_shakespeare")
     return [open_shards([path]) for path in paths]
