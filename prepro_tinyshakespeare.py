@@ -93,9 +93,9 @@ def provide(what):
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     sha256 = SHA256.get(what)
-    for cached in hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors"):
-        right = cached.exists() and sha256 in (None, cached.resolve().name, digest(cached))
-        if right and not os.path.exists(path):
+    snapshots = hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors")
+    for cached in [] if os.path.exists(path) else filter(Path.exists, snapshots):
+        if sha256 in (None, cached.resolve().name, digest(cached)):
             say(f"{what}: using {cached}")
             return str(cached)
     server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

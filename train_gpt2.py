@@ -1301,7 +1301,6 @@ import threading
 import time
 import warnings
 import zlib
-from collections import namedtuple
 from dataclasses import asdict, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -2020,8 +2019,8 @@ provide = functools.partial(prepro, "provide")  # gives the path, or paths, of w
 
 def in_data(name):
     """data/NAME here, or beside this file, if there is a data/ only there."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    folder = beside if os.path.isdir(beside) and not os.path.isdir("data") else "data"
+    beside = Path(__file__).absolute().parent / "data"
+    folder = beside if beside.is_dir() and not os.path.isdir("data") else "data"
     return f"{folder}/{name}"
 
 
@@ -2087,18 +2086,17 @@ def text_at_hand():
     It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
     its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
     """
-    folder = os.path.dirname(os.path.abspath(__file__))
-    names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
-    names += sorted(glob.glob("extras/*.py", root_dir=folder))
-    own = [os.path.join(folder, name) for name in names]
-    tiny = in_data("tiny_shakespeare.txt")
-    paths = [tiny] if os.path.exists(tiny) else list(filter(os.path.exists, own))
+    folder = Path(__file__).absolute().parent
+    names = "train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
+    own = [folder / name for name in names] + sorted(folder.glob("extras/*.py"))
+    tiny = Path(in_data("tiny_shakespeare.txt"))
+    paths = [tiny] if tiny.exists() else list(filter(Path.exists, own))
 
-    text = b"".join(Path(path).read_bytes() for path in paths).replace(b"\r\n", b"\n")
+    text = b"".join(map(Path.read_bytes, paths)).replace(b"\r\n", b"\n")
     passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text)
     validation = passages[5::10]
     del passages[5::10]
-    name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more files" if paths[1:] else "")
+    name = paths[0].name + (f" and {len(paths) - 1} more files" if paths[1:] else "")
     return name, *(b"".join(part).decode(errors="replace") for part in (passages, validation))
 
 
@@ -2142,10 +2140,7 @@ def vocabulary_of(shard):
     if shard.vocabulary_crc == 0:
         return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
-    vocabulary = prepro("read_vocabulary", path)
-    same = belongs(shard, shard.vocab_size, vocabulary)
-    require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
-    return vocabulary
+    return prepro("read_vocabulary", path)  # whether it belongs to them is checked with all else
 
 
 def saved_vocabulary(folder, vocab_size):
@@ -2169,15 +2164,14 @@ def belongs(shard, vocab_size, vocabulary):
     return (shard.vocabulary_crc or usual_vocabulary(size) or size) in (0, model)
 
 
-ARRAY_TYPES = {
+ARRAY_TYPES = {  # only BF16, which NumPy does not have, is uint16 here
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
     "F32": "<f4", "I32": "<i4", "F64": "<f8", "I64": "<i8",
 }  # fmt: skip
-Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped file, and "F32" or so
 
 
 def read_safetensors(path, checksum=False):
-    """({name: Stored}, metadata) of a .safetensors file, Hugging Face's format:
+    """({name: a view of the file}, metadata) of a .safetensors file, Hugging Face's format:
 
     8 bytes: n, little-endian
     n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
@@ -2195,8 +2189,8 @@ def read_safetensors(path, checksum=False):
             start, stop = entry["data_offsets"]
             right &= start == end <= stop
             end = stop
-            array = data[start:stop].view(ARRAY_TYPES[entry["dtype"]]).reshape(entry["shape"])
-            tensors[name] = Stored(array, entry["dtype"])
+            flat = data[start:stop].view(ARRAY_TYPES[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
         right &= end == len(data)
         if checksum:
             right &= zlib.crc32(file[:-4]).to_bytes(4, "little") == file[-4:].tobytes()
@@ -2290,8 +2284,7 @@ def find_weights(name):
     """The path of a model: of one of OpenAI's, which is fetched if need be, or name itself."""
     if name in OPENAI:
         refuse_two_meanings(name)
-        path = in_data(f"{name}.safetensors")
-        return path if os.path.exists(path) else provide(name)
+        return provide(name)
     others = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
     require(os.path.exists(name), f"{name!r}: no such model: no file or folder, nor {others}")
     return name
@@ -2311,7 +2304,7 @@ def weights_in(folder):
 
 
 def open_weights(path):
-    """(GPT2Config, {Hugging Face's name: Stored}, vocabulary) of a folder or a file.
+    """(GPT2Config, {Hugging Face's name: view}, vocabulary) of a folder or a file.
 
     InputError if a config.json beside it tells of something else than a GPT-2. The
     classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
@@ -2319,13 +2312,13 @@ def open_weights(path):
     """
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
-    if head:
+    if head is not None:
         wte = tensors.setdefault("wte.weight", head)
-        same = wte.dtype == head.dtype and np.array_equal(wte.array, head.array)
+        same = wte.dtype == head.dtype and np.array_equal(wte, head)
         require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     try:
-        V, C = tensors["wte.weight"].array.shape
-        max_seq_len, _ = tensors["wpe.weight"].array.shape
+        V, C = tensors["wte.weight"].shape
+        max_seq_len, _ = tensors["wpe.weight"].shape
     except (KeyError, ValueError):
         raise InputError(f"{path}: expected matrices wte.weight and wpe.weight") from None
     L = sum(name.endswith(".ln_1.weight") for name in tensors)
@@ -2347,7 +2340,7 @@ def open_weights(path):
 
 
 def read_parts(path):
-    """({Hugging Face's name: Stored}, metadata) of a folder or a file."""
+    """({Hugging Face's name: view}, metadata) of a folder or a file."""
     parts = weights_in(path) if os.path.isdir(path) else [path]
     right = parts and parts[0].endswith(".safetensors")
     advice = "llm.c's .bin: python -m extras.llmc; others: transformers' save_pretrained"
@@ -2365,18 +2358,18 @@ def read_parts(path):
 
 
 def copy_tensors(views, tensors):
-    """Move tensors {name: Stored} into views {name: float32 array}.
+    """Move tensors, as of read_safetensors, into views {name: float32 array}.
 
     InputError unless they are just what the views expect, and finite.
     """
     odd = sorted(set(views) ^ set(tensors))
     require(not odd, f"tensor {odd[:1]} is missing, or is not part of the model")
     for name, out in views.items():
-        array, dtype = tensors.pop(name)  # so that no file stays mapped
-        right = array.shape == out.shape and dtype in ("F32", "F16", "BF16")
-        found = f"found {array.shape} of {dtype}, expected floats {out.shape}"
+        array = tensors.pop(name)  # so that no file stays mapped
+        right = array.shape == out.shape and array.dtype in ("<f4", "<f2", "<u2")
+        found = f"found {array.shape} of {array.dtype}, expected floats {out.shape}"
         require(right, f"tensor {name!r}: {found}")
-        if dtype == "BF16":  # the upper half of a float32
+        if array.dtype == "<u2":  # BF16, the upper half of a float32
             np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array
@@ -3106,7 +3099,7 @@ def open_run(argv, make=GPT2, first=True):
     run = Run(args, model, loader, found.data.get("validation"), data, tokens, folder, lock)
     if state:
         stored, _ = read_safetensors(checkpoint)
-        model.moments[...] = stored["moments"].array
+        model.moments[...] = stored["moments"]
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)

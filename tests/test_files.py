@@ -21,7 +21,7 @@ import prepro_tinyshakespeare as prepro
 import test_gpt2
 import train_gpt2 as gpt2
 from test_gpt2 import assert_same_bits
-from train_gpt2 import GPT2, GPT2Config, InputError, Stored, open_tokens
+from train_gpt2 import GPT2, GPT2Config, InputError, open_tokens
 
 CONFIG = GPT2Config(max_seq_len=11, vocab_size=61, num_layers=2, num_heads=3, channels=24)
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -102,7 +102,7 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "a gap": (lambda h, b: packed({name: h[name] for name in h if name != QKV}, b), NOT_WHOLE),
     "a huge shape": (entry(shape=[1 << 70]), NOT_WHOLE),
     "an unknown type": (entry(dtype="F8_E4M3"), NOT_WHOLE),
-    "integers": (entry(dtype="I32"), "'h.1.attn.c_attn.weight': found (24, 72) of I32"),
+    "integers": (entry(dtype="I32"), "'h.1.attn.c_attn.weight': found (24, 72) of int32"),
     "transposed": (entry(shape=[72, 24]), "'h.1.attn.c_attn.weight': found (72, 24)"),
     "one missing": (renamed("ln_f.bias", "m"), "['ln_f.bias'] is missing"),
     "twice": (one_more("ln_f.bias"), "'ln_f.bias' is there twice"),
@@ -157,8 +157,7 @@ def test_config_must_agree(told, phrase, tmp_path):
 def test_heads_of_openais_sizes_are_known_and_no_others(L, C, heads, monkeypatch):
     shapes = GPT2.param_shapes(GPT2Config(1024, 50257, L, 1, C)).items()
     views = gpt2.huggingface_views({name: np.broadcast_to(0, shape) for name, shape in shapes})
-    stored = {name: Stored(view, "F32") for name, view in views.items()}
-    monkeypatch.setattr(gpt2, "read_parts", lambda path: (stored, {}))
+    monkeypatch.setattr(gpt2, "read_parts", lambda path: (dict(views), {}))
     count_heads = lambda: gpt2.open_weights("x/y")[0].num_heads
     assert count_heads() == heads if heads else "how many heads" in refusal(count_heads)
 
@@ -181,13 +180,13 @@ def test_every_type_is_copied_bit_by_bit(dtype):
     numbers = torch.tensor(numbers, dtype=TORCH[dtype])
     array = numbers.view(torch.uint8).numpy().view(gpt2.ARRAY_TYPES[dtype])
     out = np.empty(array.shape, np.float32)
-    tensors = {"a": Stored(array, dtype)}
+    tensors = {"a": array}
     assert peak_of(lambda: gpt2.copy_tensors({"a": out}, tensors)) < 0.1 * out.nbytes
     assert tensors == {}  # so no file is mapped any more
     assert out.tobytes() == numbers.float().numpy().tobytes()
     for number in (math.nan, math.inf, -math.inf):
         numbers[7] = number
-        line = refusal(gpt2.copy_tensors, {"a": out}, {"a": Stored(array, dtype)})
+        line = refusal(gpt2.copy_tensors, {"a": out}, {"a": array})
         assert line == "tensor 'a' holds a value that is not finite"
 
 
@@ -201,8 +200,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     array = np.arange(12, dtype=np.float32).reshape(4, 3).T
     gpt2.write_safetensors(path, {"a": array, "b": np.ones(1)}, {"k": "v"}, checksum=True)
     found, metadata = gpt2.read_safetensors(path, checksum=True)
-    assert found["a"].array.tolist() == array.tolist() and metadata == {"k": "v"}
-    assert found["b"].array.tolist() == [1] and [*found] == ["a", "b", "crc32"]
+    assert found["a"].tolist() == array.tolist() and metadata == {"k": "v"}
+    assert found["b"].tolist() == [1] and [*found] == ["a", "b", "crc32"]
     data = path.read_bytes()
     with pytest.raises(ValueError):
         gpt2.write_safetensors(path, {"a": array, "b": np.array(["no number"])}, {})
@@ -226,9 +225,6 @@ def test_names_of_models(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2, "provide", lambda what: f"fetched {what}")
     os.makedirs("gpt2/best")  # without weights it is no model
     assert gpt2.find_weights("gpt2") == "fetched gpt2" and gpt2.find_weights("./gpt2") == "./gpt2"
-    os.mkdir("data")
-    (tmp_path / "data" / "gpt2.safetensors").touch()
-    assert gpt2.find_weights("gpt2") == "data/gpt2.safetensors"
     assert "gpt2, gpt2-medium" in refusal(gpt2.find_weights, "gpt3")
     for name in ("gpt2", "m.bin"):
         assert "extras.llmc" in refusal(gpt2.open_weights, name)
@@ -382,7 +378,7 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
         shard = open_tokens(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))
         assert gpt2.vocabulary_of(shard) == OWN
     beside.write_bytes(other)
-    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, shard)
+    assert not gpt2.belongs(shard, SIZE, gpt2.vocabulary_of(shard))
     beside.unlink()
     with pytest.raises(FileNotFoundError, match="my.tiktoken"):
         gpt2.vocabulary_of(shard)

@@ -132,7 +132,7 @@ def result_of(folder):
     tensors, metadata = gpt2.read_safetensors(gpt2.list_checkpoints(folder)[0])
     state = json.loads(metadata["state"])
     del tensors["crc32"], state["settings"], state["threads"]
-    tensors = {name: stored.array.tobytes() for name, stored in tensors.items()}
+    tensors = {name: stored.tobytes() for name, stored in tensors.items()}
     names = ("model.safetensors", "best/model.safetensors", "config.json")
     return tensors, state, log_of(folder), [Path(folder, name).read_bytes() for name in names]
 
