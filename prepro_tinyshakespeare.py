@@ -89,13 +89,14 @@ def provide(what):
         return paths
 
     path = in_data(f"{what}.safetensors")
+    if os.path.exists(path):
+        return path
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     sha256 = SHA256.get(what)
-    snapshots = hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors")
-    for cached in [] if os.path.exists(path) else filter(Path.exists, snapshots):
-        if sha256 in (None, cached.resolve().name, digest(cached)):
+    for cached in hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors"):
+        if cached.exists() and sha256 in (None, cached.resolve().name, digest(cached)):
             say(f"{what}: using {cached}")
             return str(cached)
     server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

@@ -2014,9 +2014,6 @@ def prepro(name, *args):
         raise InputError(str(error)) from None
 
 
-provide = functools.partial(prepro, "provide")  # gives the path, or paths, of what a run needs
-
-
 def in_data(name):
     """data/NAME here, or beside this file, if there is a data/ only there."""
     beside = Path(__file__).absolute().parent / "data"
@@ -2130,17 +2127,20 @@ def tokenizer(vocabulary):
         tokens, first = [*vocabulary, b""], vocabulary.index(b"\n")
         encode = lambda text: prepro("encoding_of", vocabulary).encode_ordinary(text)
 
-    decode = lambda i: tokens[i] or b"\n"  # <|endoftext|>, which no text has, is shown so
+    # <|endoftext|> has no bytes in a text, and is shown as the end of a line.
+    decode = lambda i: tokens[i] or b"\n"
     lengths = list(map(len, tokens))
     return SimpleNamespace(encode=encode, decode=decode, first=first, lengths=lengths)
 
 
 def vocabulary_of(shard):
-    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin."""
+    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin; whether
+    the two are of each other, belongs() says.
+    """
     if shard.vocabulary_crc == 0:
         return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
-    return prepro("read_vocabulary", path)  # whether it belongs to them is checked with all else
+    return prepro("read_vocabulary", path)
 
 
 def saved_vocabulary(folder, vocab_size):
@@ -2284,7 +2284,7 @@ def find_weights(name):
     """The path of a model: of one of OpenAI's, which is fetched if need be, or name itself."""
     if name in OPENAI:
         refuse_two_meanings(name)
-        return provide(name)
+        return prepro("provide", name)
     others = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
     require(os.path.exists(name), f"{name!r}: no such model: no file or folder, nor {others}")
     return name
@@ -2306,9 +2306,9 @@ def weights_in(folder):
 def open_weights(path):
     """(GPT2Config, {Hugging Face's name: view}, vocabulary) of a folder or a file.
 
-    InputError if a config.json beside it tells of something else than a GPT-2. The
-    classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
-    metadata of our files, or by config.json, or else the size must be one of OpenAI's.
+    InputError if a config.json beside it tells of something else than a GPT-2. The classifier,
+    lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the metadata of
+    our files, or by config.json, or else the size must be one of OpenAI's.
     """
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
@@ -2931,7 +2931,7 @@ def find_data(args, V):
             _, *texts = text_at_hand()
             prepro("write_files", prepro("token_files", prefix, *texts, 1024))
         else:
-            paths = provide("tiny_shakespeare")
+            paths = prepro("provide", "tiny_shakespeare")
     return [open_shards([path]) for path in paths]
 
 

@@ -187,7 +187,7 @@ def write_pack(source, folder):
     known = model.vocabulary == "gpt2"
     require(known, f"{source}: its {V} tokens are not GPT-2's, which llm.c's files hold")
     tokenizer = gpt2.tokenizer(model.vocabulary)
-    train_path, val_path = gpt2.provide("tiny_shakespeare")
+    train_path, val_path = gpt2.prepro("provide", "tiny_shakespeare")
     tokens = np.fromfile(val_path, "<u2", B * T + 1, offset=HEADER_BYTES)
     require(len(tokens) > B * T, f"{val_path}: has {len(tokens)} tokens, expected {B * T + 1}")
 

@@ -168,7 +168,7 @@ def test_all_that_a_port_begins_with(call, monkeypatch):
     model.save_pretrained("model")
     tokens = np.random.default_rng(1).integers(0, V, 300)
     Path("val.bin").write_bytes(bytes(1024) + tokens.astype("<u2").tobytes())
-    monkeypatch.setattr(gpt2, "provide", lambda what: ("train.bin", "val.bin"))
+    monkeypatch.setattr("prepro_tinyshakespeare.provide", lambda what: ("train.bin", "val.bin"))
     words = SimpleNamespace(decode=lambda i: b"%d" % i, first=50256)
     monkeypatch.setattr(gpt2, "tokenizer", lambda vocabulary: words)
 

@@ -222,7 +222,7 @@ def test_a_model_is_written_without_a_copy(tmp_path):
 
 def test_names_of_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt2, "provide", lambda what: f"fetched {what}")
+    monkeypatch.setattr(prepro, "provide", lambda what: f"fetched {what}")
     os.makedirs("gpt2/best")  # without weights it is no model
     assert gpt2.find_weights("gpt2") == "fetched gpt2" and gpt2.find_weights("./gpt2") == "./gpt2"
     assert "gpt2, gpt2-medium" in refusal(gpt2.find_weights, "gpt3")
@@ -239,7 +239,7 @@ def test_only_what_can_t_be_fetched_is_a_connection_error(monkeypatch):
     for error, expected in ((unfetched, ConnectionError), (wrong, InputError)):
         monkeypatch.setattr(prepro, "provide", Mock(side_effect=error))
         with pytest.raises(expected, match="^no network: plug it in$|^no$"):
-            gpt2.provide("gpt2")
+            gpt2.prepro("provide", "gpt2")
 
 
 # --------------------------------------------------------------------------------------------------

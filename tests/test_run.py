@@ -84,7 +84,7 @@ def call(place, tmp_path, monkeypatch, capfd):
     """
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # there is no power cut, either
-    monkeypatch.setattr(gpt2, "provide", offline)
+    monkeypatch.setattr("prepro_tinyshakespeare.provide", offline)
 
     def call(*flags):
         capfd.readouterr()
@@ -468,7 +468,8 @@ def test_if_no_model_is_named_a_small_one_learns(call, monkeypatch):
     assert [e["step"] for e in log_of("o") if "val_loss" in e] == [0, 1, 2]
 
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])  # main() in a notebook
-    monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
+    damaged = lambda what: gpt2.require(False, "it is damaged")
+    monkeypatch.setattr("prepro_tinyshakespeare.provide", damaged)
     assert gpt2.main() == 1  # which is no reason to train something else
 
 
