@@ -2006,8 +2006,8 @@ def prepro(name, *args):
     try:
         import prepro_tinyshakespeare as prep
     except ImportError:
-        cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
-        raise ConnectionError(f"{cause}: get it from where this file comes from") from None
+        found = "prepro_tinyshakespeare.py is missing: put it beside train_gpt2.py"
+        raise ConnectionError(found) from None
     try:
         return getattr(prep, name)(*args)
     except prep.InputError as error:
@@ -2078,7 +2078,7 @@ def open_shards(paths):
 
 
 def text_at_hand():
-    """(name, training, validation): a text that needs no network, as two str.
+    """(training, validation): a text that needs no network. Says which it is.
 
     It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
     its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
@@ -2093,8 +2093,9 @@ def text_at_hand():
     passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text)
     validation = passages[5::10]
     del passages[5::10]
-    name = paths[0].name + (f" and {len(paths) - 1} more files" if paths[1:] else "")
-    return name, *(b"".join(part).decode(errors="replace") for part in (passages, validation))
+    more = f" and {len(paths) - 1} more files" if paths[1:] else ""
+    print_now(f"the text is that of {paths[0].name}{more}")
+    return [b"".join(part).decode(errors="replace") for part in (passages, validation)]
 
 
 # A vocabulary, of a model or of a token file, is "bytes", "gpt2", or one's own, a list of bytes by
@@ -2918,9 +2919,7 @@ def find_data(args, V):
     if args.input_bin or args.input_val_bin:
         return [open_shards(args.input_bin), open_shards(args.input_val_bin)]
     if V == 256:
-        name, *texts = text_at_hand()
-        print_now(f"the text is that of {name}, byte by byte")
-        return [[np.frombuffer(text.encode(), np.uint8)] for text in texts]
+        return [[np.frombuffer(text.encode(), np.uint8)] for text in text_at_hand()]
 
     prefix = in_data("tiny_shakespeare" if usual_vocabulary(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
@@ -2928,8 +2927,7 @@ def find_data(args, V):
         message = f"the model has {V} tokens of its own: name --input_bin and --input_val_bin"
         require(V == 0 or usual_vocabulary(V), message)
         if V == 0:
-            _, *texts = text_at_hand()
-            prepro("write_files", prepro("token_files", prefix, *texts, 1024))
+            prepro("write_files", prepro("token_files", prefix, *text_at_hand(), 1024))
         else:
             paths = prepro("provide", "tiny_shakespeare")
     return [open_shards([path]) for path in paths]

@@ -284,20 +284,21 @@ def test_shards_by_name_by_pattern_and_by_list(tmp_path):
     assert "d*.bin: no such token file" in refusal(found, [a, str(tmp_path / "d*.bin")])
 
 
-def test_the_text_at_hand(tmp_path, monkeypatch):
+def test_the_text_at_hand(tmp_path, monkeypatch, capsys):
     """Tiny Shakespeare or this project's files, of which every tenth passage validates."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("data")
     text = b"".join(b"line %04d\n" % n for n in range(2100))  # 21 passages of 1010 bytes
     shakespeare = tmp_path / "data" / "tiny_shakespeare.txt"
     shakespeare.write_bytes(text.replace(b"\n", b"\r\n"))
-    name, training, validation = gpt2.text_at_hand()
-    assert name == "tiny_shakespeare.txt"
+    training, validation = gpt2.text_at_hand()
     assert validation.encode() == text[5050:6060] + text[15150:16160]
     assert training.encode() == text[:5050] + text[6060:15150] + text[16160:]
     shakespeare.unlink()
-    name, training, _ = gpt2.text_at_hand()
-    assert name.startswith("train_gpt2.py and ") and "class Llama(GPT2" in training
+    training, _ = gpt2.text_at_hand()
+    assert "class Llama(GPT2" in training
+    said = r"the text is that of tiny_shakespeare.txt\n.* train_gpt2.py and \d+ more files\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
 
 
 # --------------------------------------------------------------------------------------------------
