@@ -2315,7 +2315,7 @@ def open_weights(path):
     head = tensors.pop("lm_head.weight", None)
     if head is not None:
         wte = tensors.setdefault("wte.weight", head)
-        same = wte.dtype == head.dtype and np.array_equal(wte, head)
+        same = np.array_equal(wte, head)
         require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     try:
         V, C = tensors["wte.weight"].shape
