@@ -262,8 +262,7 @@ def read_text(path, encoding):
 
 
 def token_files(prefix, training, validation, vocabulary):
-    """{path: bytes} of PREFIX.tiktoken, if the vocabulary is one's own, PREFIX_train.bin and
-    PREFIX_val.bin.
+    """{path: bytes}: PREFIX.tiktoken, if the vocabulary is one's own, and PREFIX_{train,val}.bin.
 
     vocabulary: "bytes", "gpt2", one's own, a list of bytes by id, or how many tokens are to be
     learned from the text for training. For GPT-2, as in llm.c, a text begins anew after each blank
