@@ -89,13 +89,14 @@ def provide(what):
         return paths
 
     path = in_data(f"{what}.safetensors")
+    if os.path.exists(path):
+        return path
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{caches}/huggingface"
     hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     sha256 = SHA256.get(what)
     for cached in hub.glob(f"models--*{what}/snapshots/{REVISIONS[what]}/model.safetensors"):
-        right = cached.exists() and sha256 in (None, cached.resolve().name, digest(cached))
-        if right and not os.path.exists(path):
+        if cached.exists() and sha256 in (None, cached.resolve().name, digest(cached)):
             say(f"{what}: using {cached}")
             return str(cached)
     server = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
@@ -116,12 +117,6 @@ def get_encoding():
     except (OSError, ValueError) as error:
         cause = f"can't fetch GPT-2's vocabulary to {folder}: {reason(error)}"
         raise FetchError(cause, "try again, or train by bytes: --bytes 1") from None
-
-
-def learned_files(prefix, training, validation, vocab_size):
-    """Learn a vocabulary from the first of two UTF-8 texts, and write what token_files gives."""
-    texts = [text.decode(errors="replace") for text in (training, validation)]
-    write_files(token_files(prefix, *texts, learn_vocabulary(texts[0], vocab_size)))
 
 
 def package(name):
@@ -267,37 +262,39 @@ def read_text(path, encoding):
 
 
 def token_files(prefix, training, validation, vocabulary):
-    """{path: bytes} of PREFIX_train.bin, PREFIX_val.bin and, if it is learned, PREFIX.tiktoken.
+    """{path: bytes}: PREFIX.tiktoken, if the vocabulary is one's own, and PREFIX_{train,val}.bin.
 
-    vocabulary: "bytes", "gpt2", or a list of bytes by id. For GPT-2, as in llm.c, a text begins
-    anew after each blank line. In a learned one <|endoftext|> stands between texts only.
+    vocabulary: "bytes", "gpt2", one's own, a list of bytes by id, or how many tokens are to be
+    learned from the text for training. For GPT-2, as in llm.c, a text begins anew after each blank
+    line. In one's own <|endoftext|> stands between texts only.
 
         "To be.\\n\\nOr not."  ->  <|endoftext|> To be.\\n\\n <|endoftext|> Or not.
 
     A token file is llm.c's: 256 int32, which are 20240520, version 1, the number of tokens, that of
     the vocabulary, the CRC-32 of PREFIX.tiktoken and zeros, and then the tokens, uint16.
     """
-    texts, files, learned = [training, validation], {}, {}
-    vocab_size = 256
-    if vocabulary != "bytes":
-        encoding = get_encoding() if vocabulary == "gpt2" else encoding_of(vocabulary)
-        vocab_size = encoding.n_vocab
+    files, texts, vocab_size = {}, [training, validation], 256
+    if isinstance(vocabulary, int):
+        vocabulary = learn_vocabulary(training.replace("\0", "\n"), vocabulary)
     if vocabulary == "gpt2":  # the text for validation begins one, and that for training goes on
         texts = [text.replace("\n\n", "\n\n\0") for text in (training, "\0" + validation)]
+        encoding = get_encoding()
     elif vocabulary != "bytes":
-        learned = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
-    crc32 = zlib.crc32(b"".join(learned.values()))
+        files = {f"{prefix}.tiktoken": vocabulary_file(vocabulary)}
+        encoding = encoding_of(vocabulary)
+    crc32 = zlib.crc32(b"".join(files.values()))
 
     for name, text in zip(("train", "val"), texts, strict=True):
         if vocabulary == "bytes":
             tokens = np.frombuffer(text.replace("\0", "\n").encode(), np.uint8).astype("<u2")
         else:
+            vocab_size = encoding.n_vocab
             parts = map(encoding.encode_ordinary, text.split("\0"))
             ids = itertools.chain.from_iterable([*part, encoding.eot_token] for part in parts)
             tokens = np.fromiter(ids, "<u2")[:-1]
         header = np.array([20240520, 1, len(tokens), vocab_size, crc32, *[0] * 251], "<u4")
         files[f"{prefix}_{name}.bin"] = header.tobytes() + tokens.tobytes()
-    return files | learned
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
@@ -358,6 +355,7 @@ def learn_vocabulary(text, vocab_size):
         while heap and heap[0][0] != -frequency[heap[0][1]]:
             heapq.heappop(heap)
         if not heap or heap[0][0] == 0:
+            say(f"the text has pairs for a --vocab_size of {new + 1} only")
             break
 
         pair = heap[0][1]
@@ -381,7 +379,7 @@ def vocabulary_file(vocabulary):
 
 
 def read_vocabulary(path):
-    """The bytes of each token, a list by id, from a .tiktoken file or a saved model's folder."""
+    """The vocabulary, as of token_files, in a .tiktoken file or a saved model's folder."""
     try:
         if os.path.isdir(path):
             other = Path(path, "tokenizer.json")
@@ -396,7 +394,8 @@ def read_vocabulary(path):
         require(complete and len(ids) < 65536, "expected the ids from 0 on, up to 65535")
         vocabulary = sorted(ids, key=ids.get)
         merges_of(vocabulary)  # or an InputError
-        return vocabulary
+        crc32 = zlib.crc32(vocabulary_file(vocabulary))
+        return {BYTES_CRC: "bytes", GPT2_CRC: "gpt2"}.get(crc32, vocabulary)
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no vocabulary: {error}") from None
 
@@ -432,21 +431,18 @@ def merges_of(vocabulary):
     return lines
 
 
-def huggingface_files(vocab_size, vocabulary):
-    """Hugging Face's two files of a vocabulary, {name: bytes}, or {} if it is not at hand.
-
-    vocabulary: bytes by id, with <|endoftext|> as the last; None is that of bytes, or GPT-2's
-    """
-    if vocab_size == 256:
-        vocabulary = [*BYTES, END_OF_TEXT.encode()]  # transformers needs one, and no text has it
-    if vocabulary:
-        ids = {spelled(token): i for i, token in enumerate(vocabulary)}
-        lines = ["#version: 0.2", *merges_of(vocabulary[:-1]), ""]
-        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
-    if vocabulary is None and 50257 <= vocab_size <= 50304:
+def huggingface_files(vocabulary):
+    """Hugging Face's two files of a vocabulary, {name: bytes}, or {} if it is not at hand."""
+    if vocabulary == "gpt2":
         folder = os.environ.get("TIKTOKEN_CACHE_DIR") or in_data("tiktoken")
         with contextlib.suppress(OSError):
             return {to: Path(folder, name).read_bytes() for to, name in GPT2_FILES.items()}
+    elif vocabulary:
+        tokens = BYTES if vocabulary == "bytes" else vocabulary
+        names = [*map(spelled, tokens), END_OF_TEXT]  # which transformers needs, also for bytes
+        ids = {name: i for i, name in enumerate(names)}
+        lines = ["#version: 0.2", *merges_of(tokens), ""]
+        return {"vocab.json": json.dumps(ids).encode(), "merges.txt": "\n".join(lines).encode()}
     return {}
 
 
@@ -501,17 +497,11 @@ def own_files(args):
     found = f"{len(validation)} characters validate, {len(training)} train"
     require(training and validation, f"{found}: use a longer text or another --val_fraction")
 
-    vocabulary = "bytes" if args.bytes else "gpt2"
+    vocabulary = "bytes" if args.bytes else args.vocab_size or "gpt2"
     if args.vocabulary:
         vocabulary = read_vocabulary(args.vocabulary)
-        crc32 = zlib.crc32(vocabulary_file(vocabulary))
-        vocabulary = {BYTES_CRC: "bytes", GPT2_CRC: "gpt2"}.get(crc32, vocabulary)
-    if args.vocab_size:
-        vocabulary = learn_vocabulary(training.replace("\0", "\n"), args.vocab_size)
-        if len(vocabulary) + 1 < args.vocab_size:
-            say(f"the text has pairs for a --vocab_size of {len(vocabulary) + 1} only")
-    kind = vocabulary if vocabulary in ("bytes", "gpt2") else args.vocab_size or "own"
-    kind = "" if args.input or kind == "gpt2" else f"_{kind}"
+    kind = "_own" if isinstance(vocabulary, list) else f"_{vocabulary}"
+    kind = "" if args.input or vocabulary == "gpt2" else kind
     prefix = args.output_prefix or in_data(Path(paths[0]).stem + kind)
     return token_files(prefix, training, validation, vocabulary)
 
@@ -526,7 +516,7 @@ def main(argv=None):
         require(args.replace or not old, f"{found}: add --replace 1, or another --output_prefix")
         write_files(files)
 
-        train_path, val_path, *own = files
+        *own, train_path, val_path = files
         model = "bytes" if args.bytes else "d2" if own else "gpt2"
         if args.vocabulary and os.path.isdir(args.vocabulary):
             model = args.vocabulary

@@ -1301,10 +1301,9 @@ import threading
 import time
 import warnings
 import zlib
-from collections import namedtuple
 from dataclasses import asdict, field, replace
 from datetime import timedelta
-from pathlib import PurePath
+from pathlib import Path
 
 if sys.version_info < (3, 10):
     sys.exit(f"error: Python {sys.version.split()[0]} is too old: install Python 3.10 or newer")
@@ -1373,7 +1372,7 @@ class GPT2(Model):
         require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
 
         self.interrupted = None
-        self.vocabulary = None  # a list of bytes by id; None: bytes, GPT-2's or none: see tokenizer
+        self.vocabulary = usual_vocabulary(config.vocab_size)
         super().__init__(config, batch_size, T, seed, recompute, training, dtype)
 
     @staticmethod
@@ -1412,16 +1411,15 @@ class GPT2(Model):
         source: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"; a Hugging Face folder; or a
         .safetensors file. Errors: InputError, OSError.
         """
-        path = find_weights(os.fspath(source))
-        config, tensors = open_weights(path)
+        config, tensors, vocabulary = open_weights(find_weights(os.fspath(source)))
         model = cls(config, batch_size, sequence_length, None, recompute, training)
         copy_tensors(huggingface_views(model.params), tensors)
-        model.vocabulary = saved_vocabulary(path, config.vocab_size)
+        model.vocabulary = vocabulary
         return model
 
     def save_pretrained(self, folder):
         """Write weights, config and, if it is known, the vocabulary, as Hugging Face reads them."""
-        save_huggingface(folder, self.config, self.params, vocabulary=self.vocabulary)
+        save_huggingface(folder, self.config, self.params, self.vocabulary)
 
     # One training step
 
@@ -1750,7 +1748,7 @@ def evaluate(run, number):
 def validate(run):
     """Evaluate, log, and keep the weights if they are the best so far."""
     args, T = run.args, run.args.sequence_length
-    most = 1280 if is_gpt2s(run.model.config.vocab_size) else VAL_TOKENS
+    most = 1280 if run.model.vocabulary == "gpt2" else VAL_TOKENS
     found = evaluate(run, args.val_max_steps * args.batch_size or max(5, most // T))
     if not found:
         return
@@ -1930,9 +1928,9 @@ def save_checkpoint(run):
     tensors = huggingface_views(model.params) | {"moments": model.moments}
     path = os.path.join(folder, f"checkpoint_{run.step:08d}.safetensors")
     with kept(run, "a checkpoint"):
+        save_config(folder, model.config, model.vocabulary)
         write_safetensors(path, tensors, metadata, checksum=True)
         run.saved = run.step
-        save_config(folder, model.config, model.vocabulary)
     until_now = [other for other in list_checkpoints(folder) if other <= path]
     for old in until_now[2:]:  # there may be damaged ones of later steps, which don't count
         with contextlib.suppress(OSError):
@@ -2008,21 +2006,18 @@ def prepro(name, *args):
     try:
         import prepro_tinyshakespeare as prep
     except ImportError:
-        cause = f"prepro_tinyshakespeare.py does not lie beside {os.path.abspath(__file__)}"
-        raise ConnectionError(f"{cause}: get it from where this file comes from") from None
+        found = "prepro_tinyshakespeare.py is missing: put it beside train_gpt2.py"
+        raise ConnectionError(found) from None
     try:
         return getattr(prep, name)(*args)
     except prep.InputError as error:
         raise InputError(str(error)) from None
 
 
-provide = functools.partial(prepro, "provide")  # gives the path, or paths, of what a run needs
-
-
 def in_data(name):
     """data/NAME here, or beside this file, if there is a data/ only there."""
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    folder = beside if os.path.isdir(beside) and not os.path.isdir("data") else "data"
+    beside = Path(__file__).absolute().parent / "data"
+    folder = beside if beside.is_dir() and not os.path.isdir("data") else "data"
     return f"{folder}/{name}"
 
 
@@ -2043,11 +2038,10 @@ def atomic_write(path):
 
 def read_json(path):
     """The JSON object in a file: a dict."""
-    with open(path, "rb") as file:
-        try:
-            value = json.loads(file.read())
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: expected JSON: {error}") from None
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON: {error}") from None
     require(isinstance(value, dict), f"{path}: expected a JSON object, found {value!r:.40}")
     return value
 
@@ -2084,115 +2078,102 @@ def open_shards(paths):
 
 
 def text_at_hand():
-    """(name, training, validation): a text that needs no network, as two uint8 arrays.
+    """(training, validation): a text that needs no network. Says which it is.
 
     It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
     its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
     """
-    folder = os.path.dirname(os.path.abspath(__file__))
-    names = ["train_gpt2.py", "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"]
-    names += sorted(glob.glob("extras/*.py", root_dir=folder))
-    own = [os.path.join(folder, name) for name in names]
-    tiny = in_data("tiny_shakespeare.txt")
-    large = os.path.exists(tiny) and os.path.getsize(tiny) > 20_000
-    paths = [tiny] if large else list(filter(os.path.exists, own))
+    folder = Path(__file__).absolute().parent
+    names = Path(__file__).name, "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
+    own = [folder / name for name in names] + sorted(folder.glob("extras/*.py"))
+    tiny = Path(in_data("tiny_shakespeare.txt"))
+    large = tiny.exists() and tiny.stat().st_size > 20_000
+    paths = [tiny] if large else list(filter(Path.exists, own))
 
-    text = b"".join(np.fromfile(path, np.uint8).tobytes() for path in paths)
-    passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text.replace(b"\r\n", b"\n"))
-    validation = b"".join(passages[5::10])
+    text = b"".join(map(Path.read_bytes, paths)).replace(b"\r\n", b"\n")
+    passages = re.findall(rb"(?s:.{1,1000})[^\n]*\n?", text)
+    validation = passages[5::10]
     del passages[5::10]
-    texts = b"".join(passages), validation
-    name = os.path.basename(paths[0]) + (f" and {len(paths) - 1} more files" if paths[1:] else "")
-    return name, *(np.frombuffer(text, np.uint8) for text in texts)
+    more = f" and {len(paths) - 1} more files" if paths[1:] else ""
+    print_now(f"the text is that of {paths[0].name}{more}")
+    return [b"".join(part).decode(errors="replace") for part in (passages, validation)]
 
 
-# A vocabulary of one's own is a list of bytes by id: first the 256 single bytes, then tokens that
-# merge two earlier ones, and at last <|endoftext|>. Where there is no list but None, 256 tokens are
-# the bytes and 50257 GPT-2's. [] is one that can't be read here.
-
-END_OF_TEXT = b"<|endoftext|>"
+# A vocabulary, of a model or of a token file, is "bytes", "gpt2", or one's own, a list of bytes by
+# id, which <|endoftext|> follows as the last id. None is one that is not known.
 
 
-def tokenizer(vocab_size, vocabulary=None):
+def usual_vocabulary(vocab_size):
+    """The vocabulary that has so many tokens. GPT-2's may be padded to a multiple of 128."""
+    if vocab_size == 256:
+        return "bytes"
+    return "gpt2" if 50257 <= vocab_size <= 50304 else None
+
+
+def tokenizer(vocabulary):
     """How a model reads and writes: encode(text) gives ids, decode(id) bytes, `first` is the id
     that begins a new text, lengths[id] the number of bytes that an id stands for in a text.
     InputError if the vocabulary is not known, ConnectionError if GPT-2's can't be fetched.
     """
-    if vocabulary:
-        tokens, first = vocabulary, vocabulary.index(b"\n")
-        encode = lambda text: prepro("encoding_of", vocabulary[:-1]).encode_ordinary(text)
-    elif vocab_size == 256:
+    remedy = "put its vocab.json beside the weights, or use model.generate"
+    require(vocabulary, f"the vocabulary of the model is not known: {remedy}")
+    if vocabulary == "bytes":
         tokens, first = [bytes([i]) for i in range(256)], ord("\n")
         encode = lambda text: list(text.encode(errors="surrogateescape"))
-    else:
-        message = f"the model's {vocab_size} tokens are of a vocabulary that is not known"
-        known = vocabulary is None and is_gpt2s(vocab_size)
-        require(known, f"{message}: put its vocab.json beside the weights, or use model.generate")
+    elif vocabulary == "gpt2":
         gpt2 = prepro("get_encoding")
-        tokens = [gpt2.decode_single_token_bytes(i) for i in range(50257)]
-        tokens += [b"<%d>" % i for i in range(50257, vocab_size)]  # no text has them
         first, encode = gpt2.eot_token, gpt2.encode_ordinary
+        tokens = [*map(gpt2.decode_single_token_bytes, range(first)), b""]
+        tokens += [b"<%d>" % i for i in range(50257, 50304)]  # no text has them
+    else:
+        tokens, first = [*vocabulary, b""], vocabulary.index(b"\n")
+        encode = lambda text: prepro("encoding_of", vocabulary).encode_ordinary(text)
 
-    lengths = [0 if token == END_OF_TEXT else len(token) for token in tokens]
-    shown = [b"\n" if token == END_OF_TEXT else token for token in tokens]
-    return SimpleNamespace(encode=encode, decode=shown.__getitem__, first=first, lengths=lengths)
-
-
-def is_gpt2s(vocab_size):
-    """Whether a vocabulary is GPT-2's 50257 tokens, perhaps padded to a multiple of 128."""
-    return 50257 <= vocab_size <= 50304
+    # <|endoftext|> has no bytes in a text, and is shown as the end of a line.
+    decode = lambda i: tokens[i] or b"\n"
+    lengths = list(map(len, tokens))
+    return SimpleNamespace(encode=encode, decode=decode, first=first, lengths=lengths)
 
 
 def vocabulary_of(shard):
-    """What PREFIX.tiktoken holds, beside PREFIX_train.bin. None: bytes, GPT-2's, or not known."""
+    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin; whether
+    the two are of each other, belongs() says.
+    """
     if shard.vocabulary_crc == 0:
-        return None
+        return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
-    require(os.path.exists(path), f"{path} is missing, the vocabulary of {shard.path}")
-    vocabulary = [*prepro("read_vocabulary", path), END_OF_TEXT]
-    same = belongs(shard, len(vocabulary), vocabulary)
-    require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
-    return vocabulary
+    return prepro("read_vocabulary", path)
 
 
-def saved_vocabulary(path, vocab_size):
-    """The vocabulary that lies beside weights, as Hugging Face keeps it."""
-    if vocab_size == 256:
-        return None
+def saved_vocabulary(folder, vocab_size):
+    """That which lies beside weights, as Hugging Face keeps it, or else the usual one."""
+    usual = usual_vocabulary(vocab_size)
     try:
-        folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
-        vocabulary = [*prepro("read_vocabulary", folder), END_OF_TEXT]
+        found = prepro("read_vocabulary", folder)
     except (ConnectionError, FileNotFoundError):  # this file stands alone, or there is none
-        return None
+        return usual
     except InputError:
-        return []
-    if is_gpt2s(vocab_size) and vocabulary_crc(vocabulary) == 2990262213:  # GPT-2's
         return None
-    return vocabulary if len(vocabulary) == vocab_size else []
+    return found if found == usual or len(found) + 1 == vocab_size else None
 
 
 def belongs(shard, vocab_size, vocabulary):
     """Whether the tokens of a file are those of a model. llm.c's files, which do not say, pass."""
-    V = shard.vocab_size
-    same_size = V == vocab_size or V == 50257 and is_gpt2s(vocab_size)
-    same_list = shard.vocabulary_crc == vocabulary_crc(vocabulary) and vocabulary != []
-    return V == 0 or same_size and same_list
+    model = vocabulary or vocab_size
+    if isinstance(vocabulary, list):
+        model = zlib.crc32(prepro("vocabulary_file", vocabulary))
+    size = shard.vocab_size
+    return (shard.vocabulary_crc or usual_vocabulary(size) or size) in (0, model)
 
 
-def vocabulary_crc(vocabulary):
-    """The CRC-32 of a vocabulary's file, by which token files name it. 0 if there is none."""
-    return zlib.crc32(prepro("vocabulary_file", vocabulary[:-1])) if vocabulary else 0
-
-
-ARRAY_TYPES = {
+ARRAY_TYPES = {  # only BF16, which NumPy does not have, is uint16 here
     "BOOL": "u1", "U8": "u1", "I8": "i1", "F16": "<f2", "BF16": "<u2", "I16": "<i2",
     "F32": "<f4", "I32": "<i4", "F64": "<f8", "I64": "<i8",
 }  # fmt: skip
-Stored = namedtuple("Stored", "array dtype")  # a tensor: a view of the mapped file, and "F32" or so
 
 
 def read_safetensors(path, checksum=False):
-    """({name: Stored}, metadata) of a .safetensors file, Hugging Face's format:
+    """({name: a view of the file}, metadata) of a .safetensors file, Hugging Face's format:
 
     8 bytes: n, little-endian
     n bytes of JSON: {name: {"dtype": "F32", "shape": [61, 24], "data_offsets": [0, 5856]}, ...}
@@ -2210,8 +2191,8 @@ def read_safetensors(path, checksum=False):
             start, stop = entry["data_offsets"]
             right &= start == end <= stop
             end = stop
-            array = data[start:stop].view(ARRAY_TYPES[entry["dtype"]]).reshape(entry["shape"])
-            tensors[name] = Stored(array, entry["dtype"])
+            flat = data[start:stop].view(ARRAY_TYPES[entry["dtype"]])
+            tensors[name] = flat.reshape(entry["shape"])
         right &= end == len(data)
         if checksum:
             right &= zlib.crc32(file[:-4]).to_bytes(4, "little") == file[-4:].tobytes()
@@ -2305,8 +2286,7 @@ def find_weights(name):
     """The path of a model: of one of OpenAI's, which is fetched if need be, or name itself."""
     if name in OPENAI:
         refuse_two_meanings(name)
-        path = in_data(f"{name}.safetensors")
-        return path if os.path.exists(path) else provide(name)
+        return prepro("provide", name)
     others = f"{', '.join(OPENAI)} (OpenAI's), {', '.join(FRESH)} (fresh, for training)"
     require(os.path.exists(name), f"{name!r}: no such model: no file or folder, nor {others}")
     return name
@@ -2326,26 +2306,26 @@ def weights_in(folder):
 
 
 def open_weights(path):
-    """(GPT2Config, {Hugging Face's name: Stored}) of a folder or a file.
+    """(GPT2Config, {Hugging Face's name: view}, vocabulary) of a folder or a file.
 
-    InputError if a config.json beside it tells of something else than a GPT-2. The
-    classifier, lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the
-    metadata of our files, or by config.json, or else the size must be one of OpenAI's.
+    InputError if a config.json beside it tells of something else than a GPT-2. The classifier,
+    lm_head.weight, must be wte.weight, or stand in its place. Heads are counted by the metadata of
+    our files, or by config.json, or else the size must be one of OpenAI's.
     """
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
-    if head:
+    if head is not None:
         wte = tensors.setdefault("wte.weight", head)
-        same = wte.dtype == head.dtype and np.array_equal(wte.array, head.array)
+        same = np.array_equal(wte, head)
         require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     try:
-        V, C = tensors["wte.weight"].array.shape
-        max_seq_len, _ = tensors["wpe.weight"].array.shape
+        V, C = tensors["wte.weight"].shape
+        max_seq_len, _ = tensors["wpe.weight"].shape
     except (KeyError, ValueError):
         raise InputError(f"{path}: expected matrices wte.weight and wpe.weight") from None
     L = sum(name.endswith(".ln_1.weight") for name in tensors)
 
-    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     beside = os.path.join(folder, "config.json")
     told = read_json(beside) if os.path.exists(beside) else {}
     usual = C // 64 if (L, C) in OPENAI.values() else None
@@ -2358,11 +2338,11 @@ def open_weights(path):
         found = told.get(key)
         right = found in (None, expected) or (found, expected) == ("gelu_pytorch_tanh", "gelu_new")
         require(right, f"{beside} says {key} = {found!r}, expected {expected!r}")
-    return config, tensors
+    return config, tensors, saved_vocabulary(folder, V)
 
 
 def read_parts(path):
-    """({Hugging Face's name: Stored}, metadata) of a folder or a file."""
+    """({Hugging Face's name: view}, metadata) of a folder or a file."""
     parts = weights_in(path) if os.path.isdir(path) else [path]
     right = parts and parts[0].endswith(".safetensors")
     advice = "llm.c's .bin: python -m extras.llmc; others: transformers' save_pretrained"
@@ -2380,18 +2360,18 @@ def read_parts(path):
 
 
 def copy_tensors(views, tensors):
-    """Move tensors {name: Stored} into views {name: float32 array}.
+    """Move tensors, as of read_safetensors, into views {name: float32 array}.
 
     InputError unless they are just what the views expect, and finite.
     """
     odd = sorted(set(views) ^ set(tensors))
     require(not odd, f"tensor {odd[:1]} is missing, or is not part of the model")
     for name, out in views.items():
-        array, dtype = tensors.pop(name)  # so that no file stays mapped
-        right = array.shape == out.shape and dtype in ("F32", "F16", "BF16")
-        found = f"found {array.shape} of {dtype}, expected floats {out.shape}"
+        array = tensors.pop(name)  # so that no file stays mapped
+        right = array.shape == out.shape and array.dtype in ("<f4", "<f2", "<u2")
+        found = f"found {array.shape} of {array.dtype}, expected floats {out.shape}"
         require(right, f"tensor {name!r}: {found}")
-        if dtype == "BF16":  # the upper half of a float32
+        if array.dtype == "<u2":  # BF16, the upper half of a float32
             np.left_shift(array, 16, out.view(np.uint32), dtype=np.uint32)
         else:
             out[...] = array
@@ -2399,7 +2379,7 @@ def copy_tensors(views, tensors):
         require(finite, f"tensor {name!r} holds a value that is not finite")
 
 
-def save_huggingface(folder, config, params, vocabulary=None):
+def save_huggingface(folder, config, params, vocabulary):
     """GPT2.save_pretrained: model.safetensors, and the files that transformers needs beside it."""
     save_config(folder, config, vocabulary)
     tensors = {f"transformer.{name}": view for name, view in huggingface_views(params).items()}
@@ -2409,10 +2389,9 @@ def save_huggingface(folder, config, params, vocabulary=None):
 
 def save_config(folder, config, vocabulary):
     """config.json, generation_config.json and, if it is at hand, the vocabulary."""
-    V = config.vocab_size
-    end = V - 1 if vocabulary else None
-    if vocabulary is None and is_gpt2s(V):
-        end = 50256
+    end = 50256 if vocabulary == "gpt2" else None
+    if isinstance(vocabulary, list):
+        end = len(vocabulary)
     ends = {"bos_token_id": end, "eos_token_id": end}
     about = {"architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
     generation = {"max_length": min(config.max_seq_len, 256)}  # pipeline would go on beyond it
@@ -2421,7 +2400,7 @@ def save_config(folder, config, vocabulary):
         "generation_config.json": json.dumps(ends | generation, indent=2).encode(),
     }
     with contextlib.suppress(ConnectionError):  # this file stands alone
-        files |= prepro("huggingface_files", V, vocabulary)
+        files |= prepro("huggingface_files", vocabulary)
     os.makedirs(folder, exist_ok=True)
     for name, data in files.items():
         with atomic_write(os.path.join(folder, name)) as file:
@@ -2452,7 +2431,7 @@ def control_groups(root="/"):
     folders = []
     for line in text_of(root, "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
-        folder = PurePath(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
+        folder = Path(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
         folders += [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
     return folders
 
@@ -2894,14 +2873,12 @@ def find(args, checkpoint=""):
     training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
     validation = open_shards(args.input_val_bin)
     name = checkpoint or args.model or "gpt2"
-    tensors = vocabulary = None
     if name in FRESH and not args.inference_only:
         refuse_two_meanings(name)
-        config = GPT2Config(*FRESH[name])
+        config, tensors = GPT2Config(*FRESH[name]), None
+        vocabulary = usual_vocabulary(config.vocab_size)
     else:
-        path = find_weights(name)
-        config, tensors = open_weights(path)
-        vocabulary = saved_vocabulary(path, config.vocab_size)
+        config, tensors, vocabulary = open_weights(find_weights(name))
     found = SimpleNamespace(config=config, tensors=tensors, vocabulary=vocabulary, data={})
     if args.inference_only:
         return found
@@ -2920,7 +2897,8 @@ def find(args, checkpoint=""):
         found.vocabulary = vocabulary_of(shard)
 
     V = found.config.vocab_size
-    how = "" if is_gpt2s(V) else " --bytes 1" if V == 256 else " --vocabulary MODEL_FOLDER"
+    flags = {"gpt2": "", "bytes": " --bytes 1"}
+    how = flags.get(usual_vocabulary(V), " --vocabulary MODEL_FOLDER")
     for shard in itertools.chain(*found.data.values()):
         if isinstance(shard, np.memmap):  # a file, and not the bytes of a text at hand
             highest = shard.max()
@@ -2937,18 +2915,15 @@ def usual_data(V):
     of a vocabulary that is learned from it.
     """
     if V == 256:
-        name, *texts = text_at_hand()
-        print_now(f"the text is that of {name}, byte by byte")
-        return [[text] for text in texts]
+        return [[np.frombuffer(text.encode(), np.uint8)] for text in text_at_hand()]
 
-    prefix = in_data("tiny_shakespeare" if is_gpt2s(V) else "first")
+    prefix = in_data("tiny_shakespeare" if usual_vocabulary(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
     missing = not all(map(os.path.exists, paths))
-    if missing and is_gpt2s(V):
-        paths = provide("tiny_shakespeare")
+    if missing and usual_vocabulary(V):
+        paths = prepro("provide", "tiny_shakespeare")
     elif missing:
-        _, *texts = text_at_hand()
-        prepro("learned_files", prefix, *[text.tobytes() for text in texts], 1024)
+        prepro("write_files", prepro("token_files", prefix, *text_at_hand(), 1024))
     return [open_shards([path]) for path in paths]
 
 
@@ -2966,7 +2941,7 @@ def args_or_fall_back(argv):
         try:
             return args, find(args)
         except ConnectionError as error:
-            print_now(f"{error.args[0]}\n--> so a small GPT will learn from scratch")
+            print_now(f"{error.args[0]}\n--> so a small GPT learns from scratch (--model {small})")
         first = in_data("first")
         folder = args.output_dir or ("" if os.path.exists(first) else first)
         args = parse_args([*argv, "--model", small, f"--output_dir={folder}"])
@@ -3074,7 +3049,7 @@ def open_run(argv, make=GPT2, first=True):
     shards = found.data.get("training")
     loader = make_loader(args, shards, make.PROCESSES) if shards else None
     try:
-        tokens = tokenizer(model.config.vocab_size, model.vocabulary)
+        tokens = tokenizer(model.vocabulary)
         if args.prompt:
             tokens.encode(args.prompt)
     except (InputError, ConnectionError) as error:
@@ -3086,7 +3061,7 @@ def open_run(argv, make=GPT2, first=True):
     run = Run(args, model, loader, found.data.get("validation"), data, tokens, folder, lock)
     if state:
         stored, _ = read_safetensors(checkpoint)
-        model.moments[...] = stored["moments"].array
+        model.moments[...] = stored["moments"]
         model.updates = run.step = run.saved = state["step"]
         loader.seek(state["position"])
         run.entries = entries_until(args, run.step)

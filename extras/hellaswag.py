@@ -102,11 +102,9 @@ def score(source, limit):
     require(limit >= 0, f"a limit of {limit} questions: expected 0, for all, or more")
     model = GPT2.from_pretrained(source, 1, 0, training=False)
     V = model.config.vocab_size
-    require(
-        gpt2.is_gpt2s(V) and model.vocabulary is None,
-        f"{source}: its {V} tokens are not GPT-2's, which HellaSwag is asked in",
-    )
-    questions = read_questions(fetch_questions(), gpt2.tokenizer(V).encode, limit)
+    known = model.vocabulary == "gpt2"
+    require(known, f"{source}: its {V} tokens are not GPT-2's, which HellaSwag is asked in")
+    questions = read_questions(fetch_questions(), gpt2.tokenizer(model.vocabulary).encode, limit)
 
     found = []
     try:

@@ -494,7 +494,7 @@ def huggingface_views(config, params):
 
 
 def open_llama(folder):
-    """(LlamaConfig, {Hugging Face's name: Stored}) of a folder. InputError if it is no Llama."""
+    """(LlamaConfig, {Hugging Face's name: view}) of a folder. InputError if it is no Llama."""
     path = os.path.join(folder, "config.json")
     told = gpt2.read_json(path)
     tensors, _ = gpt2.read_parts(folder)

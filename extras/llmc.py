@@ -184,12 +184,10 @@ def write_pack(source, folder):
     """Write all that a port begins with, of a model by its name or path. Returns the paths."""
     model = GPT2.from_pretrained(source, B, T)
     V = model.config.vocab_size
-    require(
-        gpt2.is_gpt2s(V) and model.vocabulary is None,
-        f"{source}: its {V} tokens are not GPT-2's, which llm.c's files hold",
-    )
-    tokenizer = gpt2.tokenizer(V)
-    train_path, val_path = gpt2.provide("tiny_shakespeare")
+    known = model.vocabulary == "gpt2"
+    require(known, f"{source}: its {V} tokens are not GPT-2's, which llm.c's files hold")
+    tokenizer = gpt2.tokenizer(model.vocabulary)
+    train_path, val_path = gpt2.prepro("provide", "tiny_shakespeare")
     tokens = np.fromfile(val_path, "<u2", B * T + 1, offset=HEADER_BYTES)
     require(len(tokens) > B * T, f"{val_path}: has {len(tokens)} tokens, expected {B * T + 1}")
 
@@ -210,7 +208,8 @@ def write_folder(path, folder):
     config, params = read_model(path)
     taken = os.path.join(folder, "model.safetensors")
     require(not os.path.exists(taken), f"{taken} is there already: choose another --output_dir")
-    gpt2.save_huggingface(folder, config, params)
+    vocabulary = gpt2.usual_vocabulary(config.vocab_size)
+    gpt2.save_huggingface(folder, config, params, vocabulary)
     return [folder]
 
 

@@ -205,7 +205,7 @@ def look(source, prompt, l, h):
         check_number("layer", l, config.num_layers)
         check_number("head", h, config.num_heads)
 
-    tokenizer = gpt2.tokenizer(config.vocab_size, weights.vocabulary)
+    tokenizer = gpt2.tokenizer(weights.vocabulary)
     tokens = tokenizer.encode(prompt)
     T, most = len(tokens), config.max_seq_len
     require(0 < T <= most, f"the prompt has {T} tokens: write one of 1 to {most} for this model")
@@ -216,8 +216,7 @@ def look(source, prompt, l, h):
     model.forward([tokens], [targets], train=False)
 
     def decode(token):
-        ends_a_text = tokenizer.lengths[token] == 0 and tokenizer.decode(token) == b"\n"
-        return gpt2.END_OF_TEXT if ends_a_text else tokenizer.decode(token)
+        return tokenizer.decode(token) if tokenizer.lengths[token] else b"<|endoftext|>"
 
     texts = [shown(decode(token)) for token in tokens]
     parts = [show_tokens(model, texts, decode), show_lens(model, texts, decode)]

@@ -49,7 +49,7 @@ ADAMW = {
 GRAD_CLIP = 0.5
 
 CODES = {"<f4": "F32", "<f8": "F64", "<i4": "I32"}
-TOLERANCE = {"F32": 1e-5, "F64": 1e-10, "I32": 0}
+TOLERANCE = {"<f4": 1e-5, "<f8": 1e-10, "<i4": 0}
 
 # A tensor of a pass is called as its place in the blob is. Some places are used twice, and what a
 # function writes there has another name, {(function, place): name}:
@@ -277,14 +277,16 @@ def write_kit(path):
 
 def difference(name, l, mine, truth):
     """What is wrong with layer l of a tensor of mine, or all of it: a text, or None."""
-    if mine.dtype not in TOLERANCE or mine.array.shape != truth.shape:
-        return f"it is {mine.dtype} {mine.array.shape}, expected F32 or F64, and {truth.shape}"
+    kind = mine.dtype.str
+    if kind not in TOLERANCE or mine.shape != truth.shape:
+        found = CODES.get(kind, mine.dtype)
+        return f"it is {found} {mine.shape}, expected F32 or F64, and {truth.shape}"
 
-    tolerance = TOLERANCE[mine.dtype]
+    tolerance = TOLERANCE[kind]
     part = slice(None) if l is None else slice(l, l + 1)
     gap = np.zeros(truth.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # mine may hold anything
-        gap[part] = np.abs(mine.array[part].astype(np.float64) - truth[part])
+        gap[part] = np.abs(mine[part].astype(np.float64) - truth[part])
         error = np.linalg.norm(gap) / (np.linalg.norm(truth[part]) or 1)
     if error <= tolerance:
         return None
@@ -293,7 +295,7 @@ def difference(name, l, mine, truth):
     index = ", ".join(map(str, worst))
     return (
         f"its relative error is {error:.1e}, expected at most {tolerance:g}; most wrong is "
-        f"{name}[{index}]: {mine.array[worst]}, expected {truth[worst]}; its shape is {truth.shape}"
+        f"{name}[{index}]: {mine[worst]}, expected {truth[worst]}; its shape is {truth.shape}"
     )
 
 
@@ -310,7 +312,7 @@ def compare(path, kit_path):
     order = json.loads(metadata["order"])
     missing = [name for name, _, writer in order if writer and name not in mine]
     found = [entry for entry in order if entry[0] in mine]
-    said = [difference(name, l, mine[name], kit[name].array) for name, l, _ in found]
+    said = [difference(name, l, mine[name], kit[name]) for name, l, _ in found]
     wrong = [(*entry, what) for entry, what in zip(found, said, strict=True) if what]
     if wrong:
         name, l, writer, what = wrong[0]

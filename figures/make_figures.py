@@ -268,7 +268,8 @@ GRAD_CLIP = 1.0
 
 
 def make_loaders():
-    train, val = (gpt2.open_shards(path) for path in gpt2.provide("tiny_shakespeare"))
+    paths = gpt2.prepro("provide", "tiny_shakespeare")
+    train, val = (gpt2.open_shards([path]) for path in paths)
     return gpt2.DataLoader(train, B, T, shuffle_seed=1337), gpt2.DataLoader(val, B, T)
 
 

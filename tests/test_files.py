@@ -1,5 +1,6 @@
 """Weights, tokens and vocabularies: each file is read as it says, written whole, or refused."""
 
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import prepro_tinyshakespeare as prepro
 import test_gpt2
 import train_gpt2 as gpt2
 from test_gpt2 import assert_same_bits
-from train_gpt2 import GPT2, GPT2Config, InputError, Stored, open_tokens
+from train_gpt2 import GPT2, GPT2Config, InputError, open_tokens
 
 CONFIG = GPT2Config(max_seq_len=11, vocab_size=61, num_layers=2, num_heads=3, channels=24)
 TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -101,7 +102,7 @@ FILES = {  # what is odd: (the file, what the line says, if it is refused)
     "a gap": (lambda h, b: packed({name: h[name] for name in h if name != QKV}, b), NOT_WHOLE),
     "a huge shape": (entry(shape=[1 << 70]), NOT_WHOLE),
     "an unknown type": (entry(dtype="F8_E4M3"), NOT_WHOLE),
-    "integers": (entry(dtype="I32"), "'h.1.attn.c_attn.weight': found (24, 72) of I32"),
+    "integers": (entry(dtype="I32"), "'h.1.attn.c_attn.weight': found (24, 72) of int32"),
     "transposed": (entry(shape=[72, 24]), "'h.1.attn.c_attn.weight': found (72, 24)"),
     "one missing": (renamed("ln_f.bias", "m"), "['ln_f.bias'] is missing"),
     "twice": (one_more("ln_f.bias"), "'ln_f.bias' is there twice"),
@@ -156,8 +157,7 @@ def test_config_must_agree(told, phrase, tmp_path):
 def test_heads_of_openais_sizes_are_known_and_no_others(L, C, heads, monkeypatch):
     shapes = GPT2.param_shapes(GPT2Config(1024, 50257, L, 1, C)).items()
     views = gpt2.huggingface_views({name: np.broadcast_to(0, shape) for name, shape in shapes})
-    stored = {name: Stored(view, "F32") for name, view in views.items()}
-    monkeypatch.setattr(gpt2, "read_parts", lambda path: (stored, {}))
+    monkeypatch.setattr(gpt2, "read_parts", lambda path: (dict(views), {}))
     count_heads = lambda: gpt2.open_weights("x/y")[0].num_heads
     assert count_heads() == heads if heads else "how many heads" in refusal(count_heads)
 
@@ -180,13 +180,13 @@ def test_every_type_is_copied_bit_by_bit(dtype):
     numbers = torch.tensor(numbers, dtype=TORCH[dtype])
     array = numbers.view(torch.uint8).numpy().view(gpt2.ARRAY_TYPES[dtype])
     out = np.empty(array.shape, np.float32)
-    tensors = {"a": Stored(array, dtype)}
+    tensors = {"a": array}
     assert peak_of(lambda: gpt2.copy_tensors({"a": out}, tensors)) < 0.1 * out.nbytes
     assert tensors == {}  # so no file is mapped any more
     assert out.tobytes() == numbers.float().numpy().tobytes()
     for number in (math.nan, math.inf, -math.inf):
         numbers[7] = number
-        line = refusal(gpt2.copy_tensors, {"a": out}, {"a": Stored(array, dtype)})
+        line = refusal(gpt2.copy_tensors, {"a": out}, {"a": array})
         assert line == "tensor 'a' holds a value that is not finite"
 
 
@@ -200,8 +200,8 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     array = np.arange(12, dtype=np.float32).reshape(4, 3).T
     gpt2.write_safetensors(path, {"a": array, "b": np.ones(1)}, {"k": "v"}, checksum=True)
     found, metadata = gpt2.read_safetensors(path, checksum=True)
-    assert found["a"].array.tolist() == array.tolist() and metadata == {"k": "v"}
-    assert found["b"].array.tolist() == [1] and [*found] == ["a", "b", "crc32"]
+    assert found["a"].tolist() == array.tolist() and metadata == {"k": "v"}
+    assert found["b"].tolist() == [1] and [*found] == ["a", "b", "crc32"]
     data = path.read_bytes()
     with pytest.raises(ValueError):
         gpt2.write_safetensors(path, {"a": array, "b": np.array(["no number"])}, {})
@@ -222,12 +222,9 @@ def test_a_model_is_written_without_a_copy(tmp_path):
 
 def test_names_of_models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpt2, "provide", lambda what: f"fetched {what}")
+    monkeypatch.setattr(prepro, "provide", lambda what: f"fetched {what}")
     os.makedirs("gpt2/best")  # without weights it is no model
     assert gpt2.find_weights("gpt2") == "fetched gpt2" and gpt2.find_weights("./gpt2") == "./gpt2"
-    os.mkdir("data")
-    (tmp_path / "data" / "gpt2.safetensors").touch()
-    assert gpt2.find_weights("gpt2") == "data/gpt2.safetensors"
     assert "gpt2, gpt2-medium" in refusal(gpt2.find_weights, "gpt3")
     for name in ("gpt2", "m.bin"):
         assert "extras.llmc" in refusal(gpt2.open_weights, name)
@@ -242,7 +239,7 @@ def test_only_what_can_t_be_fetched_is_a_connection_error(monkeypatch):
     for error, expected in ((unfetched, ConnectionError), (wrong, InputError)):
         monkeypatch.setattr(prepro, "provide", Mock(side_effect=error))
         with pytest.raises(expected, match="^no network: plug it in$|^no$"):
-            gpt2.provide("gpt2")
+            gpt2.prepro("provide", "gpt2")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,20 +284,21 @@ def test_shards_by_name_by_pattern_and_by_list(tmp_path):
     assert "d*.bin: no such token file" in refusal(found, [a, str(tmp_path / "d*.bin")])
 
 
-def test_the_text_at_hand(tmp_path, monkeypatch):
+def test_the_text_at_hand(tmp_path, monkeypatch, capsys):
     """Tiny Shakespeare or this project's files, of which every tenth passage validates."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("data")
     text = b"".join(b"line %04d\n" % n for n in range(2100))  # 21 passages of 1010 bytes
     shakespeare = tmp_path / "data" / "tiny_shakespeare.txt"
     shakespeare.write_bytes(text.replace(b"\n", b"\r\n"))
-    name, training, validation = gpt2.text_at_hand()
-    assert name == "tiny_shakespeare.txt"
-    assert bytes(validation) == text[5050:6060] + text[15150:16160]
-    assert bytes(training) == text[:5050] + text[6060:15150] + text[16160:]
-    shakespeare.write_bytes(text[:20_000])  # a test's, for instance
-    name, training, _ = gpt2.text_at_hand()
-    assert name.startswith("train_gpt2.py and ") and b"class Llama(GPT2" in bytes(training)
+    training, validation = gpt2.text_at_hand()
+    assert validation.encode() == text[5050:6060] + text[15150:16160]
+    assert training.encode() == text[:5050] + text[6060:15150] + text[16160:]
+    shakespeare.unlink()
+    training, _ = gpt2.text_at_hand()
+    assert "class Llama(GPT2" in training
+    said = r"the text is that of tiny_shakespeare.txt\n.* train_gpt2.py and \d+ more files\n"
+    assert re.fullmatch(said, capsys.readouterr().out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -308,76 +306,83 @@ def test_the_text_at_hand(tmp_path, monkeypatch):
 
 TEXT = "low lower, the lowest aaaa\n\n naïve 语言模型 🙂\r\n <|endoftext|>\n"
 MERGES = [b"es", b"est", b"lo", b"low", b"th", b"the", b"aa", "语".encode()[:2], "语".encode()]
-OWN = [*(bytes([i]) for i in range(256)), *MERGES, b" the", b"<|endoftext|>"]
-OTHER = [*OWN[:-2], b"at", OWN[-1]]  # of the same size
-SIZE = len(OWN)
+OWN = [*(bytes([i]) for i in range(256)), *MERGES, b" the"]
+OTHER = [*OWN[:-1], b"at"]  # of the same size
+SIZE = len(OWN) + 1  # with <|endoftext|>
 
 
 def vocab_json(vocabulary):
-    return json.dumps({prepro.spelled(token): i for i, token in enumerate(vocabulary)}).encode()
+    names = [*map(prepro.spelled, vocabulary), "<|endoftext|>"]
+    return json.dumps({name: i for i, name in enumerate(names)}).encode()
 
 
 @pytest.mark.parametrize(
-    "vocabulary, V, first", [(OWN, SIZE, 10), (None, 256, 10), (None, 50304, 50256)]
+    "vocabulary, V, first", [(OWN, SIZE, 10), ("bytes", 256, 10), ("gpt2", 50304, 50256)]
 )
 def test_tokens_and_text(vocabulary, V, first):
-    if V == 50304:
+    if vocabulary == "gpt2":
         need_gpt2_vocabulary()
-    tokens = gpt2.tokenizer(V, vocabulary)
+    tokens = gpt2.tokenizer(vocabulary)
     ids = tokens.encode(TEXT)
     assert b"".join(map(tokens.decode, ids)) == TEXT.encode() and tokens.first == first
     assert sum(tokens.lengths[i] for i in ids) == len(TEXT.encode()) and len(tokens.lengths) == V
     if V != 256:
-        end = 50256 if vocabulary is None else SIZE - 1
+        end = 50256 if vocabulary == "gpt2" else SIZE - 1
         assert tokens.decode(end) == b"\n" and tokens.lengths[end] == 0
+        assert V == SIZE or tokens.decode(50303) == b"<50303>"
 
 
 def test_gpt2s_own_vocabulary_is_known_by_the_order_of_its_merges(tmp_path):
     need_gpt2_vocabulary()
-    words = [*map(gpt2.tokenizer(50257).decode, range(50256)), b"<|endoftext|>"]
-    files = prepro.huggingface_files(50257, None)
-    assert files["merges.txt"].decode().split("\n")[1:-1] == prepro.merges_of(words[:-1])
-    other = [*words[:-3], words[-2], words[-3], words[-1]]
-    (tmp_path / "vocab.json").write_bytes(vocab_json(other))
-    assert gpt2.saved_vocabulary(str(tmp_path), 50257) == other
+    words = [*map(gpt2.tokenizer("gpt2").decode, range(50256))]
+    files = prepro.huggingface_files("gpt2")
+    assert files["merges.txt"].decode().split("\n")[1:-1] == prepro.merges_of(words)
+    other = [*words[:-2], words[-1], words[-2]]
+    for found, expected in ((words, "gpt2"), (other, other)):
+        (tmp_path / "vocab.json").write_bytes(vocab_json(found))
+        assert gpt2.saved_vocabulary(str(tmp_path), 50257) == expected
 
 
 def test_tokens_of_an_unknown_vocabulary_have_no_text(tmp_path):
     """Nobody takes them for bytes or GPT-2's."""
-    assert gpt2.saved_vocabulary(str(tmp_path), SIZE) is None
-    for found, V in ((b"{", SIZE), (b"[]", SIZE), (b"{}", 50257), (vocab_json(OWN), 50257)):
+    usual = {256: "bytes", 50257: "gpt2", 50304: "gpt2", 50256: None, 50305: None, SIZE: None}
+    for V, expected in usual.items():
+        assert gpt2.saved_vocabulary(str(tmp_path), V) == expected
+    texts = b"{", b"[]", b"{}", vocab_json(OWN)
+    for found, V in itertools.product(texts, (256, SIZE + 1, 50257)):
         (tmp_path / "vocab.json").write_bytes(found)
-        assert gpt2.saved_vocabulary(str(tmp_path), V) == []
-    for V, vocabulary in ((65, None), (50256, None), (50305, None), (50257, [])):
-        assert "a vocabulary that is not known" in refusal(gpt2.tokenizer, V, vocabulary)
+        assert gpt2.saved_vocabulary(str(tmp_path), V) is None
+    assert "the vocabulary of the model is not known" in refusal(gpt2.tokenizer, None)
 
 
 BELONGS = [  # size and vocabulary in a token file, those of a model, and whether they fit
-    (0, None, SIZE, OWN, True), (61, None, 61, None, True), (50257, None, 50304, None, True),
-    (SIZE, OWN, SIZE, OWN, True),
-    (256, None, 50257, None, False), (50304, None, 50257, None, False),
-    (50257, None, 50257, [], False), (SIZE, OWN, SIZE, OTHER, False),
-    (SIZE, OWN, SIZE, None, False), (SIZE, None, SIZE, OWN, False),
+    (0, "", SIZE, OWN, True), (61, "", 61, None, True), (50257, "", 50304, "gpt2", True),
+    (SIZE, OWN, SIZE, OWN, True), (256, "", 256, "bytes", True), (0, "", 61, None, True),
+    (256, "", 50257, "gpt2", False), (61, "", 65, None, False), (256, "", 256, None, False),
+    (50257, "", 50257, None, False), (SIZE, OWN, SIZE, OTHER, False),
+    (SIZE, OWN, SIZE, None, False), (SIZE, "", SIZE, OWN, False),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("V, theirs, size, vocabulary, fit", BELONGS)
 def test_which_tokens_are_a_models(V, theirs, size, vocabulary, fit):
-    shard = SimpleNamespace(vocab_size=V, vocabulary_crc=gpt2.vocabulary_crc(theirs))
+    crc32 = zlib.crc32(prepro.vocabulary_file(theirs))
+    shard = SimpleNamespace(vocab_size=V, vocabulary_crc=crc32)
     assert gpt2.belongs(shard, size, vocabulary) == fit
 
 
 def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
     beside = tmp_path / "my.tiktoken"
-    data, other = (prepro.vocabulary_file(tokens[:-1]) for tokens in (OWN, OTHER))
+    data, other = map(prepro.vocabulary_file, (OWN, OTHER))
     beside.write_bytes(data)
     for name in ("my.bin", "my_val.bin", "my_train_001.bin", "my_train.bin"):
         shard = open_tokens(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))
         assert gpt2.vocabulary_of(shard) == OWN
     beside.write_bytes(other)
-    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, shard)
+    assert not gpt2.belongs(shard, SIZE, gpt2.vocabulary_of(shard))
     beside.unlink()
-    assert "my.tiktoken is missing" in refusal(gpt2.vocabulary_of, shard)
+    with pytest.raises(FileNotFoundError, match="my.tiktoken"):
+        gpt2.vocabulary_of(shard)
     assert gpt2.vocabulary_of(open_tokens(token_file(tmp_path / "my.bin", SOUND, SIZE))) is None
 
 
@@ -386,8 +391,8 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
 
 
 BOTH_WAYS = [  # our vocabulary, its size, the id of its end; what transformers saves it as
-    (OWN, SIZE, SIZE - 1, "F16", "20KB"), (None, 256, None, "BF16", "1GB"),
-    (None, 50257, 50256, "F32", "1GB"),
+    (OWN, SIZE, SIZE - 1, "F16", "20KB"), ("bytes", 256, None, "BF16", "1GB"),
+    ("gpt2", 50257, 50256, "F32", "1GB"),
 ]  # fmt: skip
 
 
@@ -414,7 +419,7 @@ def test_transformers_and_we_open_what_the_other_saves(vocabulary, V, end, dtype
     assert said[0]["generated_text"].startswith("the")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = TEXT.replace("<|endoftext|>", "")
-    assert tokenizer.encode(text) == gpt2.tokenizer(V, vocabulary).encode(text)
+    assert tokenizer.encode(text) == gpt2.tokenizer(vocabulary).encode(text)
 
     folder = tmp_path / "theirs"
     tokenizer.save_pretrained(folder)
@@ -459,7 +464,7 @@ def test_damage_by_chance(number, tmp_path):
         header, _ = unpacked(weights.read_bytes())
         told = header["__metadata__"].get("n_head") or 3  # which is in config.json
         assert model.config.num_heads == int(told)
-        assert np.isfinite(model.flat[0]).all() and model.vocabulary in ([], OWN)
+        assert np.isfinite(model.flat[0]).all() and model.vocabulary in (None, OWN)
 
     check()
     accepted = []

@@ -159,7 +159,7 @@ def test_only_what_could_not_be_had_is_a_fetch_error(empty_folder, monkeypatch, 
     refused(provide, "pip install requests")
     for name in ("tiktoken", "regex"):
         monkeypatch.setitem(sys.modules, name, None)
-        refused(lambda: prepro.learned_files("x", b"to be", b"or", 300), f"pip install {name}")
+        refused(lambda: prepro.token_files("x", "to be", "or", 300), f"pip install {name}")
 
 
 def test_progress_is_counted_every_five_seconds(monkeypatch, capsys):
@@ -222,7 +222,7 @@ def test_gpt2s_vocabulary_is_used_where_it_is(empty_folder, folder):
         put(f"junk/{os.path.basename(path)}", b"{}")
     os.environ.update(FOLDERS[folder])
     assert prepro.get_encoding().encode_ordinary("hello world") == [31373, 995]
-    assert list(prepro.huggingface_files(50304, None)) == ["vocab.json", "merges.txt"]
+    assert list(prepro.huggingface_files("gpt2")) == ["vocab.json", "merges.txt"]
     tiktoken.registry.ENCODINGS.clear()
     put(f"{folder}/{os.path.basename(path)}", b"{}")
     refused(prepro.get_encoding, f"vocabulary to {folder}: Connection refused")
@@ -444,7 +444,7 @@ def test_several_texts_in_a_vocabulary_that_is_learned_and_used_again(empty_fold
     vocabulary = prepro.read_vocabulary("data/a.tiktoken")
     assert vocabulary == prepro.learn_vocabulary(trained, 270)
     told = [270, zlib.crc32(content("data/a.tiktoken"))]
-    prepro.learned_files("data/first", trained.encode(), b"it validates", 270)
+    prepro.write_files(prepro.token_files("data/first", trained, "it validates", 270))
     for path in ("data/a_val.bin", "data/first_val.bin"):
         assert list(read_token_file(path)[:2]) == told
     val, train = tokens_of("data/a")
@@ -456,4 +456,5 @@ def test_several_texts_in_a_vocabulary_that_is_learned_and_used_again(empty_fold
     assert content("data/b.tiktoken") == content("data/a.tiktoken")
     found = len(prepro.learn_vocabulary(trained, 5000)) + 1
     hint = f"the text has pairs for a --vocab_size of {found} only\n"
+    assert capsys.readouterr().err == hint
     prepared(capsys, *flags, "--vocab_size", "5000", "--output_prefix", "x", err=hint)

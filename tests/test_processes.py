@@ -89,7 +89,7 @@ def left_in(folder):
     """
     paths = gpt2.list_checkpoints(str(folder))
     tensors, metadata = gpt2.read_safetensors(paths[0], checksum=True)
-    numbers = [tensor.array.ravel() for name, tensor in tensors.items() if name != "crc32"]
+    numbers = [tensor.ravel() for name, tensor in tensors.items() if name != "crc32"]
     entries = [json.loads(line) for line in (folder / "main.jsonl").read_text().splitlines()]
     names = ("step", "train_loss", "norm", "val_loss", "val_tokens")
     measured = [[entry.get(name, 0) for name in names] for entry in entries]

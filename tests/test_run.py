@@ -84,7 +84,7 @@ def call(place, tmp_path, monkeypatch, capfd):
     """
     monkeypatch.chdir(shutil.copytree(place, tmp_path / "place"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # there is no power cut, either
-    monkeypatch.setattr(gpt2, "provide", offline)
+    monkeypatch.setattr("prepro_tinyshakespeare.provide", offline)
 
     def call(*flags):
         capfd.readouterr()
@@ -132,7 +132,7 @@ def result_of(folder):
     tensors, metadata = gpt2.read_safetensors(gpt2.list_checkpoints(folder)[0])
     state = json.loads(metadata["state"])
     del tensors["crc32"], state["settings"], state["threads"]
-    tensors = {name: stored.array.tobytes() for name, stored in tensors.items()}
+    tensors = {name: stored.tobytes() for name, stored in tensors.items()}
     names = ("model.safetensors", "best/model.safetensors", "config.json")
     return tensors, state, log_of(folder), [Path(folder, name).read_bytes() for name in names]
 
@@ -162,7 +162,7 @@ def test_a_run_is_what_the_interface_computes(place, monkeypatch):
             printed.append(f"val loss {loss:.6f} ({bits:.2f} bits per byte)")
             validations.append((loss, step, model.params["wte"].tobytes()))
         if step in (0, 3, 6, 8):
-            text = "".join(gpt2.sample_text(args, model, gpt2.tokenizer(256), 6, step))
+            text = "".join(gpt2.sample_text(args, model, gpt2.tokenizer("bytes"), 6, step))
             assert f"--- sample\n{text}\n" in stdout
             printed.append("--- sample")
         if step < 8:
@@ -462,14 +462,15 @@ def test_if_no_model_is_named_a_small_one_learns(call, monkeypatch):
     flags = "--num_iterations 1 --batch_size 1 --val_max_steps 1 --max_new_tokens 3"
     for folder, named in (("data/first", ""), ("o", "--output_dir o")):
         stdout = stdout_of(call(flags, named))
-        assert "--> so a small GPT will learn from scratch\n" in stdout and "step 1/1" in stdout
+        assert "--> so a small GPT learns from scratch (--model d2)\n" in stdout and "step 1/1" in stdout
         assert f"saved in {folder}\n" in stdout and steps_of(folder) == [1]
     assert "kept in no folder" in stdout_of(call(flags)) and not os.path.exists("main.jsonl")
     assert "step 2/2" in stdout_of(call("--output_dir o --resume 1 --num_iterations 2"))
     assert [e["step"] for e in log_of("o") if "val_loss" in e] == [0, 1, 2]
 
     monkeypatch.setattr(sys, "argv", ["kernel", "-f", "kernel.json"])  # main() in a notebook
-    monkeypatch.setattr(gpt2, "provide", lambda what: gpt2.require(False, "it is damaged"))
+    damaged = lambda what: gpt2.require(False, "it is damaged")
+    monkeypatch.setattr("prepro_tinyshakespeare.provide", damaged)
     assert gpt2.main() == 1  # which is no reason to train something else
 
 
@@ -481,7 +482,7 @@ def test_a_run_in_another_thread(call):
 
 def test_what_has_no_prompt_needs_no_encoder(call, monkeypatch):
     """A vocabulary of one's own decodes without tiktoken."""
-    tokens = gpt2.tokenizer(256)
+    tokens = gpt2.tokenizer("bytes")
     tokens.encode = offline
     monkeypatch.setattr(gpt2, "tokenizer", lambda *args: tokens)
     flags = "--model model --inference_only 1 --max_new_tokens 3"
@@ -560,7 +561,7 @@ def test_any_prompt_is_gone_on_with_and_harms_no_terminal(prompt, read, written,
     asked = []
     model = SimpleNamespace(generate=lambda *args: asked.extend(args) or written)
     args = SimpleNamespace(seed=7, prompt=prompt, temperature=0.5, top_k=3)
-    assert "".join(gpt2.sample_text(args, model, gpt2.tokenizer(256), 20, 9)) == prompt + shown
+    assert "".join(gpt2.sample_text(args, model, gpt2.tokenizer("bytes"), 20, 9)) == prompt + shown
     *rest, rng = asked
     assert rest == [read, 20, 0.5, 3] and rng.random() == np.random.default_rng([7, 9]).random()
 
@@ -583,7 +584,7 @@ def test_what_is_normal_is_said(call, monkeypatch):
 
     gpt2.GPT2(gpt2.GPT2Config(16, 300, 1, 2, 8), 1, 8).save_pretrained("m")
     stdout = stdout_of(call(RUN, "--model m"))
-    assert stdout.count("no samples: the model's 300 tokens are of a vocabulary") == 1
+    assert stdout.count("no samples: the vocabulary of the model is not known") == 1
     assert "--- sample" not in stdout and re.search(r"\nval loss \S+\n", stdout)
 
 
