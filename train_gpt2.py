@@ -1697,43 +1697,35 @@ def describe(run):
         print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
 
 
-def passages(shards, T):
-    """The passages of T tokens that shards have, one after the other, and what is left at the end.
-
-    Each is tokens (T + 1,) and how many of its T predictions count. A shorter one is filled up with
-    zeros at the end, which nothing before them can see.
-    """
-    for shard in shards:
-        for start in range(0, len(shard) - 1, T):
-            tokens = np.asarray(shard[start : start + T + 1], np.int64)
-            yield np.pad(tokens, (0, T + 1 - len(tokens))), len(tokens) - 1
-
-
 VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
 
 
 def evaluate(run, number):
     """What a validation finds in the first passages of its data, a dict; None after a signal.
 
-    Each passage counts once, whatever the batch size. The last batch is filled up with its rows.
+    Each passage counts once, whatever the batch size. Zeros fill up one that is shorter than the
+    others, where nothing before them can see them, and the last batch.
 
-    number   of passages; None is all of them
+    number   of passages, of T tokens each; None is all of them
     """
     model = run.model
-    B, T = model.acts["losses"].shape
-    B *= model.PROCESSES
+    B, T = model.batch_size * model.PROCESSES, model.sequence_length
     lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * model.config.vocab_size)
     nats, tokens, nbytes = 0.0, 0, 0
-    rows = itertools.islice(passages(run.validation, T), number)
-    while batch := list(itertools.islice(rows, B)):
+    starts = ((shard, i) for shard in run.validation for i in range(0, len(shard) - 1, T))
+    passages = itertools.islice((shard[i : i + T + 1] for shard, i in starts), number)
+    while batch := list(itertools.islice(passages, B)):
         if run.signals:
             return None
-        filled = np.resize([window for window, _ in batch], (B, T + 1))
+        filled = np.zeros((B, T + 1), np.int64)
+        for row, passage in zip(filled, batch, strict=False):
+            row[: len(passage)] = passage
         losses = model.batch_losses(filled[:, :-1], filled[:, 1:])
-        for row, (window, n) in enumerate(batch):
-            nats += float(losses[row, :n].sum(dtype=np.float64))
-            tokens += n
-            nbytes += int(lengths[window[1 : n + 1]].sum())
+        for row, passage in zip(losses, batch, strict=False):
+            predicted = passage[1:]
+            nats += float(row[: len(predicted)].sum(dtype=np.float64))
+            tokens += len(predicted)
+            nbytes += int(lengths[predicted].sum())
 
     require(tokens, "the validation data has no token after its first")
     loss = nats / tokens
@@ -2592,27 +2584,27 @@ def help_for_ever():
         CALLS.get()()  # under no name: while it waits, a helper keeps nothing alive
 
 
-def parallel(task, n):
-    """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one.
+def parallel(task, pieces):
+    """[task(piece) for piece in pieces], computed by THREADS threads while BLAS has one.
 
     A task may not call parallel. Calls from several threads come one after the other.
     """
-    results = [None] * n
+    results = [None] * len(pieces)
     numbers = [None] * THREADS  # each None ends the work of a thread
-    numbers.extend(reversed(range(n)))
+    numbers.extend(reversed(range(len(pieces))))
     done = queue.SimpleQueue()
 
     def work():
         try:
-            # Whoever is free takes the next number. None comes twice, even without Python's lock.
+            # Whoever is free takes the next number. Even without Python's lock, none comes twice.
             for i in iter(numbers.pop, None):
-                results[i] = task(i)
+                results[i] = task(pieces[i])
             done.put(None)
         except BaseException as error:
             done.put(error)
 
     with blas_held_to(1):
-        called = min(THREADS, n) - 1
+        called = min(THREADS, len(pieces)) - 1
         while len(HELPERS) < called:
             helper = threading.Thread(target=help_for_ever, daemon=True)
             helper.start()
@@ -2670,17 +2662,17 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
             with blas_held_to(1):
                 return layer(*args)
 
-        def block(number):
+        def block(place):
             own = list(args)
             for i, array in zip(of_rows, rows, strict=True):
-                own[i] = array[np.newaxis, slices[number]]
+                own[i] = array[np.newaxis, place]
             for i in of_sums:
                 own[i] = np.empty_like(args[i])
                 own[-1] = False  # add
             result = layer(*own)
             return [own[i] for i in of_sums] or result
 
-        results = parallel(block, len(slices))
+        results = parallel(block, slices)
         if not of_sums:
             return None if results[0] is None else sum(results)
         for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
@@ -2693,34 +2685,29 @@ def by_heads(layer):
     """The same layer, run by blocks of heads, which do not depend on each other.
 
     A block is some sequences with all of their heads or, if that is too much, some heads of one
-    sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head.
-    Of (B, T, C) the layer gets (sequences, T, heads, hs), of qkv and dqkv (sequences, T, 3, heads,
-    hs), and of lse (sequences, T, heads).
+    sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head. The
+    layer gets (sequences, T, 3, heads, hs) of qkv and dqkv, and (sequences, T, 1, heads, hs) of
+    what is (B, T, C).
     """
-    names = list(inspect.signature(layer).parameters)[:-1]  # without NH, the last
 
     @functools.wraps(layer)
     def run(*args):
-        NH = args[-1]
-        views = {}
-        for name, array in zip(names, args, strict=False):
-            parts = (3, NH, -1) if name in ("qkv", "dqkv") else (NH, -1)
-            views[name] = array.reshape(*array.shape[:2], *parts, copy=False)
-
-        B, n = views["out"].shape[:2]
-        nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
+        *others, lse, qkv, NH = args  # as both layers have them
+        B, n = lse.shape[:2]
+        nbytes = min(ATT_ROWS, n) * qkv.shape[1] * qkv.itemsize  # of one head
         number = len(blocks(B * NH, nbytes))
         of_sequences = cut(B, number)
         of_heads = cut(NH, math.ceil(number / len(of_sequences)))
-        pieces = list(itertools.product(of_sequences, of_heads))
 
-        def piece(i):
-            sequences, heads = pieces[i]
-            own = {name: view[sequences, ..., heads, :] for name, view in views.items()}
-            own["lse"] = own["lse"][..., 0]
-            layer(*own.values(), heads.stop - heads.start)
+        hs = qkv.shape[2] // (3 * NH)
+        views = [x.reshape(*x.shape[:2], -1, NH, hs, copy=False) for x in (*others, qkv)]
 
-        parallel(piece, len(pieces))
+        def block(place):
+            sequences, heads = place
+            *own, own_qkv = [view[sequences, ..., heads, :] for view in views]
+            layer(*own, lse[sequences, :, heads], own_qkv, heads.stop - heads.start)
+
+        parallel(block, list(itertools.product(of_sequences, of_heads)))
 
     return run
 
@@ -2729,7 +2716,10 @@ def by_blocks(products):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
-    other cores have begun.
+    other cores have begun. BLAS copies the rows of a and the columns of b that a block needs, and a
+    column costs half as much again. So blocks are nearly square. None has less than 2^20
+    multiplications, some 15 microseconds, unless a @ b is added to out: then a block of it should
+    still be in the cache.
     """
 
     @functools.wraps(products)
@@ -2739,34 +2729,25 @@ def by_blocks(products):
             # threads start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
             with blas_held_to(THREADS):
                 return products(*jobs)
-        work = [out.size * len(b) for out, _, b, _, _ in jobs]  # multiplications
+        all_work = sum(out.size * len(b) for out, _, b, _, _ in jobs)  # multiplications
         pieces = []
-        for job, own in zip(jobs, work, strict=True):
-            pieces += product_blocks(*job, math.ceil(THREADS * own / sum(work)))
-        parallel(lambda i: products(pieces[i]), len(pieces))
+        for out, a, b, add, bias in jobs:
+            m, n = out.shape
+            work = out.size * len(b)
+            number = max(1, min(math.ceil(THREADS * work / all_work), work >> 20))
+            if add:
+                number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
+
+            ways = [i for i in range(1, number + 1) if number % i == 0]  # to cut the rows
+            costs = [m / i + 1.5 * n / (number // i) for i in ways]
+            of_rows = ways[costs.index(min(costs))]
+            of_columns = cut(n, number // of_rows)
+            for rows, columns in itertools.product(cut(m, of_rows), of_columns):
+                own_bias = None if bias is None else bias[columns]
+                pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
+        parallel(products, pieces)
 
     return run
-
-
-def product_blocks(out, a, b, add, bias, number):
-    """A job of `products`, cut into `number` blocks: a list of jobs.
-
-    BLAS copies the rows of a and the columns of b that a block needs, and a column costs half as
-    much again. So blocks are nearly square. None has less than 2^20 multiplications, some 15
-    microseconds, unless a @ b is added to out: then a block of it should still be in the cache.
-    """
-    m, n = out.shape
-    number = max(1, min(number, out.size * len(b) >> 20))
-    if add:
-        number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
-
-    ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
-    of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
-    pieces = []
-    for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
-        own_bias = None if bias is None else bias[columns]
-        pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
-    return pieces
 
 
 layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
