@@ -1456,10 +1456,7 @@ class GPT2(Model):
         shape = self.acts["losses"].shape  # (B, T)
         inputs = self.check_tokens(inputs, "inputs", shape)
         targets = self.check_tokens(targets, "targets", shape)
-        require(
-            self.training or not train,
-            "a model made with training=False has no gradients: use forward(..., train=False)",
-        )
+        train = train and self.training  # else it has no gradients, and backward() is refused
         with self.whole("forward()", *self.FREE, spoils=train):
             return super().forward(inputs, targets, train, grad_scale)
 
@@ -1553,7 +1550,7 @@ class GPT2(Model):
         context = self.check_tokens(context, "context").tolist()
         texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
         longest = len(context) + max(map(len, texts))
-        most = self.acts["losses"].shape[1] + 1  # nothing is predicted from the last token
+        most = self.sequence_length + 1  # nothing is predicted from the last token
         require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
 
         with self.whole("token_losses()", *self.FREE, spoils=False):
@@ -1607,7 +1604,7 @@ class Run:
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
-    missing: dict = field(default_factory=dict)  # what could not be written, and why
+    missing: set = field(default_factory=set)  # what could not be written
     began: tuple = ()  # the step and the time of the first update of this process
     shown: float = 0.0  # when the last line was printed
 
@@ -1700,21 +1697,28 @@ def describe(run):
 VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
 
 
-def evaluate(run, number):
-    """What a validation finds in the first passages of its data, a dict; None after a signal.
+def evaluate(run):
+    """What a validation finds in its data, a dict; None after a signal.
 
-    Each passage counts once, whatever the batch size. Zeros fill up one that is shorter than the
-    others, where nothing before them can see them, and the last batch.
-
-    number   of passages, of T tokens each; None is all of them
+    It reads passages of T tokens, all of them if nothing is trained. Each counts once, whatever the
+    batch size. Zeros fill up one that is shorter, after its end, and the last batch.
     """
-    model = run.model
-    B, T = model.batch_size * model.PROCESSES, model.sequence_length
-    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * model.config.vocab_size)
+    args, model = run.args, run.model
+    B, T, V = model.batch_size * model.PROCESSES, model.sequence_length, model.config.vocab_size
+    number = args.val_max_steps * args.batch_size
+    if run.loader and not number:
+        usual = 1280 if is_gpt2s(V) else VAL_TOKENS
+        number = max(5, usual // T)
+
+    def passages():
+        for shard in run.validation:
+            for start in range(0, len(shard) - 1, T):
+                yield shard[start : start + T + 1]
+
+    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * V)
     nats, tokens, nbytes = 0.0, 0, 0
-    starts = ((shard, i) for shard in run.validation for i in range(0, len(shard) - 1, T))
-    passages = itertools.islice((shard[i : i + T + 1] for shard, i in starts), number)
-    while batch := list(itertools.islice(passages, B)):
+    rest = itertools.islice(passages(), number or None)
+    while batch := list(itertools.islice(rest, B)):
         if run.signals:
             return None
         filled = np.zeros((B, T + 1), np.int64)
@@ -1741,9 +1745,7 @@ def evaluate(run, number):
 
 def validate(run):
     """Evaluate, log, and keep the weights if they are the best so far."""
-    args, T = run.args, run.args.sequence_length
-    most = 1280 if is_gpt2s(run.model.config.vocab_size) else VAL_TOKENS
-    found = evaluate(run, args.val_max_steps * args.batch_size or max(5, most // T))
+    found = evaluate(run)
     if not found:
         return
     if run.folder and run.step > 0 and found["val_loss"] < best_so_far(run)[0]:
@@ -1824,11 +1826,11 @@ def kept(run, what):
     """
     try:
         yield
-        run.missing.pop(what, None)
+        run.missing.discard(what)
     except OSError as error:
         if what not in run.missing:
             print_now(f"can't write {what}: {error}; the run goes on")
-        run.missing[what] = str(error)  # the error itself would keep the run, and so its lock
+        run.missing.add(what)
 
 
 def finish(run, complete):
@@ -1932,12 +1934,12 @@ def save_checkpoint(run):
 
 
 def newest_checkpoint(folder):
-    """(path, state) of the newest whole checkpoint in a folder; ("", None) if there is no file.
+    """(path, state) of the newest whole checkpoint in a folder; ("", None) if nothing is there.
 
-    InputError if none is whole, or if one has another format.
+    That may be so with the log of a run that was killed before its first checkpoint. InputError if
+    there are only damaged ones, or weights alone, or one of another format.
     """
-    paths = list_checkpoints(folder)
-    for path in paths:
+    for path in list_checkpoints(folder):
         try:
             _, metadata = read_safetensors(path, checksum=True)
         except (InputError, OSError) as error:
@@ -1947,15 +1949,16 @@ def newest_checkpoint(folder):
         remedy = "resume it with the program that wrote it"
         require(found == CHECKPOINT, f"{path} is a {found!r}, expected {CHECKPOINT!r}: {remedy}")
         return path, json.loads(metadata["state"])
-    require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
+    weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
+    how = "begin anew with another --output_dir, from a --model"
+    require(not weights, f"{folder} holds weights, but no whole checkpoint to resume: {how}")
     return "", None
 
 
 def lock_folder(folder, resume):
     """Keep a folder to this process, as long as the file that is returned is open.
 
-    InputError if another process has it, or if it holds what a new run would overwrite. With
-    --resume 1 that may be the log of a run that was killed before its first checkpoint.
+    InputError if another process has it, or if it holds what a new run would overwrite.
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "ab")
@@ -1975,14 +1978,9 @@ def lock_folder(folder, resume):
         pass  # this file system has no locks
 
     weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
-    if resume:
-        how = "train from them with --model, and another --output_dir"
-        resumable = list_checkpoints(folder) or not weights
-        require(resumable, f"{folder} holds weights, but no checkpoint to resume: {how}")
-    else:
-        new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
-        how = "go on with --resume 1, or choose another --output_dir"
-        require(new, f"{folder} holds a run: {how}")
+    new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
+    how = "go on with --resume 1, or choose another --output_dir"
+    require(resume or new, f"{folder} holds a run: {how}")
     return file
 
 
@@ -2712,7 +2710,10 @@ def by_heads(layer):
     return run
 
 
-def by_blocks(products):
+one_by_one = products  # section 2's
+
+
+def products(*jobs):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
@@ -2721,38 +2722,33 @@ def by_blocks(products):
     multiplications, some 15 microseconds, unless a @ b is added to out: then a block of it should
     still be in the cache.
     """
+    if len(jobs) == 1 and len(jobs[0][0]) == 1:
+        # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own threads
+        # start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
+        with blas_held_to(THREADS):
+            return one_by_one(*jobs)
 
-    @functools.wraps(products)
-    def run(*jobs):
-        if len(jobs) == 1 and len(jobs[0][0]) == 1:
-            # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own
-            # threads start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
-            with blas_held_to(THREADS):
-                return products(*jobs)
-        all_work = sum(out.size * len(b) for out, _, b, _, _ in jobs)  # multiplications
-        pieces = []
-        for out, a, b, add, bias in jobs:
-            m, n = out.shape
-            work = out.size * len(b)
-            number = max(1, min(math.ceil(THREADS * work / all_work), work >> 20))
-            if add:
-                number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
+    all_work = sum(out.size * len(b) for out, _, b, _, _ in jobs)  # multiplications
+    pieces = []
+    for out, a, b, add, bias in jobs:
+        m, n = out.shape
+        work = out.size * len(b)
+        number = max(1, min(math.ceil(THREADS * work / all_work), work >> 20))
+        if add:
+            number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
 
-            ways = [i for i in range(1, number + 1) if number % i == 0]  # to cut the rows
-            costs = [m / i + 1.5 * n / (number // i) for i in ways]
-            of_rows = ways[costs.index(min(costs))]
-            of_columns = cut(n, number // of_rows)
-            for rows, columns in itertools.product(cut(m, of_rows), of_columns):
-                own_bias = None if bias is None else bias[columns]
-                pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
-        parallel(products, pieces)
-
-    return run
+        ways = [i for i in range(1, number + 1) if number % i == 0]  # to cut the rows
+        costs = [m / i + 1.5 * n / (number // i) for i in ways]
+        of_rows = ways[costs.index(min(costs))]
+        of_columns = cut(n, number // of_rows)
+        for rows, columns in itertools.product(cut(m, of_rows), of_columns):
+            own_bias = None if bias is None else bias[columns]
+            pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
+    parallel(one_by_one, pieces)
 
 
 layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
 layernorm_backward = by_rows(layernorm_backward, "dinp dout inp mean rstd", "dweight dbias")
-products = by_blocks(products)
 attention_forward = by_heads(attention_forward)
 attention_backward = by_heads(attention_backward)
 gelu_forward = by_rows(gelu_forward, "out inp")
@@ -3162,7 +3158,7 @@ def main(argv=()):
                     print(text, end="", flush=True)
                 print(flush=True)
         elif not run.loader:
-            loss = evaluate(run, args.val_max_steps * args.batch_size or None)["val_loss"]
+            loss = evaluate(run)["val_loss"]
             print_now(f"perplexity {math.exp(min(loss, 700)):.2f}")
         else:
             with noted(run.signals):
