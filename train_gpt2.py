@@ -1697,14 +1697,17 @@ def describe(run):
 VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
 
 
-def evaluate(run):
-    """What a validation finds in its data, a dict; None after a signal.
+def validate(run):
+    """Print and log the loss on the validation data; keep the weights if they are the best so far.
 
     It reads passages of T tokens, all of them if nothing is trained. Each counts once, whatever the
-    batch size. Zeros fill up one that is shorter, after its end, and the last batch.
+    batch size. Zeros fill up one that is shorter, after its end, and the last batch. After a signal
+    nothing is printed or logged.
     """
     args, model = run.args, run.model
-    B, T, V = model.batch_size * model.PROCESSES, model.sequence_length, model.config.vocab_size
+    B = model.batch_size * model.PROCESSES
+    T = model.sequence_length
+    V = model.config.vocab_size
     number = args.val_max_steps * args.batch_size
     if run.loader and not number:
         usual = 1280 if is_gpt2s(V) else VAL_TOKENS
@@ -1720,7 +1723,7 @@ def evaluate(run):
     rest = itertools.islice(passages(), number or None)
     while batch := list(itertools.islice(rest, B)):
         if run.signals:
-            return None
+            return
         filled = np.zeros((B, T + 1), np.int64)
         for row, passage in zip(filled, batch, strict=False):
             row[: len(passage)] = passage
@@ -1740,15 +1743,7 @@ def evaluate(run):
         found["bits_per_byte"] = nats / math.log(2) / nbytes
         bits = f" ({found['bits_per_byte']:.2f} bits per byte)"
     print_now(f"val loss {loss:.6f}{bits}")
-    return found
-
-
-def validate(run):
-    """Evaluate, log, and keep the weights if they are the best so far."""
-    found = evaluate(run)
-    if not found:
-        return
-    if run.folder and run.step > 0 and found["val_loss"] < best_so_far(run)[0]:
+    if run.folder and run.step > 0 and loss < best_so_far(run)[0]:
         with kept(run, "the best weights"):
             run.model.save_pretrained(os.path.join(run.folder, "best"))
             found["best"] = True
@@ -1911,7 +1906,7 @@ def save_checkpoint(run):
         return
     state = {
         "step": run.step,
-        "position": list(run.loader.position),
+        "position": run.loader.position,
         "data": run.data,
         "settings": vars(run.args),
         "threads": THREADS,
@@ -2587,9 +2582,10 @@ def parallel(task, pieces):
 
     A task may not call parallel. Calls from several threads come one after the other.
     """
-    results = [None] * len(pieces)
+    n = len(pieces)
+    results = [None] * n
     numbers = [None] * THREADS  # each None ends the work of a thread
-    numbers.extend(reversed(range(len(pieces))))
+    numbers.extend(reversed(range(n)))
     done = queue.SimpleQueue()
 
     def work():
@@ -2602,7 +2598,7 @@ def parallel(task, pieces):
             done.put(error)
 
     with blas_held_to(1):
-        called = min(THREADS, len(pieces)) - 1
+        called = min(THREADS, n) - 1
         while len(HELPERS) < called:
             helper = threading.Thread(target=help_for_ever, daemon=True)
             helper.start()
@@ -3158,7 +3154,8 @@ def main(argv=()):
                     print(text, end="", flush=True)
                 print(flush=True)
         elif not run.loader:
-            loss = evaluate(run)["val_loss"]
+            validate(run)
+            loss = run.entries[-1]["val_loss"]
             print_now(f"perplexity {math.exp(min(loss, 700)):.2f}")
         else:
             with noted(run.signals):
