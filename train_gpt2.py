@@ -2733,11 +2733,9 @@ def products(*jobs):
         if add:
             number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
 
-        ways = [i for i in range(1, number + 1) if number % i == 0]  # to cut the rows
-        costs = [m / i + 1.5 * n / (number // i) for i in ways]
-        of_rows = ways[costs.index(min(costs))]
-        of_columns = cut(n, number // of_rows)
-        for rows, columns in itertools.product(cut(m, of_rows), of_columns):
+        ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
+        of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
+        for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
             own_bias = None if bias is None else bias[columns]
             pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
     parallel(one_by_one, pieces)

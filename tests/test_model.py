@@ -136,6 +136,7 @@ TOO_HIGH, TOO_LOW = GOOD + 53 - GOOD.max(), GOOD - GOOD.min() - 1  # one of its 
         (lambda model: random_model(1, 9, C=23), "23 channels.* 3 heads"),
         (lambda model: random_model(1, 9, L=True), "num_layers is True"),
         (lambda model: random_model(1, 9, V=0), "vocab_size is 0"),
+        (lambda _: told("forward1 backward", random_model(2, 9, training=False)), "no gradients"),
         (lambda model: model.params.update({"wte": GOOD}), r"^\['wte'\] is a part of the blob"),
         (lambda model: model.grads.__setitem__("wte", GOOD), r"write \['wte'\]\[...\] = value"),
         (lambda model: model.params.__setitem__("no_such", GOOD), "^'no_such' is none of wte"),
