@@ -2709,6 +2709,7 @@ def by_heads(layer):
 one_by_one = products  # section 2's
 
 
+@functools.wraps(one_by_one)
 def products(*jobs):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
