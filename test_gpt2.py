@@ -1022,7 +1022,7 @@ def test_small_blocks_are_many(monkeypatch):
     """Or else these proofs would show nothing of them. The chapter knows of none."""
     counts = []
     parallel = IN_SMALL_BLOCKS.parallel
-    counted = lambda task, n: counts.append(n) or parallel(task, n)
+    counted = lambda task, pieces: counts.append(len(pieces)) or parallel(task, pieces)
     monkeypatch.setattr(IN_SMALL_BLOCKS, "parallel", counted)
     shape = (4, 64, 48, 2, 997)
     for name in ("layernorm", "attention", "gelu", "crossentropy_softmax"):

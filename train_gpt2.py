@@ -1454,10 +1454,7 @@ class GPT2(Model):
         shape = self.acts["losses"].shape  # (B, T)
         inputs = self.check_tokens(inputs, "inputs", shape)
         targets = self.check_tokens(targets, "targets", shape)
-        require(
-            self.training or not train,
-            "a model made with training=False has no gradients: use forward(..., train=False)",
-        )
+        train = train and self.training  # else it has no gradients, and backward() is refused
         with self.whole("forward()", *self.FREE, spoils=train):
             return super().forward(inputs, targets, train, grad_scale)
 
@@ -1551,7 +1548,7 @@ class GPT2(Model):
         context = self.check_tokens(context, "context").tolist()
         texts = [self.check_tokens(text, "continuation").tolist() for text in continuations]
         longest = len(context) + max(map(len, texts))
-        most = self.acts["losses"].shape[1] + 1  # nothing is predicted from the last token
+        most = self.sequence_length + 1  # nothing is predicted from the last token
         require(longest <= most, f"context and continuation have {longest} tokens, at most {most}")
 
         with self.whole("token_losses()", *self.FREE, spoils=False):
@@ -1605,7 +1602,7 @@ class Run:
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
-    missing: dict = field(default_factory=dict)  # what could not be written, and why
+    missing: set = field(default_factory=set)  # what could not be written
     began: tuple = ()  # the step and the time of the first update of this process
     shown: float = 0.0  # when the last line was printed
 
@@ -1695,43 +1692,45 @@ def describe(run):
         print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
 
 
-def passages(shards, T):
-    """The passages of T tokens that shards have, one after the other, and what is left at the end.
-
-    Each is tokens (T + 1,) and how many of its T predictions count. A shorter one is filled up with
-    zeros at the end, which nothing before them can see.
-    """
-    for shard in shards:
-        for start in range(0, len(shard) - 1, T):
-            tokens = np.asarray(shard[start : start + T + 1], np.int64)
-            yield np.pad(tokens, (0, T + 1 - len(tokens))), len(tokens) - 1
-
-
 VAL_TOKENS = 30_720  # that a validation reads by default; of GPT-2's tokens, 1,280
 
 
-def evaluate(run, number):
-    """What a validation finds in the first passages of its data, a dict; None after a signal.
+def validate(run):
+    """Print and log the loss on the validation data; keep the weights if they are the best so far.
 
-    Each passage counts once, whatever the batch size. The last batch is filled up with its rows.
-
-    number   of passages; None is all of them
+    It reads passages of T tokens, all of them if nothing is trained. Each counts once, whatever the
+    batch size. Zeros fill up one that is shorter, after its end, and the last batch. After a signal
+    nothing is printed or logged.
     """
-    model = run.model
-    B, T = model.acts["losses"].shape
-    B *= model.PROCESSES
-    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * model.config.vocab_size)
+    args, model = run.args, run.model
+    B = model.batch_size * model.PROCESSES
+    T = model.sequence_length
+    V = model.config.vocab_size
+    number = args.val_max_steps * args.batch_size
+    if run.loader and not number:
+        usual = 1280 if model.vocabulary == "gpt2" else VAL_TOKENS
+        number = max(5, usual // T)
+
+    def passages():
+        for shard in run.validation:
+            for start in range(0, len(shard) - 1, T):
+                yield shard[start : start + T + 1]
+
+    lengths = np.array(run.tokenizer.lengths if run.tokenizer else [0] * V)
     nats, tokens, nbytes = 0.0, 0, 0
-    rows = itertools.islice(passages(run.validation, T), number)
-    while batch := list(itertools.islice(rows, B)):
+    rest = itertools.islice(passages(), number or None)
+    while batch := list(itertools.islice(rest, B)):
         if run.signals:
-            return None
-        filled = np.resize([window for window, _ in batch], (B, T + 1))
+            return
+        filled = np.zeros((B, T + 1), np.int64)
+        for row, passage in zip(filled, batch, strict=False):
+            row[: len(passage)] = passage
         losses = model.batch_losses(filled[:, :-1], filled[:, 1:])
-        for row, (window, n) in enumerate(batch):
-            nats += float(losses[row, :n].sum(dtype=np.float64))
-            tokens += n
-            nbytes += int(lengths[window[1 : n + 1]].sum())
+        for row, passage in zip(losses, batch, strict=False):
+            predicted = passage[1:]
+            nats += float(row[: len(predicted)].sum(dtype=np.float64))
+            tokens += len(predicted)
+            nbytes += int(lengths[predicted].sum())
 
     require(tokens, "the validation data has no token after its first")
     loss = nats / tokens
@@ -1742,17 +1741,7 @@ def evaluate(run, number):
         found["bits_per_byte"] = nats / math.log(2) / nbytes
         bits = f" ({found['bits_per_byte']:.2f} bits per byte)"
     print_now(f"val loss {loss:.6f}{bits}")
-    return found
-
-
-def validate(run):
-    """Evaluate, log, and keep the weights if they are the best so far."""
-    args, T = run.args, run.args.sequence_length
-    most = 1280 if run.model.vocabulary == "gpt2" else VAL_TOKENS
-    found = evaluate(run, args.val_max_steps * args.batch_size or max(5, most // T))
-    if not found:
-        return
-    if run.folder and run.step > 0 and found["val_loss"] < best_so_far(run)[0]:
+    if run.folder and run.step > 0 and loss < best_so_far(run)[0]:
         with kept(run, "the best weights"):
             run.model.save_pretrained(os.path.join(run.folder, "best"))
             found["best"] = True
@@ -1830,11 +1819,11 @@ def kept(run, what):
     """
     try:
         yield
-        run.missing.pop(what, None)
+        run.missing.discard(what)
     except OSError as error:
         if what not in run.missing:
             print_now(f"can't write {what}: {error}; the run goes on")
-        run.missing[what] = str(error)  # the error itself would keep the run, and so its lock
+        run.missing.add(what)
 
 
 def finish(run, complete):
@@ -1915,7 +1904,7 @@ def save_checkpoint(run):
         return
     state = {
         "step": run.step,
-        "position": list(run.loader.position),
+        "position": run.loader.position,
         "data": run.data,
         "settings": vars(run.args),
         "threads": THREADS,
@@ -1938,12 +1927,12 @@ def save_checkpoint(run):
 
 
 def newest_checkpoint(folder):
-    """(path, state) of the newest whole checkpoint in a folder; ("", None) if there is no file.
+    """(path, state) of the newest whole checkpoint in a folder; ("", None) if nothing is there.
 
-    InputError if none is whole, or if one has another format.
+    That may be so with the log of a run that was killed before its first checkpoint. InputError if
+    there are only damaged ones, or weights alone, or one of another format.
     """
-    paths = list_checkpoints(folder)
-    for path in paths:
+    for path in list_checkpoints(folder):
         try:
             _, metadata = read_safetensors(path, checksum=True)
         except (InputError, OSError) as error:
@@ -1953,15 +1942,16 @@ def newest_checkpoint(folder):
         remedy = "resume it with the program that wrote it"
         require(found == CHECKPOINT, f"{path} is a {found!r}, expected {CHECKPOINT!r}: {remedy}")
         return path, json.loads(metadata["state"])
-    require(not paths, f"no checkpoint in {folder} is whole: choose another --output_dir")
+    weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
+    how = "begin anew with another --output_dir, from a --model"
+    require(not weights, f"{folder} holds weights, but no whole checkpoint to resume: {how}")
     return "", None
 
 
 def lock_folder(folder, resume):
     """Keep a folder to this process, as long as the file that is returned is open.
 
-    InputError if another process has it, or if it holds what a new run would overwrite. With
-    --resume 1 that may be the log of a run that was killed before its first checkpoint.
+    InputError if another process has it, or if it holds what a new run would overwrite.
     """
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, ".lock"), "ab")
@@ -1981,14 +1971,9 @@ def lock_folder(folder, resume):
         pass  # this file system has no locks
 
     weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
-    if resume:
-        how = "train from them with --model, and another --output_dir"
-        resumable = list_checkpoints(folder) or not weights
-        require(resumable, f"{folder} holds weights, but no checkpoint to resume: {how}")
-    else:
-        new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
-        how = "go on with --resume 1, or choose another --output_dir"
-        require(new, f"{folder} holds a run: {how}")
+    new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
+    how = "go on with --resume 1, or choose another --output_dir"
+    require(resume or new, f"{folder} holds a run: {how}")
     return file
 
 
@@ -2571,11 +2556,12 @@ def help_for_ever():
         CALLS.get()()  # under no name: while it waits, a helper keeps nothing alive
 
 
-def parallel(task, n):
-    """[task(0), ..., task(n - 1)], computed by THREADS threads while BLAS has one.
+def parallel(task, pieces):
+    """[task(piece) for piece in pieces], computed by THREADS threads while BLAS has one.
 
     A task may not call parallel. Calls from several threads come one after the other.
     """
+    n = len(pieces)
     results = [None] * n
     numbers = [None] * THREADS  # each None ends the work of a thread
     numbers.extend(reversed(range(n)))
@@ -2583,9 +2569,9 @@ def parallel(task, n):
 
     def work():
         try:
-            # Whoever is free takes the next number. None comes twice, even without Python's lock.
+            # Whoever is free takes the next number. Even without Python's lock, none comes twice.
             for i in iter(numbers.pop, None):
-                results[i] = task(i)
+                results[i] = task(pieces[i])
             done.put(None)
         except BaseException as error:
             done.put(error)
@@ -2649,17 +2635,17 @@ def by_rows(layer, arrays, sums="", block_bytes=BLOCK_BYTES):
             with blas_held_to(1):
                 return layer(*args)
 
-        def block(number):
+        def block(place):
             own = list(args)
             for i, array in zip(of_rows, rows, strict=True):
-                own[i] = array[np.newaxis, slices[number]]
+                own[i] = array[np.newaxis, place]
             for i in of_sums:
                 own[i] = np.empty_like(args[i])
                 own[-1] = False  # add
             result = layer(*own)
             return [own[i] for i in of_sums] or result
 
-        results = parallel(block, len(slices))
+        results = parallel(block, slices)
         if not of_sums:
             return None if results[0] is None else sum(results)
         for i, parts in zip(of_sums, zip(*results, strict=True), strict=True):
@@ -2672,85 +2658,71 @@ def by_heads(layer):
     """The same layer, run by blocks of heads, which do not depend on each other.
 
     A block is some sequences with all of their heads or, if that is too much, some heads of one
-    sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head.
-    Of (B, T, C) the layer gets (sequences, T, heads, hs), of qkv and dqkv (sequences, T, 3, heads,
-    hs), and of lse (sequences, T, heads).
+    sequence. Its size is counted as that of preatt, at most ATT_ROWS * T numbers for each head. The
+    layer gets (sequences, T, 3, heads, hs) of qkv and dqkv, and (sequences, T, 1, heads, hs) of
+    what is (B, T, C).
     """
-    names = list(inspect.signature(layer).parameters)[:-1]  # without NH, the last
 
     @functools.wraps(layer)
     def run(*args):
-        NH = args[-1]
-        views = {}
-        for name, array in zip(names, args, strict=False):
-            parts = (3, NH, -1) if name in ("qkv", "dqkv") else (NH, -1)
-            views[name] = array.reshape(*array.shape[:2], *parts, copy=False)
-
-        B, n = views["out"].shape[:2]
-        nbytes = min(ATT_ROWS, n) * views["qkv"].shape[1] * args[0].itemsize  # of one head
+        *others, lse, qkv, NH = args  # as both layers have them
+        B, n = lse.shape[:2]
+        nbytes = min(ATT_ROWS, n) * qkv.shape[1] * qkv.itemsize  # of one head
         number = len(blocks(B * NH, nbytes))
         of_sequences = cut(B, number)
         of_heads = cut(NH, math.ceil(number / len(of_sequences)))
-        pieces = list(itertools.product(of_sequences, of_heads))
 
-        def piece(i):
-            sequences, heads = pieces[i]
-            own = {name: view[sequences, ..., heads, :] for name, view in views.items()}
-            own["lse"] = own["lse"][..., 0]
-            layer(*own.values(), heads.stop - heads.start)
+        hs = qkv.shape[2] // (3 * NH)
+        views = [x.reshape(*x.shape[:2], -1, NH, hs, copy=False) for x in (*others, qkv)]
 
-        parallel(piece, len(pieces))
+        def block(place):
+            sequences, heads = place
+            *own, own_qkv = [view[sequences, ..., heads, :] for view in views]
+            layer(*own, lse[sequences, :, heads], own_qkv, heads.stop - heads.start)
+
+        parallel(block, list(itertools.product(of_sequences, of_heads)))
 
     return run
 
 
-def by_blocks(products):
+one_by_one = products  # section 2's
+
+
+@functools.wraps(one_by_one)
+def products(*jobs):
     """The same products, cut into blocks, of which each thread gets as many multiplications.
 
     All are given to the cores at once, because it takes 30 to 70 microseconds each time until the
-    other cores have begun.
+    other cores have begun. BLAS copies the rows of a and the columns of b that a block needs, and a
+    column costs half as much again. So blocks are nearly square. None has less than 2^20
+    multiplications, some 15 microseconds, unless a @ b is added to out: then a block of it should
+    still be in the cache.
     """
+    if len(jobs) == 1 and len(jobs[0][0]) == 1:
+        # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own threads
+        # start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
+        with blas_held_to(THREADS):
+            return one_by_one(*jobs)
 
-    @functools.wraps(products)
-    def run(*jobs):
-        if len(jobs) == 1 and len(jobs[0][0]) == 1:
-            # One token, as in generation. Most of its products take some 0.1 ms, and BLAS's own
-            # threads start sooner than ours: 80 tokens a second of 124M in place of 60, on an AMD.
-            with blas_held_to(THREADS):
-                return products(*jobs)
-        work = [out.size * len(b) for out, _, b, _, _ in jobs]  # multiplications
-        pieces = []
-        for job, own in zip(jobs, work, strict=True):
-            pieces += product_blocks(*job, math.ceil(THREADS * own / sum(work)))
-        parallel(lambda i: products(pieces[i]), len(pieces))
-
-    return run
-
-
-def product_blocks(out, a, b, add, bias, number):
-    """A job of `products`, cut into `number` blocks: a list of jobs.
-
-    BLAS copies the rows of a and the columns of b that a block needs, and a column costs half as
-    much again. So blocks are nearly square. None has less than 2^20 multiplications, some 15
-    microseconds, unless a @ b is added to out: then a block of it should still be in the cache.
-    """
-    m, n = out.shape
-    number = max(1, min(number, out.size * len(b) >> 20))
-    if add:
-        number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
-
-    ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
-    of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
+    all_work = sum(out.size * len(b) for out, _, b, _, _ in jobs)  # multiplications
     pieces = []
-    for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
-        own_bias = None if bias is None else bias[columns]
-        pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
-    return pieces
+    for out, a, b, add, bias in jobs:
+        m, n = out.shape
+        work = out.size * len(b)
+        number = max(1, min(math.ceil(THREADS * work / all_work), work >> 20))
+        if add:
+            number *= math.ceil(out.nbytes / (number * BLOCK_BYTES))
+
+        ways = [(i, number // i) for i in range(1, number + 1) if number % i == 0]
+        of_rows, of_columns = min(ways, key=lambda way: m / way[0] + 1.5 * n / way[1])
+        for rows, columns in itertools.product(cut(m, of_rows), cut(n, of_columns)):
+            own_bias = None if bias is None else bias[columns]
+            pieces.append((out[rows, columns], a[rows], b[:, columns], add, own_bias))
+    parallel(one_by_one, pieces)
 
 
 layernorm_forward = by_rows(layernorm_forward, "out mean rstd inp")
 layernorm_backward = by_rows(layernorm_backward, "dinp dout inp mean rstd", "dweight dbias")
-products = by_blocks(products)
 attention_forward = by_heads(attention_forward)
 attention_backward = by_heads(attention_backward)
 gelu_forward = by_rows(gelu_forward, "out inp")
@@ -3124,7 +3096,8 @@ def main(argv=()):
                     print(text, end="", flush=True)
                 print(flush=True)
         elif not run.loader:
-            loss = evaluate(run, args.val_max_steps * args.batch_size or None)["val_loss"]
+            validate(run)
+            loss = run.entries[-1]["val_loss"]
             print_now(f"perplexity {math.exp(min(loss, 700)):.2f}")
         else:
             with noted(run.signals):

@@ -249,14 +249,14 @@ def record(row, cores):
         events.append(("between the calls", False, [clock() - marks[-1]]))
         marks[:] = [clock()]
 
-    def parallel(task, n):
+    def parallel(task, pieces):
         between_the_calls()
         results = []
-        for i in range(n):
-            results.append(task(i))
+        for piece in pieces:
+            results.append(task(piece))
             marks.append(clock())
         around = inspect.getclosurevars(task).nonlocals  # the layer that has been cut is there
-        name = (around.get("layer") or around["products"]).__name__
+        name = around.get("layer", task).__name__
         events.append((name, True, [b - a for a, b in itertools.pairwise(marks)]))
         marks[:] = [clock()]
         return results

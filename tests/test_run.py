@@ -287,7 +287,7 @@ def test_nobody_need_hear_of_it(flags, streams, code, place):
 # What lies in the folder
 
 USED = "holds a run: go on with --resume 1"
-WEIGHTS = "holds weights, but no checkpoint to resume"
+WEIGHTS = "holds weights, but no whole checkpoint to resume"
 NO_RUN = "to begin one"
 NO_MODEL = "expected weights in a .safetensors file"
 FOLDER = "a[b]*?"
@@ -357,7 +357,7 @@ GOING_ON = {  # what happens before, the exit code, what is said, more flags
     "cut": (lambda patch: edit(NEW, lambda data: data[:-1000]), 0, TAKEN),
     "a bit": (lambda patch: edit(NEW, flip), 0, TAKEN),
     "format": (lambda patch: patch.setattr(gpt2, "CHECKPOINT", "other"), 1, "expected 'other'"),
-    "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "is whole: choose another --out"),
+    "all": (lambda patch: [edit(OLD, flip), edit(NEW, flip)], 1, "no whole checkpoint to resume"),
     "threads": (lambda patch: patch.setattr(gpt2, "THREADS", 7), 0, "7 threads in place of"),
     "half line": (lambda patch: edit("part/main.jsonl", lambda log: log + log[:9]), 0, "resuming"),
     "a folder": (lambda patch: os.mkdir(NEW.replace("4", "9")), 0, f"resuming from {NEW}"),
