@@ -1368,8 +1368,9 @@ class GPT2(Model):
         require(batch_size > 0, f"batch size {batch_size}: expected at least 1")
         require(0 < T <= most, f"sequence length {T}: expected 1 to {most}, the model's context")
         require(recompute in (0, 1, 2), f"recompute is {recompute!r}, expected 0, 1 or 2")
-        single_or_double = np.dtype(dtype) in (np.float32, np.float64)
-        require(single_or_double, f"dtype is {np.dtype(dtype)}, expected float32 or float64")
+        kind = np.dtype(dtype).name
+        right = kind in ("float32", "float64")
+        require(right, f"dtype is {kind}, expected float32 or float64")
 
         self.interrupted = None
         self.vocabulary = usual_vocabulary(config.vocab_size)
@@ -1564,9 +1565,7 @@ class GPT2(Model):
         return np.split(losses[0], ends[:-1])
 
     def check_tokens(self, tokens, what, shape=None):
-        """A new int64 array of tokens. InputError if an id is not in the vocabulary, or the shape
-        is another one; None stands for a list of at least one token.
-        """
+        """A new int64 array of tokens. InputError if an id or the shape (None: a list) is wrong."""
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
         expected = shape or (max(1, tokens.size),)
@@ -1642,12 +1641,11 @@ def update(run):
     tokens = args.total_batch_size
     micro_batches = tokens // (run.loader.B * run.loader.T)
     rate = scheduled_rate(args, step)
+    decay, clip = args.weight_decay, args.grad_clip
     started = time.perf_counter()
     run.began = run.began or (step, started)
     try:
-        loss, norm = train_step(
-            run.model, run.loader, micro_batches, rate, args.weight_decay, args.grad_clip
-        )
+        loss, norm = train_step(run.model, run.loader, micro_batches, rate, decay, clip)
     except FloatingPointError as error:
         remedy = "try a smaller --learning_rate, or --grad_clip 1"
         raise InputError(f"update {step + 1}: {error}: {remedy}") from None
@@ -1671,10 +1669,8 @@ def update(run):
 
 def scheduled_rate(args, step):
     """The learning rate of the update after `step` of them."""
-    return learning_rate_at(
-        step, args.num_iterations, args.learning_rate,
-        args.warmup_iters, args.learning_rate_decay_frac,
-    )  # fmt: skip
+    peak, final = args.learning_rate, args.learning_rate_decay_frac
+    return learning_rate_at(step, args.num_iterations, peak, args.warmup_iters, final)
 
 
 def describe(run):
@@ -1686,9 +1682,7 @@ def describe(run):
     print_now(f"what it learns is kept in {run.folder or 'no folder: name one with --output_dir'}")
     if epochs > 10 and not args.overfit_single_batch:
         print_now("it may learn so small a text by heart: the least val loss is what counts")
-    if args.warmup_iters > updates:
-        print_now(f"the learning rate would reach its peak only at update {args.warmup_iters}")
-    if run.step == 0 and args.model in FRESH:
+    if not run.step and args.model in FRESH:
         print_now(f"a model that knows nothing has a loss of ln({V}) = {math.log(V):.2f}")
 
 
@@ -1703,8 +1697,7 @@ def validate(run):
     nothing is printed or logged.
     """
     args, model = run.args, run.model
-    B = model.batch_size * model.PROCESSES
-    T = model.sequence_length
+    B, T = model.batch_size * model.PROCESSES, model.sequence_length
     V = model.config.vocab_size
     number = args.val_max_steps * args.batch_size
     if run.loader and not number:
@@ -1929,8 +1922,7 @@ def save_checkpoint(run):
 def newest_checkpoint(folder):
     """(path, state) of the newest whole checkpoint in a folder; ("", None) if nothing is there.
 
-    That may be so with the log of a run that was killed before its first checkpoint. InputError if
-    there are only damaged ones, or weights alone, or one of another format.
+    InputError if there are only damaged ones, or weights alone, or one of another format.
     """
     for path in list_checkpoints(folder):
         try:
@@ -2121,9 +2113,7 @@ def tokenizer(vocabulary):
 
 
 def vocabulary_of(shard):
-    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin; whether
-    the two are of each other, belongs() says.
-    """
+    """That of a token file. One's own lies in PREFIX.tiktoken, beside PREFIX_train.bin."""
     if shard.vocabulary_crc == 0:
         return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
@@ -2300,8 +2290,7 @@ def open_weights(path):
     tensors, metadata = read_parts(path)
     head = tensors.pop("lm_head.weight", None)
     if head is not None:
-        wte = tensors.setdefault("wte.weight", head)
-        same = np.array_equal(wte, head)
+        same = np.array_equal(head, tensors.setdefault("wte.weight", head))
         require(same, f"{path}: lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     try:
         V, C = tensors["wte.weight"].shape
@@ -2408,17 +2397,13 @@ def text_of(*path):
 
 
 def control_groups(root="/"):
-    """The folders of this process's control groups and of those around them. All limits hold.
+    """The folder of this process's control group (version 2) and those around it. All limits hold.
 
-    /proc/self/cgroup has a line "0::PATH" (version 2), or lines such as "4:cpu,cpuacct:PATH" (1).
     In a container the path may be that of the host; then only the outermost is there.
     """
-    folders = []
-    for line in text_of(root, "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        folder = Path(root, "sys/fs/cgroup", controllers, path.lstrip("/"))
-        folders += [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
-    return folders
+    path = text_of(root, "proc/self/cgroup").partition("0::")[2].strip()
+    folder = Path(root, "sys/fs/cgroup", path.lstrip("/"))
+    return [folder, *folder.parents]  # above sys/fs/cgroup they hold no limits
 
 
 def cores_allowed(root="/"):
@@ -2442,10 +2427,9 @@ def cores_allowed(root="/"):
         cores = int(found[0]) if found else cores
 
     for folder in control_groups(root):
-        quota = text_of(folder, "cpu.max") or text_of(folder, "cpu.cfs_quota_us")
-        numbers = [*quota.split(), *text_of(folder, "cpu.cfs_period_us").split()]
-        if numbers and numbers[0].isdecimal():  # "50000 100000" is half a core; "max", "-1": none
-            cores = min(cores, math.ceil(int(numbers[0]) / int(numbers[1])))
+        quota, _, period = text_of(folder, "cpu.max").partition(" ")
+        if quota.isdecimal():  # "50000 100000" is half a core, "max 100000" all
+            cores = min(cores, math.ceil(int(quota) / int(period)))
     return max(1, cores)
 
 
@@ -2462,12 +2446,10 @@ def available_memory(root="/"):
         free.append(1024 * int(kib))
 
     for folder in control_groups(root):
-        limit = text_of(folder, "memory.max") or text_of(folder, "memory.limit_in_bytes")
-        usage = text_of(folder, "memory.current") or text_of(folder, "memory.usage_in_bytes")
-        if usage and limit.strip().isdecimal():  # it may be "max"
-            # inactive_file and active_file. In version 1 they come again, as total_..., with those
-            # of the groups inside, as in the usage: the last two count.
-            files = re.findall(r"active_file (\d+)", text_of(folder, "memory.stat"))[-2:]
+        limit = text_of(folder, "memory.max").strip()
+        usage = text_of(folder, "memory.current")
+        if usage and limit.isdecimal():  # it may be "max"
+            files = re.findall(r"active_file (\d+)", text_of(folder, "memory.stat"))  # and inactive
             free.append(int(limit) - int(usage) + sum(map(int, files)))
     return max(0, min(free))
 
@@ -2497,8 +2479,8 @@ def find_blas():
 
 @contextlib.contextmanager
 def blas_held_to(n):
-    """BLAS has at most n threads in this block, which one thread enters at a time, as the number is
-    that of the whole process; then as many as before.
+    """BLAS has at most n threads in this block. The number is that of the whole process, so one
+    thread enters at a time.
     """
     set_threads, threads = BLAS or (lambda n: None, lambda: n)
     with LOCK:
@@ -2883,9 +2865,7 @@ def find(args, checkpoint=""):
 
 
 def usual_data(V):
-    """[training, validation]: the shards of a text, in the V tokens of a model; if V is 0, in those
-    of a vocabulary that is learned from it.
-    """
+    """[training, validation]: shards of a text in V tokens; 0 is those that are learned from it."""
     if V == 256:
         return [[np.frombuffer(text.encode(), np.uint8)] for text in text_at_hand()]
 
@@ -2902,8 +2882,7 @@ def usual_data(V):
 def args_or_fall_back(argv):
     """(args, found): the value of every flag and, if nothing is asked for by name, what find gives.
 
-    If GPT-2 or its text can't be fetched then, a small model takes its place. It learns bytes if it
-    can't learn a vocabulary.
+    Then a small model takes the place of a GPT-2 that can't be fetched. It learns bytes if need be.
     """
     args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
@@ -3068,8 +3047,8 @@ def noted(signals):
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def main(argv=()):
@@ -3085,8 +3064,7 @@ def main(argv=()):
     """
     try:
         sizes = {os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")}
-        command = "mpiexec -n N python -m extras.processes FLAGS"
-        require(sizes == {"1"}, f"several processes are started by {command}")
+        require(sizes == {"1"}, "instead: mpiexec -n N python -m extras.processes FLAGS")
         warnings.filterwarnings("ignore", category=RuntimeWarning, module=__name__)
         run = open_run(argv)
         args = run.args

@@ -335,11 +335,7 @@ MIB = 1 << 20
 CORES, MEMORY = "cores_allowed", "available_memory"
 CPUS = "../../devices/system/cpu/cpu"
 SIBLINGS = {f"{CPUS}{i}/topology/thread_siblings_list": "1-2" for i in (1, 2)}
-V1_CPU = {"cpu/cpu.cfs_quota_us": "300", "cpu/cpu.cfs_period_us": "100"}
-V1_CPU |= {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100"}
-V1_MEMORY = {"memory/memory.limit_in_bytes": 4, "memory/memory.usage_in_bytes": 3}
 NESTED = {"a/memory.max": 10, "a/memory.current": 7, "a/b/memory.max": 8, "a/b/memory.current": 1}
-V1_FILES = f"inactive_file 9\nactive_file 9\ntotal_inactive_file {MIB}\ntotal_active_file 0\n"
 FILES = f"anon 9\ninactive_file {3 * MIB}\nactive_file {2 * MIB}\n"
 
 
@@ -355,14 +351,12 @@ FILES = f"anon 9\ninactive_file {3 * MIB}\nactive_file {2 * MIB}\n"
         (CORES, "0::/", {"cpu.max": "9900 100"}, 8),
         (CORES, "0::/docker/12ab", {"cpu.max": "200 100"}, 2),  # a path of the host, not mounted
         (CORES, "0::/a/b:c", {"a/cpu.max": "200 100", "a/b:c/cpu.max": "400 100"}, 2),
-        (CORES, "4:cpu:/a", V1_CPU, 3),
+        (CORES, "4:cpu:/b\n0::/a", {"a/cpu.max": "300 100"}, 3),
         (MEMORY, None, {}, 32),
         (MEMORY, "0::/", {"memory.max": "max", "memory.current": 9}, 32),
         (MEMORY, "0::/a/b", NESTED, 3),
         (MEMORY, "0::/", {"memory.max": 1, "memory.current": 2}, 0),
         (MEMORY, "0::/", {"memory.max": 8, "memory.current": 7, "memory.stat": FILES}, 6),
-        (MEMORY, "9:memory:/a", V1_MEMORY, 1),
-        (MEMORY, "9:memory:/a", V1_MEMORY | {"memory/memory.stat": V1_FILES}, 2),
     ],
 )
 def test_the_least_limit_holds(limit, groups, files, expected, tmp_path, monkeypatch):
