@@ -1597,7 +1597,7 @@ class Run:
     folder: str = ""  # where all is written; nowhere if empty
     lock: object = None  # an open file that keeps the folder to this run
     step: int = 0  # updates done
-    saved: int = -1  # at the newest checkpoint
+    saved: int = -1  # in the last checkpoint
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
@@ -1693,15 +1693,14 @@ def validate(run):
     """Print and log the loss on the validation data; keep the weights if they are the best so far.
 
     It reads passages of T tokens, all of them if nothing is trained. Each counts once, whatever the
-    batch size. Zeros fill up one that is shorter, after its end, and the last batch. After a signal
-    nothing is printed or logged.
+    batch size: zeros fill up the last batch, and one that is shorter. A signal ends it without log.
     """
     args, model = run.args, run.model
     B, T = model.batch_size * model.PROCESSES, model.sequence_length
     V = model.config.vocab_size
     number = args.val_max_steps * args.batch_size
     if run.loader and not number:
-        usual = 1280 if model.vocabulary == "gpt2" else VAL_TOKENS
+        usual = 1280 if V > 50_000 else VAL_TOKENS
         number = max(5, usual // T)
 
     def passages():
@@ -1751,10 +1750,9 @@ def print_sample(run, length):
     """Print a sample of so many tokens, if the vocabulary is there."""
     if run.tokenizer and not run.signals:
         print_now("--- sample")
-        for text in sample_text(run.args, run.model, run.tokenizer, length, run.step):
+        texts = sample_text(run.args, run.model, run.tokenizer, length, run.step)
+        for text in itertools.takewhile(lambda _: not run.signals, texts):
             print_now(text, end="")
-            if run.signals:
-                break
         print_now("")
 
 
@@ -1888,10 +1886,7 @@ def list_checkpoints(folder):
 
 
 def save_checkpoint(run):
-    """Write DIR/checkpoint_STEP.safetensors, unless it is there, and delete all before it but one.
-
-    One that can't be written ends no run: the next one may find room on the disk.
-    """
+    """Write DIR/checkpoint_STEP.safetensors, unless it is there, and keep one before it."""
     model, folder = run.model, run.folder
     if not folder or run.saved == run.step:
         return
@@ -1957,15 +1952,13 @@ def lock_folder(folder, resume):
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        taken = f"{folder}: another run is writing there: choose another --output_dir"
-        raise InputError(taken) from None
+        raise InputError(f"{folder}: another run is writing there: choose another") from None
     except OSError:
-        pass  # this file system has no locks
+        pass  # this file system has none
 
     weights = weights_in(folder) or weights_in(os.path.join(folder, "best"))
     new = not weights and not os.path.exists(os.path.join(folder, "main.jsonl"))
-    how = "go on with --resume 1, or choose another --output_dir"
-    require(resume or new, f"{folder} holds a run: {how}")
+    require(resume or new, f"{folder} holds a run: go on with --resume 1, or choose another")
     return file
 
 
@@ -2055,14 +2048,14 @@ def open_shards(paths):
 
 
 def text_at_hand():
-    """(training, validation): a text that needs no network. Says which it is.
+    """(training, validation): the bytes of a text that needs no network. Says which it is.
 
     It is Tiny Shakespeare if that lies in data/, or else what lies here of this project's files. Of
     its passages, 1,000 bytes and the rest of a line, every tenth validates: so all kinds do.
     """
-    folder = Path(__file__).absolute().parent
+    here = Path(__file__).absolute().parent
     names = Path(__file__).name, "test_gpt2.py", "prepro_tinyshakespeare.py", "README.md"
-    own = [folder / name for name in names] + sorted(folder.glob("extras/*.py"))
+    own = [here / name for name in names] + sorted(here.glob("extras/*.py"))
     tiny = Path(in_data("tiny_shakespeare.txt"))
     large = tiny.exists() and tiny.stat().st_size > 20_000
     paths = [tiny] if large else list(filter(Path.exists, own))
@@ -2073,7 +2066,7 @@ def text_at_hand():
     del passages[5::10]
     more = f" and {len(paths) - 1} more files" if paths[1:] else ""
     print_now(f"the text is that of {paths[0].name}{more}")
-    return [b"".join(part).decode(errors="replace") for part in (passages, validation)]
+    return b"".join(passages), b"".join(validation)
 
 
 # A vocabulary, of a model or of a token file, is "bytes", "gpt2", or one's own, a list of bytes by
@@ -2117,19 +2110,25 @@ def vocabulary_of(shard):
     if shard.vocabulary_crc == 0:
         return usual_vocabulary(shard.vocab_size or 50257)
     path = re.sub(r"(_train|_val)?(_\d+)?\.bin$", ".tiktoken", shard.path)
-    return prepro("read_vocabulary", path)
+    vocabulary = prepro("read_vocabulary", path)
+    same = len(vocabulary) + 1 == shard.vocab_size and belongs(shard, 0, vocabulary)
+    require(same, f"{path} is not the vocabulary of {shard.path}: write both with {PREPRO}")
+    return vocabulary
 
 
 def saved_vocabulary(folder, vocab_size):
     """That which lies beside weights, as Hugging Face keeps it, or else the usual one."""
     usual = usual_vocabulary(vocab_size)
+    if usual == "bytes":
+        return usual
     try:
         found = prepro("read_vocabulary", folder)
     except (ConnectionError, FileNotFoundError):  # this file stands alone, or there is none
         return usual
     except InputError:
         return None
-    return found if found == usual or len(found) + 1 == vocab_size else None
+    own = isinstance(found, list) and len(found) + 1 == vocab_size
+    return found if own or found == usual else None
 
 
 def belongs(shard, vocab_size, vocabulary):
@@ -2822,7 +2821,6 @@ def find(args, checkpoint=""):
 
     checkpoint   the path of the one that the run is resumed from, in place of the model's name.
     tensors are None if the weights are to be drawn; data {"training": shards, ...} is what is read.
-    InputError if its tokens are not the model's.
     """
     training = open_shards(args.input_bin)  # first: a wrong path is told before a fetch
     validation = open_shards(args.input_val_bin)
@@ -2843,8 +2841,8 @@ def find(args, checkpoint=""):
         found.data["training"] = training
     if args.num_iterations == 0 or args.val_loss_every > 0:
         found.data["validation"] = validation
-    remedy = "name both, or --num_iterations 0 to train nothing, or --val_loss_every 0"
-    require(all(found.data.values()), f"--input_bin or --input_val_bin is not named: {remedy}")
+    for what, shards in found.data.items():
+        require(shards, f"no {what} data is named: name both --input_bin and --input_val_bin")
     if name in FRESH and name != "bytes":
         shard = (training or validation)[0]
         found.config = replace(config, vocab_size=shard.vocab_size or 50257)
@@ -2867,7 +2865,7 @@ def find(args, checkpoint=""):
 def usual_data(V):
     """[training, validation]: shards of a text in V tokens; 0 is those that are learned from it."""
     if V == 256:
-        return [[np.frombuffer(text.encode(), np.uint8)] for text in text_at_hand()]
+        return [[np.frombuffer(text, np.uint8)] for text in text_at_hand()]
 
     prefix = in_data("tiny_shakespeare" if usual_vocabulary(V) else "first")
     paths = [f"{prefix}_train.bin", f"{prefix}_val.bin"]
@@ -2875,7 +2873,9 @@ def usual_data(V):
     if missing and usual_vocabulary(V):
         paths = prepro("provide", "tiny_shakespeare")
     elif missing:
-        prepro("write_files", prepro("token_files", prefix, *text_at_hand(), 1024))
+        require(V == 0, f"the model has {V} tokens of its own: name --input_bin, --input_val_bin")
+        texts = [text.decode(errors="replace") for text in text_at_hand()]
+        prepro("write_files", prepro("token_files", prefix, *texts, 1024))
     return [open_shards([path]) for path in paths]
 
 
@@ -2886,7 +2886,7 @@ def args_or_fall_back(argv):
     """
     args = parse_args(argv)
     named = args.model or args.input_bin or args.input_val_bin or args.resume
-    if named or args.num_iterations == 0:  # what a new model could write is noise
+    if named or args.inference_only or args.num_iterations == 0:  # a new model writes noise
         return args, None
     for small in ("d2", "bytes"):
         try:
@@ -3083,7 +3083,7 @@ def main(argv=()):
                 finish(run, complete)
             return 0 if complete else 128 + run.signals[0]
         return 0
-    except SystemExit as end:  # of parse_args
+    except SystemExit as end:  # parse_args
         return end.code
     except KeyboardInterrupt:
         return 130

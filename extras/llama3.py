@@ -401,8 +401,9 @@ class Llama(GPT2, LlamaModel):
     def check_config(config):
         """InputError unless there can be a model of this shape."""
         for name, value in asdict(config).items():
-            right = isinstance(value, (int, float)) and value > 0
-            require(right, f"{name} is {value!r}, expected a positive number")
+            kind = type(getattr(LlamaConfig, name))
+            right = type(value) in (int, kind) and 0 < value < math.inf
+            require(right, f"{name} is {value!r}, expected a positive {kind.__name__}")
 
         C, NH, NKV = config.channels, config.num_heads, config.num_kv_heads
         require(C % (2 * NH) == 0, f"{C} channels are no even number for each of {NH} heads")
@@ -504,8 +505,8 @@ def open_llama(folder):
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
 
         # In older files, rope_theta stands by itself, and type is what is now rope_type.
-        rope = told.get("rope_parameters") or told.pop("rope_scaling", None) or {}
-        found = {"rope_theta": 10000.0} | told | rope
+        older = told.pop("rope_scaling", None)
+        found = {"rope_theta": 10000.0} | told | (told.get("rope_parameters") or older or {})
         kind = found.get("rope_type", found.get("type", "default"))
         names = {"default": HF_NAMES[:9], "llama3": HF_NAMES}.get(kind)
         require(names, f"rotary embeddings of type {kind!r}, expected 'default' or 'llama3'")
@@ -545,8 +546,8 @@ def compare(updates):
 def work(args):
     """What main does with its flags."""
     folder = args.output_dir
-    taken = folder and os.path.exists(folder)
-    require(not taken, f"{folder} is there already: choose another --output_dir")
+    taken = folder and os.path.exists(os.path.join(folder, "config.json"))
+    require(not taken, f"{folder} holds a model: choose another --output_dir")
     if args.model:
         most = open_llama(args.model)[0].max_seq_len
         T = min(most, len(args.prompt_ids) + args.max_new_tokens)

@@ -288,15 +288,15 @@ def test_the_text_at_hand(tmp_path, monkeypatch, capsys):
     """Tiny Shakespeare or this project's files, of which every tenth passage validates."""
     monkeypatch.chdir(tmp_path)
     os.mkdir("data")
-    text = b"".join(b"line %04d\n" % n for n in range(2100))  # 21 passages of 1010 bytes
+    text = b"".join(b"lin\xe9 %04d\n" % n for n in range(2100))  # 21 passages of 1010 bytes
     shakespeare = tmp_path / "data" / "tiny_shakespeare.txt"
     shakespeare.write_bytes(text.replace(b"\n", b"\r\n"))
     training, validation = gpt2.text_at_hand()
-    assert validation.encode() == text[5050:6060] + text[15150:16160]
-    assert training.encode() == text[:5050] + text[6060:15150] + text[16160:]
+    assert validation == text[5050:6060] + text[15150:16160]
+    assert training == text[:5050] + text[6060:15150] + text[16160:]
     shakespeare.unlink()
     training, _ = gpt2.text_at_hand()
-    assert "class Llama(GPT2" in training
+    assert b"class Llama(GPT2" in training
     said = r"the text is that of tiny_shakespeare.txt\n.* train_gpt2.py and \d+ more files\n"
     assert re.fullmatch(said, capsys.readouterr().out)
 
@@ -351,7 +351,9 @@ def test_tokens_of_an_unknown_vocabulary_have_no_text(tmp_path):
     texts = b"{", b"[]", b"{}", vocab_json(OWN)
     for found, V in itertools.product(texts, (256, SIZE + 1, 50257)):
         (tmp_path / "vocab.json").write_bytes(found)
-        assert gpt2.saved_vocabulary(str(tmp_path), V) is None
+        assert gpt2.saved_vocabulary(str(tmp_path), V) == ("bytes" if V == 256 else None)
+    (tmp_path / "vocab.json").write_bytes(vocab_json(prepro.BYTES))
+    assert gpt2.saved_vocabulary(str(tmp_path), len("bytes") + 1) is None
     assert "the vocabulary of the model is not known" in refusal(gpt2.tokenizer, None)
 
 
@@ -378,8 +380,10 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
     for name in ("my.bin", "my_val.bin", "my_train_001.bin", "my_train.bin"):
         shard = open_tokens(token_file(tmp_path / name, SOUND, SIZE, zlib.crc32(data)))
         assert gpt2.vocabulary_of(shard) == OWN
+    padded = open_tokens(token_file(tmp_path / "my.bin", SOUND, SIZE + 9, zlib.crc32(data)))
+    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, padded)
     beside.write_bytes(other)
-    assert not gpt2.belongs(shard, SIZE, gpt2.vocabulary_of(shard))
+    assert "my.tiktoken is not the vocabulary of" in refusal(gpt2.vocabulary_of, shard)
     beside.unlink()
     with pytest.raises(FileNotFoundError, match="my.tiktoken"):
         gpt2.vocabulary_of(shard)

@@ -238,9 +238,10 @@ def test_the_program(tmp_path, capsys):
     *losses, summary = re.findall("val loss .*", capsys.readouterr().out)
     before, after, others_before, others = [float(line.split()[2]) for line in losses]
     assert after < before and others < others_before
-    assert f"GPT-2 {after:.4f}" in summary and f"Llama {others:.4f}" in summary
+    found = [float(number) for number in re.findall(r"\d\.\d{4}", summary)]
+    assert found == pytest.approx([after, others], abs=1e-4)
     exit_code = llama3.main(["--num_iterations", "1", "--output_dir", folder])
-    assert "is there already" in failed_in_one_line((exit_code, *capsys.readouterr()))
+    assert "holds a model" in failed_in_one_line((exit_code, *capsys.readouterr()))
     flags = "--prompt_ids 10 20 --max_new_tokens 65 --temperature 0".split()
     assert llama3.main(["--model", folder, *flags]) == 0  # its context is 64
     ids = Llama.from_pretrained(folder).generate([10, 20], 65, temperature=0)
