@@ -48,6 +48,7 @@ def refused(call, *parts, error=FetchError):
 def empty_folder(tmp_path, monkeypatch):
     """Work in an empty folder, with nobody's caches and without a network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepro, "__file__", str(tmp_path / "prepro.py"))  # no data/ lies beside it
     monkeypatch.setattr(prepro.tempfile, "gettempdir", lambda: "temporary")
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # or it would remember GPT-2's
     environment = {name: os.environ.get(name, "") for name in ("PATH", "SYSTEMROOT")}
