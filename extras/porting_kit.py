@@ -277,12 +277,10 @@ def write_kit(path):
 
 def difference(name, l, mine, truth):
     """What is wrong with layer l of a tensor of mine, or all of it: a text, or None."""
-    kind = mine.dtype.str
-    if kind not in TOLERANCE or mine.shape != truth.shape:
-        found = CODES.get(kind, mine.dtype)
-        return f"it is {found} {mine.shape}, expected F32 or F64, and {truth.shape}"
+    tolerance = TOLERANCE.get(mine.dtype.str)
+    if tolerance is None or mine.shape != truth.shape:
+        return f"it is {mine.dtype} {mine.shape}, expected float32 or float64, and {truth.shape}"
 
-    tolerance = TOLERANCE[kind]
     part = slice(None) if l is None else slice(l, l + 1)
     gap = np.zeros(truth.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # mine may hold anything
