@@ -566,6 +566,11 @@ def test_any_prompt_is_gone_on_with_and_harms_no_terminal(prompt, read, written,
     assert rest == [read, 20, 0.5, 3] and rng.random() == np.random.default_rng([7, 9]).random()
 
 
+def test_fresh_models_have_defaults_of_their_own():
+    rates = [gpt2.parse_args(["--model", name]).learning_rate for name in ("", "d6", "bytes", "d2")]
+    assert rates == [1e-4, 1e-3, 4e-3, 2e-3]
+
+
 def test_what_is_normal_is_said(call, monkeypatch):
     flags = "--model bytes --num_iterations 2 --sample_every 1 --max_new_tokens 70"
     with monkeypatch.context() as patch:
