@@ -39,7 +39,7 @@ SIZES = {  # lines, and how many there may be
     "test_gpt2.py": (LINES["test_gpt2.py"], 1600),
     "extras/, but for llama3.py": (sum(LINES[name] for name in EXTRAS) - LLAMA, 2150),
     "extras/llama3.py": (LLAMA, 577),
-    "tests/": (sum(LINES[name] for name in NAMES if name.startswith("tests/")), 3887),
+    "tests/": (sum(LINES[name] for name in NAMES if name.startswith("tests/")), 3894),
     "README.md": (len(lines_of("README.md")), 180),
 }
 

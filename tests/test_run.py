@@ -571,6 +571,12 @@ def test_fresh_models_have_defaults_of_their_own():
     assert rates == [1e-4, 1e-3, 4e-3, 2e-3]
 
 
+def test_the_first_batch_again_and_again(call):
+    loader = gpt2.open_run(f"{RUN} --overfit_single_batch 1".split()).loader
+    first, again = loader.next_batch(), loader.next_batch()
+    np.testing.assert_array_equal(first, again)
+
+
 def test_what_is_normal_is_said(call, monkeypatch):
     flags = "--model bytes --num_iterations 2 --sample_every 1 --max_new_tokens 70"
     with monkeypatch.context() as patch:
@@ -580,6 +586,7 @@ def test_what_is_normal_is_said(call, monkeypatch):
     for words in ("2 updates of", f"{gpt2.THREADS} threads", "is kept in no folder: name one",
                   "loss of ln(256) = 5.55"):
         assert words in stdout
+    assert "val loss 5.5" in stdout and f"{math.log(256):.6f}" not in stdout  # of zero weights
 
     stdout = stdout_of(call(RUN, "--num_iterations 40 --val_loss_every 0 --batch_size 8"))
     assert "1 shards are shorter than a batch and are left out" in stdout
