@@ -1565,7 +1565,7 @@ class GPT2(Model):
         return np.split(losses[0], ends[:-1])
 
     def check_tokens(self, tokens, what, shape=None):
-        """A new int64 array of tokens. InputError if an id or the shape (None: a list) is wrong."""
+        """Tokens as a new int64 array, of this shape or, without one, a list. Or an InputError."""
         require(not isinstance(tokens, str), f"{what}: found a text, expected ids: encode it first")
         tokens = np.asarray(list(tokens) if isinstance(tokens, bytes) else tokens)
         expected = shape or (max(1, tokens.size),)
@@ -1601,7 +1601,7 @@ class Run:
     entries: list = field(default_factory=list)  # of main.jsonl
     written: int = 0  # how many of them it has; 0: it is to be begun anew
     signals: list = field(default_factory=list)  # that have asked the run to stop
-    missing: set = field(default_factory=set)  # what could not be written
+    missing: list = field(default_factory=list)  # what could not be written
     began: tuple = ()  # the step and the time of the first update of this process
     shown: float = 0.0  # when the last line was printed
 
@@ -1700,7 +1700,7 @@ def validate(run):
     V = model.config.vocab_size
     number = args.val_max_steps * args.batch_size
     if run.loader and not number:
-        usual = 1280 if V > 50_000 else VAL_TOKENS
+        usual = 1280 if usual_vocabulary(V) == "gpt2" else VAL_TOKENS
         number = max(5, usual // T)
 
     def passages():
@@ -1714,7 +1714,7 @@ def validate(run):
     while batch := list(itertools.islice(rest, B)):
         if run.signals:
             return
-        filled = np.zeros((B, T + 1), np.int64)
+        filled = np.zeros((B, T + 1), int)
         for row, passage in zip(filled, batch, strict=False):
             row[: len(passage)] = passage
         losses = model.batch_losses(filled[:, :-1], filled[:, 1:])
@@ -1810,11 +1810,11 @@ def kept(run, what):
     """
     try:
         yield
-        run.missing.discard(what)
+        run.missing = [other for other in run.missing if other != what]
     except OSError as error:
         if what not in run.missing:
             print_now(f"can't write {what}: {error}; the run goes on")
-        run.missing.add(what)
+            run.missing.append(what)
 
 
 def finish(run, complete):
