@@ -30,10 +30,7 @@ VOCABULARY_FILES = {  # tiktoken calls them by the SHA-1 of their addresses
 
 def need_gpt2_vocabulary():
     if not all(map(os.path.isfile, VOCABULARY_FILES.values())):
-        pytest.skip(
-            "needs GPT-2's vocabulary in data/tiktoken: run `python prepro_tinyshakespeare.py`, "
-            "or set TIKTOKEN_CACHE_DIR"
-        )
+        pytest.skip("needs GPT-2's vocabulary in data/tiktoken: run prepro_tinyshakespeare.py")
 
 
 # --------------------------------------------------------------------------------------------------

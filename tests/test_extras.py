@@ -197,8 +197,6 @@ def test_all_that_a_port_begins_with(call, monkeypatch):
 # HellaSwag
 
 ITEM = {"ctx": "ab", "endings": ["c", "de", "f", "g"], "label": 2}
-
-
 LINES = ["no JSON", "[1]", "", "[" * 99999, '{"ctx": "a", "label": 1}']
 LINES += [json.dumps(ITEM | {"label": label}) for label in (4, -1, "1", None)]
 LINES += [json.dumps(ITEM | {"endings": x}) for x in (["b"] * 3, ["b", "c", "d", 4], 4)]

@@ -393,7 +393,6 @@ def test_the_vocabulary_of_token_files_lies_beside_them(tmp_path):
 # --------------------------------------------------------------------------------------------------
 # transformers, both ways
 
-
 BOTH_WAYS = [  # our vocabulary, its size, the id of its end; what transformers saves it as
     (OWN, SIZE, SIZE - 1, "F16", "20KB"), ("bytes", 256, None, "BF16", "1GB"),
     ("gpt2", 50257, 50256, "F32", "1GB"),

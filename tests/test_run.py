@@ -549,6 +549,13 @@ def test_each_token_counts_once_with_any_batch_size(count, iterations, read, cal
         assert iterations or stdout.endswith(f"perplexity {math.exp(truth):.2f}\n")
 
 
+def test_a_validation_reads_1280_of_gpt2s_tokens():
+    model = gpt2.GPT2(gpt2.GPT2Config(64, 50257, 1, 1, 6), 1, 64)
+    run = gpt2.Run(gpt2.parse_args([]), model, "a loader", [np.ones(2000, int)], {}, None)
+    gpt2.validate(run)
+    assert run.entries[0]["val_tokens"] == 1280
+
+
 SHOWN = [  # a prompt, the ids that are read, what the model writes then, and what is shown of it
     ("", [10], "é\n\t".encode(), "é\n\t"),
     ("ü\n", [195, 188, 10], b"a\xff\xc3", "a\ufffd"),  # no UTF-8, and half a character at the end
